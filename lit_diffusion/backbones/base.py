@@ -1,0 +1,73 @@
+"""What every backbone is: a network ``F(x, c_noise, cond)`` that knows nothing of diffusion."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from lit_diffusion.errors import UserError
+
+Shape = tuple[int, ...]
+"""Of one datum without the batch: ``(C, H, W)`` for images, ``(D,)`` for points."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a sample is conditioned on; fields that a model does not use are None.
+
+    Attributes:
+        label: int64 ``[B]``, class indices.
+    """
+
+    label: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
+        return Condition(label=None if self.label is None else self.label[rows])
+
+
+class Backbone(nn.Module, ABC):
+    """A network ``F(x, c_noise, cond)``.
+
+    Subclasses take their data's shape as ``data_shape``; ``auto`` there is replaced by the command line with the shape
+    that the data source declares.
+    """
+
+    data_shape: Shape
+    higher_order: bool = False
+    """True while second derivatives are wanted: attention in plain operations, see :meth:`set_higher_order`."""
+
+    num_classes: int | None = None
+    noise_inputs: ClassVar[frozenset[str]] = frozenset({"continuous"})
+
+    @abstractmethod
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: ``[B, *data_shape]``.
+            c_noise: ``[B]`` float32, the noise level as the parametrization encodes it.
+            cond: the condition or None.
+
+        Returns:
+            ``[B, out_channels, *data_shape[1:]]``, in x's dtype or the autocast one.
+        """
+
+    def set_higher_order(self, enabled: bool = True) -> None:
+        """Make every operation twice differentiable (fused attention kernels are not)."""
+        for module in self.modules():
+            if hasattr(module, "higher_order"):
+                module.higher_order = enabled
+
+
+def resolved_shape(data_shape: Shape | list[int] | Literal["auto"], owner: str) -> Shape:
+    """The data shape as a tuple of integers.
+
+    Raises:
+        UserError: if it is still ``auto``, which only the command line can resolve.
+    """
+    if isinstance(data_shape, str):
+        raise UserError(f"{owner}: data_shape is {data_shape!r}; in Python code give the numbers, e.g. (3, 32, 32)")
+    return tuple(int(n) for n in data_shape)

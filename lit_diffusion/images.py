@@ -1,0 +1,67 @@
+"""The one way from model values to bytes, and what is drawn from bytes: grids and PNG files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ValueRange = tuple[float, float]
+
+
+def to_uint8(x: Tensor, value_range: ValueRange) -> np.ndarray:
+    """Images as a screen shows them: clamp to the range, scale to 0 .. 255, round to the nearest.
+
+    This is the only function of the project that makes bytes of model values: metrics, PNG files, archives and
+    dashboards all see its output.
+
+    Args:
+        x: float ``[B, C, H, W]``; values outside ``value_range`` are clamped.
+        value_range: the values of black and white, e.g. ``(0, 1)`` or ``(-1, 1)``.
+
+    Returns:
+        uint8 ``[B, H, W, C]``.
+
+    Raises:
+        ValueError: if a value is not finite, which no byte can show.
+    """
+    low, high = value_range
+    x = x.detach().to(torch.float32)
+    if not torch.isfinite(x).all():
+        raise ValueError("to_uint8: NaN or infinite values have no grey level")
+    scaled = ((x.clamp(low, high) - low) * (255.0 / (high - low))).round()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 1, min_side: int = 512) -> np.ndarray:
+    """One picture of many: ``[N, H, W, C]`` to ``[H', W', C]``, uint8, row by row.
+
+    Small images are enlarged by a whole factor (nearest neighbour: pixels stay pixels) until the grid is about
+    ``min_side`` wide.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    scale = max(1, min_side // (columns * (width + gap)))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = height * scale, width * scale
+    gap = gap * max(1, scale // 4)
+    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 64, dtype=np.uint8)
+    for n, image in enumerate(images):
+        top, left = gap + (n // columns) * (height + gap), gap + (n % columns) * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    """Write uint8 ``[H, W, C]`` (C 1 or 3) as a PNG, whole or not at all."""
+    from PIL import Image
+
+    from lit_diffusion.files import atomic_write
+
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG")
