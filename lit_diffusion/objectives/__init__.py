@@ -1,0 +1,5 @@
+"""What training minimises."""
+
+from lit_diffusion.objectives.denoising import DenoisingLoss, DenoisingScoreMatching
+
+__all__ = ["DenoisingLoss", "DenoisingScoreMatching"]

@@ -1,0 +1,193 @@
+r"""Denoisers: what a network's output means, and what can be read from it.
+
+A backbone's raw output F is one linear combination of what it must guess,
+
+.. math::  F = u\, x_0 + v\, \epsilon, \qquad x_t = \alpha x_0 + \sigma \epsilon,
+
+and ``(u, v)`` is all that tells one parametrization from another: they are the rows of :data:`PARAMETRIZATIONS`. Solving
+the two equations gives every view in closed form, with ``det = alpha v - sigma u``:
+
+.. math::
+    x_0 = \frac{v x_t - \sigma F}{det}, \quad \epsilon = \frac{\alpha F - u x_t}{det}, \quad
+    s = -\frac{\epsilon}{\sigma}, \quad velocity = \alpha' x_0 + \sigma' \epsilon.
+
+Each view is one map ``p x_t + q F`` with p and q in float64, never taken through another view: eps through a rounded x0
+loses all its digits where sigma is small.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.errors import UserError
+from lit_diffusion.processes import Level, Process, expand_like
+
+Parametrization = Literal["eps", "score", "raw_score", "x0", "v", "velocity", "edm", "mean"]
+NoiseInput = Literal["index", "log_sigma", "quarter_log_sigma", "time", "time_999"]
+InputScale = Literal["none", "unit_variance"]
+
+
+def _edm(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
+    root = torch.sqrt((level.alpha * sigma_data) ** 2 + level.sigma**2)
+    return level.sigma / (sigma_data * root), -level.alpha * sigma_data / root
+
+
+def _mean(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """DDPM's posterior mean ``E[x_{t-1} | x_t, x_0] = on_x0 x_0 + on_xt x_t`` (Ho et al. 2020, eq. 7)."""
+    if process.levels is None:
+        raise UserError("parametrization 'mean' is DDPM's step to the level below: the process needs levels")
+    before = (level.t - 1.0 / process.levels).clamp(min=0.0)
+    ratio = torch.exp(2.0 * (process.log_alpha(level.t) - process.log_alpha(before)))  # alpha_t of DDPM
+    variance, variance_before = level.sigma**2, process.sigma(before) ** 2
+    on_x0 = process.alpha(before) * (1.0 - ratio) / variance
+    on_xt = ratio.sqrt() * variance_before / variance
+    return on_x0 + on_xt * level.alpha, on_xt * level.sigma
+
+
+PARAMETRIZATIONS: dict[str, Callable[[Level, Process, float], tuple[Tensor, Tensor]]] = {
+    "eps": lambda level, process, sd: (torch.zeros_like(level.t), torch.ones_like(level.t)),
+    "score": lambda level, process, sd: (torch.zeros_like(level.t), -torch.ones_like(level.t)),
+    "raw_score": lambda level, process, sd: (torch.zeros_like(level.t), -1.0 / level.sigma),
+    "x0": lambda level, process, sd: (torch.ones_like(level.t), torch.zeros_like(level.t)),
+    "v": lambda level, process, sd: (-level.sigma, level.alpha),
+    "velocity": lambda level, process, sd: (level.dalpha, level.dsigma),
+    "edm": _edm,
+    "mean": _mean,
+}
+"""``(u, v)`` of ``F = u x_0 + v eps`` by name: ``score`` is NCSNv2's ``F = sigma score``, ``raw_score`` NCSN's ``F =
+score``, ``v`` Salimans and Ho's ``alpha eps - sigma x_0``, ``edm`` Karras et al. 2022, ``mean`` DDPM's posterior mean."""
+
+NOISE_INPUTS: dict[str, Callable[[Process, Level], Tensor]] = {
+    "index": lambda process, level: process.level_index(level.t),
+    "log_sigma": lambda process, level: torch.log(level.sigma / level.alpha),
+    "quarter_log_sigma": lambda process, level: 0.25 * torch.log(level.sigma / level.alpha),
+    "time": lambda process, level: level.t,
+    "time_999": lambda process, level: 999.0 * level.t,
+}
+"""``c_noise`` by name: what the backbone is told of the noise level."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluation of a denoiser and its views, each ``[B, ...]`` like ``x_t`` and in its type.
+
+    Attributes:
+        x_t: the noisy input.
+        raw: the backbone's output F.
+        level: the coefficients of the process at each row's time.
+        u: weight of x_0 in F, float64 ``[B]``.
+        v: weight of eps in F, float64 ``[B]``.
+        energy: ``E(x_t)`` with ``score = -grad E``, up to a constant: ``[B]``, None where the model has none.
+    """
+
+    x_t: Tensor
+    raw: Tensor
+    level: Level
+    u: Tensor
+    v: Tensor
+    energy: Tensor | None = None
+
+    def _view(self, p: Tensor, q: Tensor) -> Tensor:
+        determinant = self.level.alpha * self.v - self.level.sigma * self.u
+        raw = self.raw.to(self.x_t.dtype)
+        return expand_like(p / determinant, self.x_t) * self.x_t + expand_like(q / determinant, self.x_t) * raw
+
+    @property
+    def x0(self) -> Tensor:
+        """The posterior mean ``E[x_0 | x_t]`` (Tweedie)."""
+        return self._view(self.v, -self.level.sigma)
+
+    @property
+    def eps(self) -> Tensor:
+        """The expected noise ``E[eps | x_t]``."""
+        return self._view(-self.u, self.level.alpha)
+
+    @property
+    def score(self) -> Tensor:
+        """``grad log p_t(x_t) = -eps / sigma``."""
+        return self._view(self.u / self.level.sigma, -self.level.alpha / self.level.sigma)
+
+    @property
+    def velocity(self) -> Tensor:
+        """``E[alpha' x_0 + sigma' eps | x_t]``: the drift of the probability-flow ODE."""
+        level = self.level
+        return self._view(
+            level.dalpha * self.v - level.dsigma * self.u, level.dsigma * level.alpha - level.dalpha * level.sigma
+        )
+
+
+class Denoiser(nn.Module, ABC):
+    """Anything that predicts the clean datum from a noisy one, on a process. Samplers see only this."""
+
+    process: Process
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        """Predict from ``x_t`` ``[B, ...]`` at times ``t`` ``[B]`` in (0, 1]."""
+
+
+class NetworkDenoiser(Denoiser):
+    """A backbone, a process and what the backbone's output means.
+
+    Only the backbone ever runs under autocast: the coefficients are float64, the views and everything after them are
+    in the state's own type.
+
+    Args:
+        backbone: the network.
+        process: the forward noising.
+        parametrization: what the network's output is, a row of :data:`PARAMETRIZATIONS`.
+        noise_input: what it is told of the noise level, a row of :data:`NOISE_INPUTS`.
+        input_scale: ``none`` feeds x_t as it is; ``unit_variance`` divides it by ``sqrt(alpha^2 sigma_data^2 +
+            sigma^2)``, which trains better where sigma is large (always on for ``edm``).
+        sigma_data: standard deviation of the normalised data, for ``edm`` and ``unit_variance``.
+
+    Raises:
+        UserError: for a name that is not in the tables.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        process: Process,
+        parametrization: Parametrization,
+        noise_input: NoiseInput,
+        input_scale: InputScale = "none",
+        sigma_data: float = 0.5,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("parametrization", parametrization, PARAMETRIZATIONS),
+            ("noise_input", noise_input, NOISE_INPUTS),
+            ("input_scale", input_scale, get_args(InputScale)),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        self.backbone = backbone
+        self.process = process
+        self.parametrization = parametrization
+        self.noise_input = noise_input
+        self.unit_variance = input_scale == "unit_variance" or parametrization == "edm"
+        self.sigma_data = sigma_data
+        self.autocast_dtype: torch.dtype | None = None
+        """The type the backbone computes in under mixed precision, None for float32 throughout."""
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+        """See :meth:`Denoiser.forward`."""
+        level = self.process.level(t)
+        u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, self.sigma_data)
+        x_in = x_t
+        if self.unit_variance:
+            scale = torch.rsqrt((level.alpha * self.sigma_data) ** 2 + level.sigma**2)
+            x_in = expand_like(scale, x_t) * x_t
+        c_noise = NOISE_INPUTS[self.noise_input](self.process, level).to(torch.float32)
+        x_in = x_in.to(next(self.backbone.parameters()).dtype)
+        with torch.autocast(x_t.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            raw = self.backbone(x_in, c_noise, cond)
+        return Prediction(x_t, raw, level, u, v)

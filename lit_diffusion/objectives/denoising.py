@@ -1,0 +1,98 @@
+r"""Denoising score matching: the law of the noise level, the weight, the loss of one image.
+
+.. math::  L(\theta) = E_{t}\, \lambda(t)\, E_{x_0, \epsilon}\,
+           \Big\| s_\theta(\alpha x_0 + \sigma \epsilon, t) + \frac{\epsilon}{\sigma} \Big\|^2
+
+(Vincent 2011, eq. 9; Song and Ermon 2019, eqs. 5 and 6). It is computed as ``lambda/sigma^2 |eps_theta - eps|^2``, which
+is the same number without the division of two small ones. For each t its minimiser is the score of the smoothed density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.errors import UserError
+from lit_diffusion.processes import Level, Process
+from lit_diffusion.randomness import keyed_normal, keyed_uniform
+
+TimeLaw = Literal["levels", "uniform"]
+Weight = Literal["sigma2", "one", "g2"]
+Reduction = Literal["half_sum", "mean"]
+
+
+def _levels(u: Tensor, process: Process) -> Tensor:
+    grid = process.grid().to(u.device)
+    return grid[(u.to(torch.float64) * len(grid)).long().clamp(max=len(grid) - 1)]
+
+
+def _uniform(u: Tensor, process: Process) -> Tensor:
+    return process.t_min + (1.0 - process.t_min) * u.to(torch.float64)
+
+
+TIME_LAWS: dict[str, Callable[[Tensor, Process], Tensor]] = {"levels": _levels, "uniform": _uniform}
+"""Times ``[B]`` from uniform numbers ``[B]``: ``levels`` picks a grid point, ``uniform`` any time from t_min to 1."""
+
+WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
+    "sigma2": lambda process, level: level.sigma**2,
+    "one": lambda process, level: torch.ones_like(level.sigma),
+    "g2": lambda process, level: process.diffusion(level.t) ** 2,
+}
+"""``lambda(t)``: ``sigma2`` makes all levels weigh alike (NCSN, DDPM's simple loss), ``one`` is plain score matching,
+``g2`` the likelihood weighting (Song et al. 2021, "Maximum likelihood training")."""
+
+
+@dataclass(frozen=True)
+class DenoisingLoss:
+    """The loss of each image of a batch.
+
+    Attributes:
+        per_sample: ``[B]``, float32, to be averaged over the global batch.
+        t: the times drawn, float64 ``[B]``.
+    """
+
+    per_sample: Tensor
+    t: Tensor
+
+
+class DenoisingScoreMatching:
+    """The objective above.
+
+    Args:
+        time_law: how t is drawn, a row of :data:`TIME_LAWS`.
+        weight: ``lambda(t)``, a row of :data:`WEIGHTS`.
+        reduction: over the dimensions of an image: ``half_sum`` (NCSN's and score-SDE's 1/2 norm^2) or ``mean`` (DDPM's).
+    """
+
+    def __init__(self, time_law: TimeLaw, weight: Weight = "sigma2", reduction: Reduction = "half_sum") -> None:
+        for name, value, known in (("time_law", time_law, TIME_LAWS), ("weight", weight, WEIGHTS)):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        self.time_law = time_law
+        self.weight = weight
+        self.reduction = reduction
+
+    def __call__(
+        self, denoiser: Denoiser, x0: Tensor, seed: int, index: Tensor, cond: Condition | None = None
+    ) -> DenoisingLoss:
+        """The loss of the images that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it."""
+        t = TIME_LAWS[self.time_law](keyed_uniform(seed, "time", index), denoiser.process)
+        eps = keyed_normal(seed, "noise", index, tuple(x0.shape[1:]), dtype=x0.dtype)
+        return self.at(denoiser, x0, t, eps, cond)
+
+    def at(
+        self, denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, cond: Condition | None = None
+    ) -> DenoisingLoss:
+        """The loss at given times ``[B]`` and noise."""
+        prediction = denoiser(denoiser.process.perturb(x0, t, eps), t, cond)
+        level = prediction.level
+        error = (prediction.eps - eps).flatten(1).square()
+        per_sample = 0.5 * error.sum(1) if self.reduction == "half_sum" else error.mean(1)
+        weight = WEIGHTS[self.weight](denoiser.process, level) / level.sigma**2
+        return DenoisingLoss(per_sample * weight.to(per_sample.dtype), t)
