@@ -303,13 +303,15 @@ class Betas(Process):
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
         left, fraction = self._cell(t)
-        start, end = self.log_alpha_bar[left], self.log_alpha_bar[left + 1]
+        table = self.log_alpha_bar.to(t.device)
+        start, end = table[left], table[left + 1]
         return torch.where(fraction == 1.0, end, start + fraction * (end - start))
 
     def _slope(self, t: Tensor) -> Tensor:
         assert self.levels is not None
         left, _ = self._cell(t)
-        return self.levels * (self.log_alpha_bar[left + 1] - self.log_alpha_bar[left])
+        table = self.log_alpha_bar.to(t.device)
+        return self.levels * (table[left + 1] - table[left])
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """``log(abar) / 2``."""
@@ -331,9 +333,9 @@ class Betas(Process):
         """From ``log abar = -log(1 + e^{-log_snr})``, by inverting the piecewise linear table."""
         assert self.levels is not None
         target = -nn.functional.softplus(-log_snr.to(torch.float64), threshold=700.0)
-        falling = -self.log_alpha_bar
-        left = (torch.searchsorted(falling, -target) - 1).clamp(0, self.levels - 1)
-        start, end = self.log_alpha_bar[left], self.log_alpha_bar[left + 1]
+        table = self.log_alpha_bar.to(target.device)
+        left = (torch.searchsorted(-table, -target) - 1).clamp(0, self.levels - 1)
+        start, end = table[left], table[left + 1]
         return (left + (target - start) / (end - start)) / self.levels
 
 

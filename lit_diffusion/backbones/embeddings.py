@@ -1,0 +1,114 @@
+"""How a network is told the noise level and the class."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.backbones.layers import dense
+from lit_diffusion.errors import UserError
+from lit_diffusion.randomness import keyed_normal
+
+NoiseFeatures = Literal["positional", "fourier", "none"]
+
+
+class PositionalFeatures(nn.Module):
+    r"""The transformer's features of a position (Vaswani et al. 2017; Ho et al. 2020)::
+
+        [sin(w_0 c), .., sin(w_{n-1} c), cos(w_0 c), .., cos(w_{n-1} c)],   w_j = 10000^(-j / (n - 1))
+
+    The periods go from 6 to 63,000, so they tell numbers like 0 .. 999 apart; the time of ``[0, 1]`` has to be scaled.
+
+    Args:
+        size: 2n, the number of features.
+
+    Raises:
+        UserError: if the size is odd or less than 4.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size < 4 or size % 2:
+            raise UserError(f"positional noise features come in pairs: {size} of them; give an even width of at least 4")
+        self.size = size
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """``[B]`` to ``[B, size]``, values in ``[-1, 1]``."""
+        half = self.size // 2
+        index = torch.arange(half, dtype=c_noise.dtype, device=c_noise.device)
+        angle = c_noise[:, None] * torch.exp(index * (-math.log(10000.0) / (half - 1)))
+        return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+class FourierFeatures(nn.Module):
+    r"""Random Fourier features (Tancik et al. 2020; Song et al. 2021, app. C)::
+
+        [sin(2 pi w c), cos(2 pi w c)],   w ~ N(0, scale^2 I)
+
+    The frequencies are drawn once, the same ones in every network of a size: they are keyed, take nothing from the
+    global generator, and are kept in the checkpoint.
+
+    Args:
+        size: the number of features, even.
+        scale: the standard deviation of the frequencies; large means that near-by noise levels look different.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, size: int, scale: float = 16.0) -> None:
+        super().__init__()
+        if size < 2 or size % 2:
+            raise UserError(f"Fourier noise features come in pairs: {size} of them; give an even width")
+        normal = keyed_normal(0, "Fourier features", torch.zeros(1, dtype=torch.int64), (size // 2,))
+        self.register_buffer("frequencies", scale * normal[0])
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """``[B]`` to ``[B, size]``, values in ``[-1, 1]``."""
+        angle = (2.0 * math.pi) * c_noise[:, None] * self.frequencies
+        return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+class NoiseEmbedding(nn.Module):
+    r"""One vector that tells every block the noise level and the class::
+
+        e = silu(W_2 silu(W_1 features(c_noise) + b_1) + b_2 + table[label])
+
+    The outer silu is the one that each block would apply first. All of it is computed in the parameters' precision,
+    never under autocast: bfloat16 cannot tell 998.4 from 1000.
+
+    Args:
+        features: the number of features of ``c_noise``; Fourier ones come twice, as sines and cosines.
+        width: of e.
+        kind: which features; ``none`` leaves the class alone.
+        fourier_scale: see :class:`FourierFeatures`.
+        num_classes: K; the table has a row for each and the row K for "no label" (Ho and Salimans 2022).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        kind: NoiseFeatures = "positional",
+        fourier_scale: float = 16.0,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.features: nn.Module | None = None
+        if kind == "positional":
+            self.features = nn.Sequential(PositionalFeatures(features), dense(features, width))
+        elif kind == "fourier":
+            self.features = nn.Sequential(FourierFeatures(2 * features, fourier_scale), dense(2 * features, width))
+        if self.features is not None:
+            self.out = dense(width, width)
+        if num_classes is not None:
+            self.table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
+        """``c_noise`` ``[B]``, labels int64 ``[B]`` in ``0 .. K``; returns ``[B, width]``."""
+        ...
