@@ -1,0 +1,66 @@
+"""The clock of a run: images seen. Steps, warm-ups, half-lives and cadences are read off it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lit_diffusion.errors import UserError
+
+
+@dataclass
+class Clock:
+    """How far a run is.
+
+    Attributes:
+        images: training images seen by all processes together, a skipped batch included.
+        steps: optimiser steps asked for, a skipped one included.
+        batch: images of one step over all processes; set when training starts.
+    """
+
+    images: int = 0
+    steps: int = 0
+    batch: int = 1
+
+    def tick(self) -> None:
+        """One step is done."""
+        self.images += self.batch
+        self.steps += 1
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often something happens, in images seen or in steps; with both, when either is due; with neither, never."""
+
+    images: int | None = None
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, owner: str, images: int | None, steps: int | None) -> Cadence:
+        """Checked.
+
+        Raises:
+            UserError: if a number is not positive.
+        """
+        for key, value in (("every_n_images", images), ("every_n_steps", steps)):
+            if value is not None and value < 1:
+                raise UserError(f"{owner}.{key} is {value}; give a positive number, or null for never")
+        return cls(images, steps)
+
+    def due(self, clock: Clock) -> bool:
+        """Whether it is due after the step that the clock just counted."""
+        by_images = self.images is not None and clock.images // self.images > (clock.images - clock.batch) // self.images
+        return by_images or (self.steps is not None and clock.steps % self.steps == 0)
+
+
+def in_images(owner: str, key: str, images: int | None, steps: int | None, batch: int) -> int:
+    """A length that the YAML gives as ``<key>_images`` or ``<key>_steps``, in images; 0 when neither is given.
+
+    Raises:
+        UserError: if both are given or one is negative.
+    """
+    if images is not None and steps is not None:
+        raise UserError(f"{owner}: give {key}_images or {key}_steps, not both (set the other to null)")
+    value = images if images is not None else (steps or 0) * batch
+    if value < 0:
+        raise UserError(f"{owner}: {key} is {value} images; it cannot be negative")
+    return value

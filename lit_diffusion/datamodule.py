@@ -1,0 +1,294 @@
+"""The DataModule: from a source's bytes to the normalised batch, in an order that is a function of the images seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler as IndexSampler
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.data.source import Source
+from lit_diffusion.errors import UserError
+from lit_diffusion.randomness import keyed_permutation, keyed_uniform
+
+SPLIT_SEED = 0
+"""The held-out images do not depend on a run's seed, so that runs can be compared on them."""
+
+
+@dataclass
+class Batch:
+    """A normalised batch.
+
+    Attributes:
+        x: float32 ``[B, C, H, W]`` in the declared value range, or points ``[B, D]``.
+        index: int64 ``[B]``: which image of the run each is (its number n in training), the key of its randomness.
+        cond: what each is conditioned on, None for data without labels.
+    """
+
+    x: Tensor
+    index: Tensor
+    cond: Condition | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Parts of at most ``size`` rows; the whole batch for None."""
+        if size is None or size >= len(self):
+            return [self]
+        return [
+            Batch(self.x[rows], self.index[rows], None if self.cond is None else self.cond[rows])
+            for rows in (slice(start, start + size) for start in range(0, len(self), size))
+        ]
+
+
+class _Numbered(Dataset[dict[str, Any]]):
+    """Items ``(number in the run, index in the source)`` to their value, label and number."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int, int]:
+        number, index = item
+        label = self.source.label(index)
+        return self.source.value(index), -1 if label is None else label, number
+
+    @staticmethod
+    def collate(items: list[tuple[np.ndarray, int, int]]) -> dict[str, Tensor]:
+        values, labels, numbers = zip(*items, strict=True)
+        return {
+            "value": torch.from_numpy(np.stack(values)),
+            "label": torch.tensor(labels),
+            "index": torch.tensor(numbers),
+        }
+
+
+class TrainingOrder(IndexSampler[list[tuple[int, int]]]):
+    """Endless batches of one process: image n of the run is entry ``n mod N`` of the permutation of its epoch.
+
+    Args:
+        indices: int64 ``[N]``, of the training images in their source.
+        seed: of the run.
+        start: images seen so far.
+        batch: over all processes.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, indices: Tensor, seed: int, start: int, batch: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = indices
+        self.seed = seed
+        self.start = start
+        self.batch = batch
+        self.share = batch // world_size
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        length = len(self.indices)
+        epoch, order = -1, self.indices
+        first = self.start + self.rank * self.share
+        while True:
+            numbered = []
+            for n in range(first, first + self.share):
+                if n // length != epoch:
+                    epoch = n // length
+                    order = self.indices[keyed_permutation(self.seed, "order", length, epoch)]
+                numbered.append((n, int(order[n % length])))
+            yield numbered
+            first += self.batch
+
+
+class DataModule(pl.LightningDataModule):
+    """Images (or points) of one source, split, ordered, flipped and normalised exactly once.
+
+    Args:
+        source: where the data come from.
+        global_batch_size: images of one optimiser step over all processes together.
+        value_range: what black and white become, ``[0, 1]`` or ``[-1, 1]``; points are used as they are.
+        held_out: a source of its own for validation and test; null: a fraction of ``source``.
+        held_out_fraction: of ``source`` kept for validation and test when ``held_out`` is null; the same images for
+            every seed.
+        flip: mirror half of the training images left to right.
+        dequantise: add uniform noise of one grey level, so that values fill the range.
+        micro_batch_size: the most images of one forward and backward pass in a process, the rest is accumulated; null:
+            the process's whole share.
+        num_workers: processes that load images, per training process; the order is the same for any number.
+        predict_samples: how many samples ``predict`` makes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        global_batch_size: int = 128,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        held_out: Source | None = None,
+        held_out_fraction: float = 0.1,
+        flip: bool = False,
+        dequantise: bool = False,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        predict_samples: int = 64,
+    ) -> None:
+        super().__init__()
+        if len(source) < 2:
+            raise UserError(f"data source {source.name} has {len(source)} items; training needs at least two")
+        if global_batch_size < 1:
+            raise UserError(f"data.global_batch_size is {global_batch_size}; give a positive number")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise UserError(f"data.micro_batch_size is {micro_batch_size}; give a positive number or null")
+        if not value_range[0] < value_range[1]:
+            raise UserError(f"data.value_range is {list(value_range)}; the first must be below the second")
+        if held_out is not None and tuple(held_out.shape) != tuple(source.shape):
+            raise UserError(f"data.held_out has shape {held_out.shape}, data.source {source.shape}; they must agree")
+        if not 0.0 <= held_out_fraction < 1.0:
+            raise UserError(f"data.held_out_fraction is {held_out_fraction}; it must be at least 0 and below 1")
+        if flip and len(source.shape) != 3:
+            raise UserError("data.flip mirrors images; this source has points: set flip: false")
+        self.source = source
+        self.global_batch_size = global_batch_size
+        self.flip = flip
+        self.dequantise = dequantise
+        self.micro_batch_size = micro_batch_size
+        self.num_workers = num_workers
+        self.predict_samples = predict_samples
+        self.seed = 0
+        """Of the run; the command line sets it."""
+        self.held_out_source = source if held_out is None else held_out
+        self.facts = DataFacts(
+            source=source.name,
+            shape=tuple(source.shape),
+            levels=source.levels,
+            value_range=None if source.levels is None else (float(value_range[0]), float(value_range[1])),
+            num_classes=source.num_classes,
+        )
+        if held_out is not None:
+            self.train_indices = torch.arange(len(source))
+            self.held_out_indices = torch.arange(len(held_out))
+        else:
+            order = keyed_permutation(SPLIT_SEED, "split", len(source))
+            count = round(held_out_fraction * len(source))
+            self.held_out_indices = order[:count].sort().values
+            self.train_indices = order[count:].sort().values
+        self._checked = False
+
+    # ---- loaders -----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check what only the Trainer knows.
+
+        Raises:
+            UserError: if the global batch cannot be shared equally.
+        """
+        if self.trainer is not None and self.global_batch_size % self.trainer.world_size != 0:
+            raise UserError(
+                f"data.global_batch_size {self.global_batch_size} is not a multiple of the "
+                f"{self.trainer.world_size} processes; choose one that is"
+            )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Endless, from the images seen so far."""
+        rank, world_size = self._place
+        seen = 0 if self.trainer is None else self.trainer.lightning_module.clock.images
+        order = TrainingOrder(self.train_indices, self.seed, seen, self.global_batch_size, rank, world_size)
+        return self._loader(self.source, order)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Every held-out image once, over all processes: strided, never padded."""
+        rank, world_size = self._place
+        mine = list(enumerate(self.held_out_indices.tolist()))[rank::world_size]
+        if not mine:
+            return []
+        size = max(1, self.global_batch_size // world_size)
+        return self._loader(self.held_out_source, [mine[k : k + size] for k in range(0, len(mine), size)])
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> list[Tensor]:
+        """The indices of the samples that ``predict`` makes, strided over the processes."""
+        rank, world_size = self._place
+        mine = torch.arange(rank, self.predict_samples, world_size)
+        return list(mine.split(max(1, self.global_batch_size // world_size))) if len(mine) else []
+
+    def _loader(self, source: Source, batches: Any) -> DataLoader[Any]:
+        return DataLoader(
+            _Numbered(source),
+            batch_sampler=batches,
+            collate_fn=_Numbered.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    # ---- normalisation -----------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On the device: augment and normalise. Indices of samples to predict pass through."""
+        if isinstance(batch, Tensor):
+            return batch
+        training = self.trainer is not None and self.trainer.training
+        return self.prepare(batch["value"], batch["label"], batch["index"], training)
+
+    def prepare(self, value: Tensor, label: Tensor, index: Tensor, training: bool) -> Batch:
+        """A normalised batch from a source's values ``[B, ...]``, labels ``[B]`` (-1: none) and numbers ``[B]``."""
+        if self.facts.is_image:
+            self._check(value)
+            if training and self.flip:
+                mirrored = keyed_uniform(self.seed, "flip", index) < 0.5
+                value = torch.where(mirrored[:, None, None, None], value.flip(-1), value)
+        x = self.normalise(value, index if self.dequantise and training else None)
+        cond = None if self.facts.num_classes is None else Condition(label=label)
+        return Batch(x, index, cond)
+
+    def normalise(self, value: Tensor, dequantise_index: Tensor | None = None) -> Tensor:
+        """Grey levels to the value range, float32; points as they are.
+
+        Args:
+            value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
+            dequantise_index: with it, ``(v + u) / levels`` with u uniform and keyed by it; without, ``v / (levels - 1)``.
+        """
+        if self.facts.levels is None or self.facts.value_range is None:
+            return value.to(torch.float32)
+        low, high = self.facts.value_range
+        if dequantise_index is None:
+            unit = value.to(torch.float32) / (self.facts.levels - 1)
+        else:
+            uniform = keyed_uniform(self.seed, "dequantise", dequantise_index, tuple(value.shape[1:]))
+            unit = (value.to(torch.float32) + uniform) / self.facts.levels
+        return low + (high - low) * unit
+
+    def _check(self, value: Tensor) -> None:
+        """Once, on the first batch: the source must yield raw grey levels."""
+        if self._checked:
+            return
+        name, levels = self.source.name, self.facts.levels
+        assert levels is not None
+        if value.dtype != torch.uint8:
+            raise UserError(
+                f"data source {name} yields {value.dtype}, not uint8 grey levels 0..{levels - 1}: it was normalised "
+                f"already; the DataModule does that once, to value_range {list(self.facts.value_range or ())}"
+            )
+        if int(value.max()) > levels - 1:
+            raise UserError(
+                f"data source {name} yields grey level {int(value.max())} but declares levels 0..{levels - 1}; "
+                f"correct the source's levels"
+            )
+        self._checked = True
+
+    # ---- what a method asks of the data before it is built -----------------------------------------------------
+
+    def training_values(self, indices: Tensor) -> Tensor:
+        """Normalised training data number ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
+        values = [self.source.value(int(self.train_indices[i])) for i in indices]
+        return self.normalise(torch.from_numpy(np.stack(values)))

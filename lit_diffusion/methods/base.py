@@ -1,0 +1,293 @@
+"""What every method is: a LightningModule that is one paper."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.clock import Clock, in_images
+from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.errors import UserError
+from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION
+from lit_diffusion.objectives import DenoisingLoss
+from lit_diffusion.randomness import SampleNoise, stream_key
+from lit_diffusion.samplers.base import OnStep, Sampler
+
+Adam: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3)  # noqa: E731 (jsonargparse reads a lambda default)
+NON_FINITE_IN_A_ROW = 3
+"""Consecutive steps whose loss or gradient is not finite after which a run is given up."""
+
+
+class Method(pl.LightningModule):
+    """One paper: a denoiser, an objective, a default sampler and the optimiser.
+
+    A subclass builds those in its constructor and says what the loss of a batch is (:meth:`loss`).
+
+    Args:
+        denoiser: the model.
+        sampler: the paper's own, used where none is asked for.
+        optimizer: from parameters to an optimiser.
+        warmup_images: the learning rate rises linearly over the first so many images; or
+        warmup_steps: over so many steps.
+        gradient_clip: largest norm of the gradient, null for none.
+    """
+
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        sampler: Sampler,
+        optimizer: OptimizerCallable = Adam,
+        warmup_images: int | None = None,
+        warmup_steps: int | None = None,
+        gradient_clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.denoiser = denoiser
+        self.sampler = sampler
+        self.make_optimizer = optimizer
+        self.warmup = (warmup_images, warmup_steps)
+        self.gradient_clip = gradient_clip
+        self.clock = Clock()
+        self.seed = 0
+        self.facts: DataFacts | None = None
+        self.run_config: dict[str, Any] | None = None
+        """The whole resolved configuration; the command line sets it, checkpoints carry it."""
+        self.stepped = False
+        """Whether the last training step changed the weights (False when its gradient was not finite)."""
+        self.last_loss = torch.zeros(())
+        self.last_gradient_norm = torch.zeros(())
+        self.skipped_steps = 0
+        self._non_finite_in_a_row = 0
+        self._held_out: list[Tensor] = []
+
+    # ---- what a paper says -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+        """The loss of each image of a batch; its randomness is keyed by ``seed`` and ``batch.index``."""
+
+    @classmethod
+    def resolve_auto(cls, init_args: dict[str, Any], data: DataModule, say: Callable[[str], None]) -> dict[str, Any]:
+        """Numbers for the keys that the configuration leaves to the data (``auto``).
+
+        Args:
+            init_args: of this class, as configured.
+            data: set up, ready to be measured.
+            say: prints one line about a value that was found.
+
+        Returns:
+            Dotted keys below ``init_args`` and their numbers.
+        """
+        found: dict[str, Any] = {}
+        if (init_args.get("backbone") or {}).get("init_args", {}).get("data_shape") == "auto":
+            found["backbone.init_args.data_shape"] = list(data.facts.shape)
+        return found
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """From data to the space that is diffused, and its cost in nats ``[B]``: identity and 0 for most methods."""
+        return x, x.new_zeros(x.shape[0])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """From the space that is diffused to data."""
+        return z
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample in the space that is diffused."""
+        return self.require_facts().shape
+
+    # ---- sampling ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        indices: Tensor,
+        seed: int,
+        cond: Condition | None = None,
+        sampler: Sampler | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Samples number ``indices`` ``[B]`` of a seed, in data space and on this module's device.
+
+        Sample i is a function of (seed, i, its condition) alone.
+
+        Args:
+            indices: int64 ``[B]``.
+            seed: of the samples, independent of the training seed.
+            cond: the condition, ``[B]`` rows.
+            sampler: any that fits; None for the method's own.
+            on_step: called after every sampler step.
+
+        Returns:
+            ``[B, *shape]``, in ``facts.value_range`` up to overshoot.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            noise = SampleNoise(seed, indices.to(self.device), self.sample_shape)
+            return self.decode((sampler or self.sampler).sample(self.denoiser, noise, cond, on_step))
+        finally:
+            self.train(was_training)
+
+    def require_facts(self) -> DataFacts:
+        """The facts of the data.
+
+        Raises:
+            UserError: if nobody has set them.
+        """
+        if self.facts is None:
+            raise UserError("this model does not know its data: set method.facts = datamodule.facts")
+        return self.facts
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the data's facts and the Trainer's precision."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, DataModule):
+            self.facts = datamodule.facts
+            self.clock.batch = datamodule.global_batch_size
+        self.denoiser.autocast_dtype = getattr(self.trainer, "autocast_dtype", None)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimiser; its learning rate is the one after warm-up."""
+        optimizer = self.make_optimizer(self.denoiser.parameters())
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimiser step on this process's share of the global batch, in as many parts as its memory asks for."""
+        # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
+        torch.manual_seed(stream_key(self.seed, f"dropout/{self.global_rank}/{self.clock.images}") >> 1)
+        parts = batch.split(self._datamodule.micro_batch_size)
+        rows = len(batch)
+        self.optimise((self.loss(part, self.seed).per_sample.sum() / rows for part in parts), len(parts))
+
+    def optimise(self, losses: Iterable[Tensor], count: int) -> None:
+        """The one way from losses to weights: accumulate, check, clip, step, tick.
+
+        A step whose loss or gradient is not finite changes nothing but the clock; so the weights stay finite, and with
+        them every checkpoint and the EMA.
+
+        Args:
+            losses: ``count`` scalars that add up to this process's loss; made lazily, one graph at a time.
+            count: how many.
+
+        Raises:
+            UserError: after three such steps in a row.
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for done, loss in enumerate(losses, start=1):
+            with self._hold_sync() if done < count else nullcontext():
+                self.manual_backward(loss)
+            total += loss.detach()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf"))
+        # Gradients are averaged over the processes, so a NaN anywhere is a NaN everywhere; losses are not.
+        loss_is_finite = bool(self.trainer.strategy.reduce(torch.isfinite(total).float(), reduce_op="mean") == 1.0)
+        gradient_is_finite = bool(torch.isfinite(norm))
+        self.stepped = loss_is_finite and gradient_is_finite
+        if self.stepped or (scaler is not None and loss_is_finite):
+            # An overflow of float16 gradients is the scaler's business: it skips the step and lowers its scale.
+            self._set_learning_rate(optimizer.optimizer)
+            optimizer.step()
+            self._non_finite_in_a_row = 0
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            self.skipped_steps += 1
+            self._non_finite_in_a_row += 1
+        self.last_loss, self.last_gradient_norm = total, norm.detach()
+        self.clock.tick()
+        if self._non_finite_in_a_row >= NON_FINITE_IN_A_ROW:
+            raise UserError(
+                f"training diverged: loss {float(total):g}, gradient norm {float(norm):g} at step {self.clock.steps} "
+                f"({self.clock.images} images), {NON_FINITE_IN_A_ROW} times in a row; the last checkpoint is from "
+                f"before: lower the learning rate or set model.init_args.gradient_clip, and continue from it"
+            )
+        limit = getattr(self.trainer, "max_images", None)
+        if limit is not None and self.clock.images >= limit:
+            self.trainer.should_stop = True
+
+    def _hold_sync(self) -> AbstractContextManager[Any]:
+        """Accumulate without averaging over the processes yet, where the strategy does that in backward."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return nullcontext() if block is None else block()
+
+    def _set_learning_rate(self, optimizer: Optimizer) -> None:
+        warmup = in_images("model", "warmup", *self.warmup, batch=self.clock.batch)
+        factor = 1.0 if warmup == 0 else min(1.0, (self.clock.images + self.clock.batch) / warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    @property
+    def _datamodule(self) -> DataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, DataModule):
+            raise UserError("methods train on a lit_diffusion DataModule: trainer.fit(method, datamodule=...)")
+        return datamodule
+
+    # ---- held-out loss -----------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss of held-out images, each with its own fixed noise: equal on any number of processes."""
+        per_sample = self.loss(batch, stream_key(self.seed, "held-out")).per_sample.double()
+        self._held_out.append(torch.stack((per_sample.sum(), torch.tensor(float(len(batch)), device=self.device))))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Average over all images of all processes, however many each had."""
+        self._log_held_out("val/loss")
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation."""
+        self._log_held_out("test/loss")
+
+    def _log_held_out(self, name: str) -> None:
+        sums = torch.stack(self._held_out).sum(0) if self._held_out else torch.zeros(2, device=self.device)
+        self._held_out.clear()
+        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if count:
+            self.log(name, total / count, rank_zero_only=True)
+
+    def predict_step(self, indices: Tensor, batch_idx: int) -> Tensor:
+        """Samples number ``indices`` of the run's seed."""
+        return self.generate(indices, self.seed)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not know; plain types only."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "format_version": FORMAT_VERSION,
+            "config": self.run_config,
+            "facts": None if self.facts is None else self.facts.plain(),
+            "images_seen": self.clock.images,
+            "steps": self.clock.steps,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Set the clock."""
+        state = checkpoint[CHECKPOINT_KEY]
+        self.clock.images = state["images_seen"]
+        self.clock.steps = state["steps"]
+        self.skipped_steps = state["skipped_steps"]

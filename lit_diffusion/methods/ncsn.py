@@ -1,0 +1,74 @@
+r"""Noise conditional score networks (Song and Ermon 2019, "Generative modeling by estimating gradients of the data
+distribution").
+
+Train one network on all levels of a geometric sequence :math:`\sigma_1 > \dots > \sigma_L`,
+
+.. math::  L = \frac{1}{L} \sum_i \sigma_i^2\, \frac{1}{2} E \Big\| s_\theta(x + \sigma_i \epsilon, \sigma_i)
+           + \frac{\epsilon}{\sigma_i} \Big\|^2
+
+(eqs. 5 and 6), and sample with annealed Langevin dynamics (algorithm 1).
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch.cli import OptimizerCallable
+
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.datamodule import Batch
+from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
+from lit_diffusion.methods.base import Adam, Method
+from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.processes import VE
+from lit_diffusion.samplers import AnnealedLangevin, Sampler
+
+
+class NCSN(Method):
+    """NCSN: a noise-conditional score network with annealed Langevin sampling.
+
+    Args:
+        backbone: the network.
+        sigma_max: the largest noise level, in units of the normalised data.
+        sigma_min: the smallest noise level.
+        levels: number of levels L, geometric from sigma_max to sigma_min.
+        parametrization: what the network's output is: ``raw_score`` (the paper), ``score`` (sigma times the score), ...
+        noise_input: what it is told of the level: ``index`` (the paper, with conditional instance normalisation) or
+            ``log_sigma``.
+        input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
+        sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
+        sampler: default sampler, null for annealed Langevin dynamics with the paper's constants.
+        optimizer: optimiser class and arguments.
+        warmup_images: the learning rate rises linearly over so many images (or give warmup_steps).
+        warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images).
+        gradient_clip: largest norm of the gradient, null for none.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        sigma_max: float = 1.0,
+        sigma_min: float = 0.01,
+        levels: int = 10,
+        parametrization: Parametrization = "raw_score",
+        noise_input: NoiseInput = "index",
+        input_scale: InputScale = "none",
+        sigma_data: float = 0.5,
+        sampler: Sampler | None = None,
+        optimizer: OptimizerCallable = Adam,
+        warmup_images: int | None = None,
+        warmup_steps: int | None = None,
+        gradient_clip: float | None = None,
+    ) -> None:
+        process = VE(sigma_min, sigma_max, levels)
+        super().__init__(
+            NetworkDenoiser(backbone, process, parametrization, noise_input, input_scale, sigma_data),
+            sampler or AnnealedLangevin(),
+            optimizer,
+            warmup_images,
+            warmup_steps,
+            gradient_clip,
+        )
+        self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
+
+    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+        """``sigma^2/2 |s + eps/sigma|^2`` of each image at a level of its own."""
+        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

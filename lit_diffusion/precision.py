@@ -1,0 +1,56 @@
+"""Mixed precision for the backbone alone.
+
+Lightning's own plugin puts the whole ``training_step`` under autocast, and with it times, schedules, losses and metrics.
+Ours leaves that context empty; the denoiser opens autocast around the backbone and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from lit_diffusion.errors import UserError
+
+PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+_DTYPES: dict[str, torch.dtype | None] = {
+    "32-true": None,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The type a backbone computes in, None for plain float32.
+
+    Raises:
+        UserError: for a precision that is not one of ``32-true``, ``bf16-mixed``, ``16-mixed``.
+    """
+    if precision not in _DTYPES:
+        raise UserError(f"precision is {precision!r}; choose one of {', '.join(get_args(PrecisionName))}")
+    return _DTYPES[precision]
+
+
+class BackboneMixedPrecision(MixedPrecision):
+    """Lightning's mixed precision without its autocast, and with the gradient scaler left to ``Method.optimise``."""
+
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        """Nothing: see the module's docstring."""
+        yield
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Step through the scaler; the gradients were unscaled before they were clipped and checked."""
+        if self.scaler is None:
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        closure()
+        result = self.scaler.step(optimizer)
+        self.scaler.update()
+        return result

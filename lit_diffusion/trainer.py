@@ -1,0 +1,53 @@
+"""Lightning's Trainer with the choices that this project makes once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+
+from lit_diffusion.errors import UserError
+from lit_diffusion.precision import BackboneMixedPrecision, PrecisionName, autocast_dtype
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer, counted in images, with mixed precision around the backbone only.
+
+    Args:
+        max_images: train until this many images were seen; null: no such end (give ``max_steps`` or ``max_time``).
+        precision: ``32-true``, ``bf16-mixed`` (the backbone in bfloat16, all else float32) or ``16-mixed``.
+        **kwargs: Lightning's own.
+    """
+
+    def __init__(
+        self, *, max_images: int | None = None, precision: PrecisionName = "32-true", **kwargs: Any
+    ) -> None:
+        self.autocast_dtype = autocast_dtype(precision)
+        if max_images is not None and max_images < 1:
+            raise UserError(f"trainer.max_images is {max_images}; give a positive number")
+        self.max_images = max_images
+        for key in ("gradient_clip_val", "gradient_clip_algorithm"):
+            if kwargs.get(key) is not None:
+                raise UserError(f"trainer.{key} does nothing here; set model.init_args.gradient_clip")
+        if kwargs.get("accumulate_grad_batches", 1) != 1:
+            raise UserError("trainer.accumulate_grad_batches does nothing here; set data.micro_batch_size")
+        strategy = kwargs.get("strategy", "auto")
+        if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
+            raise UserError("trainer.strategy fsdp is not supported; use ddp")
+        if self.autocast_dtype is not None:
+            device = "cuda" if self._wants_cuda(kwargs.get("accelerator", "auto")) else "cpu"
+            plugins = kwargs.get("plugins") or []
+            plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+            kwargs["plugins"] = [*plugins, BackboneMixedPrecision(precision, device)]  # type: ignore[arg-type]
+        # One endless epoch over a stateless index: epochs are read off the images seen, not the other way round.
+        kwargs["max_epochs"] = -1
+        # Samplers and likelihoods take gradients inside evaluation; the loaders shard themselves.
+        kwargs["inference_mode"] = False
+        kwargs["use_distributed_sampler"] = False
+        super().__init__(**kwargs)
+
+    @staticmethod
+    def _wants_cuda(accelerator: Any) -> bool:
+        return accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
