@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -40,7 +40,6 @@ class Backbone(nn.Module, ABC):
     """True while second derivatives are wanted: attention in plain operations, see :meth:`set_higher_order`."""
 
     num_classes: int | None = None
-    noise_inputs: ClassVar[frozenset[str]] = frozenset({"continuous"})
 
     @abstractmethod
     def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
@@ -59,7 +58,7 @@ class Backbone(nn.Module, ABC):
         """Make every operation twice differentiable (fused attention kernels are not)."""
         for module in self.modules():
             if hasattr(module, "higher_order"):
-                module.higher_order = enabled
+                module.higher_order = enabled  # type: ignore[assignment]
 
 
 def resolved_shape(data_shape: Shape | list[int] | Literal["auto"], owner: str) -> Shape:

@@ -34,7 +34,9 @@ class PositionalFeatures(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         if size < 4 or size % 2:
-            raise UserError(f"positional noise features come in pairs: {size} of them; give an even width of at least 4")
+            raise UserError(
+                f"positional noise features come in pairs: {size} of them; give an even width of at least 4"
+            )
         self.size = size
 
     def forward(self, c_noise: Tensor) -> Tensor:
@@ -101,14 +103,35 @@ class NoiseEmbedding(nn.Module):
         self.num_classes = num_classes
         self.features: nn.Module | None = None
         if kind == "positional":
-            self.features = nn.Sequential(PositionalFeatures(features), dense(features, width))
+            self.features = PositionalFeatures(features)
         elif kind == "fourier":
-            self.features = nn.Sequential(FourierFeatures(2 * features, fourier_scale), dense(2 * features, width))
+            features = 2 * features
+            self.features = FourierFeatures(features, fourier_scale)
         if self.features is not None:
-            self.out = dense(width, width)
+            self.dense1 = dense(features, width)
+            self.dense2 = dense(width, width)
         if num_classes is not None:
             self.table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
-        """``c_noise`` ``[B]``, labels int64 ``[B]`` in ``0 .. K``; returns ``[B, width]``."""
-        ...
+        """Embed.
+
+        Args:
+            c_noise: ``[B]``.
+            cond: its labels are int64 ``[B]`` in ``0 .. K``; without them every label is K. Without classes they are
+                not looked at.
+
+        Returns:
+            ``[B, width]`` in the parameters' dtype.
+        """
+        with torch.autocast(c_noise.device.type, enabled=False):
+            parts = []
+            if self.features is not None:
+                hidden = self.dense1(self.features(c_noise.to(self.dense1.weight.dtype)))
+                parts.append(self.dense2(F.silu(hidden)))
+            if self.num_classes is not None:
+                label = None if cond is None else cond.label
+                if label is None:
+                    label = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
+                parts.append(self.table(label))
+            return F.silu(sum(parts))

@@ -52,8 +52,8 @@ def conv3x3(inputs: int, outputs: int, zero: bool = False) -> nn.Conv2d:
 class Pointwise(nn.Linear):
     """A linear map of the channels at each pixel: ``[B, C, H, W]`` to ``[B, C', H, W]``.
 
-    The weight is a matrix and not a ``[C', C, 1, 1]`` kernel: in the channels-last format the strides of that kernel and
-    of its gradient differ, which DistributedDataParallel answers with a copy and a warning.
+    The weight is a matrix and not a ``[C', C, 1, 1]`` kernel: in the channels-last format the strides of that kernel
+    and of its gradient differ, which DistributedDataParallel answers with a copy and a warning.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

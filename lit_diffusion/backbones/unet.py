@@ -1,0 +1,349 @@
+"""The shared U-Net: DDPM's, DDPM++'s and NCSN++'s by configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_diffusion.backbones.base import Backbone, Condition, resolved_shape
+from lit_diffusion.backbones.embeddings import NoiseEmbedding, NoiseFeatures
+from lit_diffusion.backbones.layers import (
+    Attention,
+    ConditionalInstanceNorm,
+    GroupNorm,
+    Pointwise,
+    add_residual,
+    conv3x3,
+    dense,
+    require_choice,
+)
+from lit_diffusion.backbones.resampling import Resampling, downsampling, strided_conv, upsampling
+from lit_diffusion.errors import UserError
+
+Normalisation = Literal["group", "conditional_instance"]
+DecoderAttention = Literal["every", "last"]
+
+
+class ResidualBlock(nn.Module):
+    r"""Two convolutions beside a skip connection, told the noise level in between::
+
+        h = conv_1(R silu(norm_1(x)))
+        h = norm_2(h + W e)                         or, with scale_shift,  norm_2(h) (1 + W_s e) + W_b e
+        y = skip(R x) + conv_2(dropout(silu(h)))    divided by sqrt(2) with rescale
+
+    R is the identity, or halves or doubles the sides (Brock et al. 2019); ``skip`` is the identity where it can be and
+    a linear map of the channels where their number or the side changes.
+
+    Args:
+        inputs: channels of x.
+        outputs: channels of y.
+        norm: makes a normalisation for a number of channels; its ``forward`` takes the features and the level's index.
+        embedding: the length of e, or None if there is none.
+        dropout: the probability.
+        rescale: divide the sum by sqrt(2).
+        scale_shift: e scales and shifts the normalised features (Nichol and Dhariwal 2021) instead of being added.
+        zero_init: start with ``conv_2 = 0``.
+        resample: R.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        norm: Callable[[int], nn.Module],
+        embedding: int | None,
+        dropout: float = 0.0,
+        rescale: bool = False,
+        scale_shift: bool = False,
+        zero_init: bool = True,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.rescale = rescale
+        self.scale_shift = scale_shift
+        self.resample = resample
+        self.norm1 = norm(inputs)
+        self.conv1 = conv3x3(inputs, outputs)
+        self.project = None if embedding is None else dense(embedding, 2 * outputs if scale_shift else outputs)
+        self.norm2 = norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv3x3(outputs, outputs, zero=zero_init)
+        self.skip = Pointwise(inputs, outputs) if inputs != outputs or resample is not None else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, level: Tensor | None = None) -> Tensor:
+        """``x`` ``[B, C, H, W]``, ``embedding`` ``[B, E]``, ``level`` int64 ``[B]``; returns ``[B, C', H', W']``."""
+        h = F.silu(self.norm1(x, level))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv1(h)
+        told = None if self.project is None else self.project(embedding)[:, :, None, None]
+        if told is None:
+            h = self.norm2(h, level)
+        elif self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h, level), 1.0 + scale)
+        else:
+            h = self.norm2(h + told, level)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return add_residual(x if self.skip is None else self.skip(x), h, self.rescale)
+
+
+class Stage(nn.Module):
+    """A residual block and, perhaps, attention after it."""
+
+    def __init__(self, block: ResidualBlock, attention: Attention | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor | None, level: Tensor | None) -> Tensor:
+        """As :meth:`ResidualBlock.forward`."""
+        x = self.block(x, embedding, level)
+        return x if self.attention is None else self.attention(x, level)
+
+
+class Resample(nn.Module):
+    """Halving or doubling between the residual blocks: what is not told the noise level."""
+
+    def __init__(self, resample: nn.Module) -> None:
+        super().__init__()
+        self.resample = resample
+
+    def forward(self, x: Tensor, embedding: Tensor | None, level: Tensor | None) -> Tensor:
+        """As :meth:`ResidualBlock.forward`, of which only ``x`` is used."""
+        return self.resample(x)
+
+
+class UNet(Backbone):
+    r"""A U-Net of residual blocks (Ronneberger et al. 2015; Ho et al. 2020).
+
+    The encoder runs ``blocks`` residual blocks at each resolution and halves the sides in between; the decoder runs
+    ``blocks + 1`` and doubles them, each block taking one of the encoder's features beside its own.
+
+    ============================  ==============  ================  ==================
+    the papers' networks          DDPM            DDPM++            NCSN++
+    ============================  ==============  ================  ==================
+    ``blocks`` (deep)             2               4 (8)             4 (8)
+    ``noise_features``            positional      positional        fourier
+    ``resampling``                conv            nearest           fir
+    ``resample_in_block``         false           true              true
+    ``rescale_residual``          false           true              true
+    ``decoder_attention``         every           last              last
+    ``progressive_input``         none            none              residual
+    ============================  ==============  ================  ==================
+
+    All with 128 channels, ``mult`` [1, 2, 2, 2] and attention at 16 on CIFAR-10 (Ho et al. 2020, app. B; Song et al.
+    2021, app. H). The convolutions that close a residual branch, and the last one, start at zero (``zero_init``): the
+    untrained network's output is 0.
+
+    Args:
+        data_shape: (C, H, W); the sides must be divisible by two to the power ``len(mult) - 1``.
+        channels: at full resolution, times ``mult[0]``; the noise embedding is four times as wide.
+        mult: the channels of each resolution, in multiples of ``channels``.
+        blocks: residual blocks at each resolution of the encoder.
+        attention: the heights at which the features attend to each other.
+        middle_attention: whether the middle, at the lowest resolution, does.
+        decoder_attention: after each of the decoder's blocks, or only the last at a resolution.
+        heads: of each attention.
+        normalisation: ``group``; or ``conditional_instance``, for which ``c_noise`` holds the noise level's index, a
+            whole number from 0 to ``levels - 1``, see
+            :class:`~lit_diffusion.backbones.layers.ConditionalInstanceNorm`.
+        levels: how many noise levels there are, for ``conditional_instance``.
+        dropout: the probability, inside the residual blocks.
+        noise_features: of ``c_noise``: :class:`~lit_diffusion.backbones.embeddings.PositionalFeatures` or
+            :class:`~lit_diffusion.backbones.embeddings.FourierFeatures`; ``none`` for a network that is not told the
+            noise level (Song and Ermon 2020) or learns it from the normalisation.
+        fourier_scale: the Fourier frequencies' standard deviation.
+        resampling: how the sides are halved and doubled, see :mod:`lit_diffusion.backbones.resampling`.
+        resample_in_block: by residual blocks (Brock et al. 2019) instead of between them.
+        rescale_residual: divide every sum with a skip connection by sqrt(2).
+        progressive_input: ``residual`` adds the input, halved by convolutions as often as the features, to them (Karras
+            et al. 2020).
+        scale_shift: the embedding scales and shifts the normalised features (Nichol and Dhariwal 2021, "adaptive group
+            normalisation") instead of being added.
+        num_classes: K; labels are ``0 .. K - 1`` and K means none. Without classes, labels are not looked at.
+        out_channels: of the output; C if not given.
+        zero_init: see above.
+
+    Raises:
+        UserError: if the shape cannot be halved that often, ``attention`` names a height that does not occur, ``heads``
+            does not divide the channels, or a key asks for another one that is missing.
+    """
+
+    def __init__(
+        self,
+        data_shape: tuple[int, int, int] | Literal["auto"] = "auto",
+        channels: int = 128,
+        mult: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        middle_attention: bool = True,
+        decoder_attention: DecoderAttention = "every",
+        heads: int = 1,
+        normalisation: Normalisation = "group",
+        levels: int | None = None,
+        dropout: float = 0.0,
+        noise_features: NoiseFeatures = "positional",
+        fourier_scale: float = 16.0,
+        resampling: Resampling = "conv",
+        resample_in_block: bool = False,
+        rescale_residual: bool = False,
+        progressive_input: Literal["none", "residual"] = "none",
+        scale_shift: bool = False,
+        num_classes: int | None = None,
+        out_channels: int | None = None,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self.data_shape = resolved_shape(data_shape, "UNet")
+        require_choice("UNet", "decoder_attention", decoder_attention, get_args(DecoderAttention))
+        require_choice("UNet", "normalisation", normalisation, get_args(Normalisation))
+        require_choice("UNet", "noise_features", noise_features, get_args(NoiseFeatures))
+        require_choice("UNet", "resampling", resampling, get_args(Resampling))
+        require_choice("UNet", "progressive_input", progressive_input, ("none", "residual"))
+        heights = _heights(self.data_shape, len(mult))
+        widths = [channels * factor for factor in mult]
+        attending = [n for n, height in enumerate(heights) if height in attention]
+        for height in attention:
+            if height not in heights:
+                raise UserError(f"UNet: attention at {height}, but the heights are {heights}; choose among them or []")
+        for width in [widths[n] for n in attending] + ([widths[-1]] if middle_attention else []):
+            if width % heads:
+                raise UserError(f"UNet: heads {heads} does not divide the {width} channels that attend; change either")
+        told = noise_features != "none" or num_classes is not None
+        if scale_shift and not told:
+            raise UserError("UNet: scale_shift needs something to tell; set noise_features or num_classes")
+        if resample_in_block and resampling == "conv":
+            raise UserError("UNet: resample_in_block with resampling conv; choose resampling nearest or fir")
+
+        norm: Callable[[int], nn.Module] = GroupNorm
+        if normalisation == "conditional_instance":
+            if levels is None:
+                raise UserError("UNet: normalisation conditional_instance needs levels, the number of noise levels")
+            norm = partial(ConditionalInstanceNorm, levels=levels)
+        block = partial(
+            ResidualBlock,
+            norm=norm,
+            embedding=4 * channels if told else None,
+            dropout=dropout,
+            rescale=rescale_residual,
+            scale_shift=scale_shift,
+            zero_init=zero_init,
+        )
+
+        def stage(inputs: int, outputs: int, attend: bool) -> Stage:
+            if not attend:
+                return Stage(block(inputs, outputs))
+            attention = Attention(outputs, norm(outputs), heads, rescale=rescale_residual, zero_init=zero_init)
+            return Stage(block(inputs, outputs), attention)
+
+        def between(width: int, make: Callable[[Resampling, int], nn.Module]) -> nn.Module:
+            resample = make(resampling, width)
+            return block(width, width, resample=resample) if resample_in_block else Resample(resample)
+
+        self.num_classes = num_classes
+        self.out_channels = self.data_shape[0] if out_channels is None else out_channels
+        self.rescale = rescale_residual
+        self.level_indexed = normalisation == "conditional_instance"
+        self.embedding: NoiseEmbedding | None = None
+        if told:
+            self.embedding = NoiseEmbedding(channels, 4 * channels, noise_features, fourier_scale, num_classes)
+
+        width = channels
+        self.stem = conv3x3(self.data_shape[0], width)
+        skips = [width]
+        self.encoder, self.down, self.pyramid = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for n, outputs in enumerate(widths):
+            if n > 0:
+                self.down.append(between(width, downsampling))
+                if progressive_input == "residual":
+                    inputs = self.data_shape[0] if n == 1 else widths[n - 2]
+                    self.pyramid.append(strided_conv(inputs, width, blur=resampling == "fir"))
+                skips.append(width)
+            stages = nn.ModuleList()
+            for _ in range(blocks):
+                stages.append(stage(width, outputs, n in attending))
+                width = outputs
+                skips.append(width)
+            self.encoder.append(stages)
+
+        self.middle = nn.ModuleList([stage(width, width, middle_attention), stage(width, width, False)])
+
+        self.decoder, self.up = nn.ModuleList(), nn.ModuleList()
+        for n, outputs in reversed(list(enumerate(widths))):
+            if n < len(widths) - 1:
+                self.up.append(between(width, upsampling))
+            stages = nn.ModuleList()
+            for k in range(blocks + 1):
+                attend = n in attending and (decoder_attention == "every" or k == blocks)
+                stages.append(stage(width + skips.pop(), outputs, attend))
+                width = outputs
+            self.decoder.append(stages)
+
+        self.head_norm = norm(width)
+        self.head = conv3x3(width, self.out_channels, zero=zero_init)
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: ``[B, C, H, W]``.
+            c_noise: ``[B]`` float32; the level's index for ``conditional_instance``.
+            cond: its labels are int64 ``[B]`` in ``0 .. K``, where K means none.
+
+        Returns:
+            ``[B, out_channels, H, W]``.
+        """
+        embedding = None if self.embedding is None else self.embedding(c_noise, cond)
+        level = c_noise.round().to(torch.int64) if self.level_indexed else None
+
+        h = self.stem(x)
+        skips = [h]
+        pyramid = x
+        for n, stages in enumerate(self.encoder):
+            if n > 0:
+                h = self.down[n - 1](h, embedding, level)
+                if len(self.pyramid) > 0:
+                    pyramid = h = add_residual(self.pyramid[n - 1](pyramid), h, self.rescale)
+                skips.append(h)
+            for stage in cast(nn.ModuleList, stages):
+                h = stage(h, embedding, level)
+                skips.append(h)
+
+        for stage in self.middle:
+            h = stage(h, embedding, level)
+
+        for n, stages in enumerate(self.decoder):
+            if n > 0:
+                h = self.up[n - 1](h, embedding, level)
+            for stage in cast(nn.ModuleList, stages):
+                h = stage(torch.cat((h, skips.pop()), dim=1), embedding, level)
+
+        return self.head(F.silu(self.head_norm(h, level)))
+
+
+def _heights(shape: tuple[int, ...], resolutions: int) -> list[int]:
+    """The heights of the resolutions, from full to lowest.
+
+    Raises:
+        UserError: if the shape is no image's or cannot be halved that often.
+    """
+    if len(shape) != 3 or resolutions < 1:
+        raise UserError(
+            f"UNet: data_shape {shape} with {resolutions} entries in mult; it needs (C, H, W) and at least 1"
+        )
+    halvings = resolutions - 1
+    for side in shape[1:]:
+        if side % 2**halvings:
+            possible = (side & -side).bit_length()
+            raise UserError(
+                f"UNet: the side {side} of data_shape {shape} cannot be halved {halvings} times; "
+                f"give mult at most {possible} entries or pad the images to a multiple of {2**halvings}"
+            )
+    return [shape[1] >> n for n in range(resolutions)]
