@@ -1,0 +1,76 @@
+"""Images in one NumPy archive, laid out as ADM's reference batches are."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.errors import UserError
+
+
+class Npz(InMemory):
+    """Images of an ``.npz`` file: uint8 ``[N, H, W, C]`` with 1 or 3 channels, or ``[N, H, W]`` grey.
+
+    This is the layout of the reference batches of Dhariwal and Nichol (2021). The whole array is held in memory. Labels
+    are integers ``[N]`` from 0; the number of classes is the largest label plus one.
+
+    Args:
+        path: the file.
+        key: the name of the images in the file.
+        label_key: the name of the labels in the file; without it the images have none.
+
+    Raises:
+        UserError: if the file or a key is missing, the images are not uint8 or not of this layout, or the labels do
+            not fit them.
+    """
+
+    def __init__(self, path: str | Path, key: str = "arr_0", label_key: str | None = None) -> None:
+        path = Path(path).expanduser()
+        images = _read(path, key)
+        if images.dtype != np.uint8:
+            raise UserError(
+                f"key {key!r} of {path} is {images.dtype}, images must be uint8: save x.astype(numpy.uint8) of values "
+                "0 .. 255, (255 * x).round().astype(numpy.uint8) of values 0 .. 1"
+            )
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+            raise UserError(
+                f"key {key!r} of {path} has the shape {list(images.shape)}: images must be [N, H, W, C] with 1 or 3 "
+                "channels (transpose them if the channels come first), or [N, H, W]"
+            )
+        labels = None if label_key is None else _read(path, label_key)
+        if labels is not None and (
+            not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or labels.min() < 0
+        ):
+            raise UserError(
+                f"key {label_key!r} of {path} is {labels.dtype} {list(labels.shape)}: labels must be one integer from "
+                f"0 up for each of the {len(images)} images"
+            )
+        super().__init__(
+            images.transpose(0, 3, 1, 2),
+            labels,
+            name=path.stem,
+            num_classes=None if labels is None else int(labels.max()) + 1,
+        )
+
+
+def _read(path: Path, key: str) -> np.ndarray:
+    """One array of the file, whatever its type."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check the path")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(f"{path} holds one array without a name (.npy): save it with numpy.savez")
+        with archive:
+            if key not in archive.files:
+                raise UserError(f"{path} has no key {key!r}: it has {', '.join(map(repr, archive.files)) or 'none'}")
+            return archive[key]
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read key {key!r} of {path} ({reason}): write it with numpy.savez") from error
