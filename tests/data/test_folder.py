@@ -1,0 +1,304 @@
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lit_diffusion.data import ImageFolder, Npz
+from lit_diffusion.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def random_image(height=8, width=8, channels=3):
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def write(path: Path, image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path)
+
+
+def zipped(folder: Path) -> Path:
+    file = folder.with_suffix(".zip")
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in folder.rglob("*"):
+            archive.write(path, path.relative_to(folder).as_posix())
+    return file
+
+
+def values(source):
+    return np.stack([source.value(i) for i in range(len(source))])
+
+
+def message(function) -> str:
+    with pytest.raises(UserError) as caught:
+        function()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fifty_images_are_the_same_bytes_by_every_way(tmp_path, channels):
+    images = np.stack([random_image(channels=channels) for _ in range(50)])
+    expected = images[:, None] if channels == 1 else images.transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "images.npz", images)
+    for i, image in enumerate(images):
+        write(tmp_path / "png" / f"{i:03d}.png", image)
+    folder = ImageFolder(tmp_path / "png", size=8, channels=channels)
+    archive = ImageFolder(zipped(tmp_path / "png"), size=8, channels=channels)
+    for source in (folder, archive, Npz(tmp_path / "images.npz")):
+        got = values(source)
+        assert got.dtype == np.uint8
+        assert source.shape == (channels, 8, 8)
+        assert source.levels == 256
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_order_is_by_name_and_nested_files_are_found_but_not_hidden_ones(tmp_path):
+    names = ["b/z.png", "a/deep/er/x.PNG", "c.jpeg", "a/y.webp"]
+    for name in [*names, ".hidden/h.png", "__MACOSX/m.png", "b/._z.png"]:
+        write(tmp_path / "set" / name, random_image())
+    (tmp_path / "set" / "notes.txt").write_text("no image")
+    for path in (tmp_path / "set", zipped(tmp_path / "set")):
+        source = ImageFolder(path, size=8)
+        assert source._names == sorted(names)
+
+
+def test_classes_are_the_first_level_folders(tmp_path):
+    for name in ("dog/1.png", "cat/deep/1.png", "cat/0.png"):
+        write(tmp_path / "pets" / name, random_image())
+    for path in (tmp_path / "pets", zipped(tmp_path / "pets")):
+        source = ImageFolder(path, size=8, classes=True)
+        assert source.class_names == ["cat", "dog"]
+        assert source.num_classes == 2
+        assert [source.label(i) for i in range(3)] == [0, 0, 1]
+    plain = ImageFolder(tmp_path / "pets", size=8)
+    assert plain.num_classes is None
+    assert plain.label(0) is None
+    assert plain.caption(0) is None
+
+    assert "'pets'" in message(lambda: ImageFolder(tmp_path, size=8, classes=True))  # one level too high
+
+    write(tmp_path / "pets" / "stray.png", random_image())
+    text = message(lambda: ImageFolder(tmp_path / "pets", size=8, classes=True))
+    assert "stray.png" in text
+    assert "classes: false" in text
+
+
+def test_the_middle_of_a_picture_that_is_not_square(tmp_path):
+    wide = random_image(8, 13)
+    tall = random_image(12, 8)
+    write(tmp_path / "0.png", wide)
+    write(tmp_path / "1.png", tall)
+    source = ImageFolder(tmp_path, size=8)
+    np.testing.assert_array_equal(source.value(0), wide[:, 2:10].transpose(2, 0, 1))
+    np.testing.assert_array_equal(source.value(1), tall[2:10].transpose(2, 0, 1))
+
+
+def test_resizing_is_antialiased(tmp_path):
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    write(tmp_path / "0.png", stripes)
+    # Without a filter the stripes would alias to black or white.
+    small = ImageFolder(tmp_path, size=8, channels=1).value(0)
+    assert small.shape == (1, 8, 8)
+    assert np.abs(small.astype(int) - 127).max() < 12
+
+
+def test_every_kind_of_picture_becomes_rgb_and_grey(tmp_path):
+    grey, colour = random_image(channels=1), random_image()
+    alpha = random_image(channels=1)
+    alpha[0, :3] = (0, 255, 128)
+    write(tmp_path / "a_grey.png", grey)
+    write(tmp_path / "b_rgb.png", colour)
+    write(tmp_path / "c_rgba.png", np.dstack([colour, alpha]))
+    write(tmp_path / "d_16bit.png", (grey.astype(np.uint16) << 8) + 77)
+    write(tmp_path / "e_bilevel.png", Image.fromarray(grey > 127))
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
+    palette.putpalette(RNG.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    write(tmp_path / "f_palette.png", palette)
+    palette.save(tmp_path / "g_palette_hole.png", transparency=5)
+    write(tmp_path / "h_cmyk.tiff", Image.fromarray(colour).convert("CMYK"))
+    grey_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    write(tmp_path / "i_grey_alpha.png", grey_alpha)
+    write(tmp_path / "j_16bit.tiff", (grey.astype(np.uint16) << 8) + 77)
+    write(tmp_path / "k_16bit.pgm", (grey.astype(np.uint16) << 8) + 77)
+
+    rgb = dict(zip("abcdefghijk", values(ImageFolder(tmp_path, size=8)), strict=True))
+    one = dict(zip("abcdefghijk", values(ImageFolder(tmp_path, size=8, channels=1)), strict=True))
+    as_rgb = np.repeat(grey[None], 3, axis=0)
+
+    def over_white(x):
+        return x * (alpha / 255.0) + 255.0 * (1.0 - alpha / 255.0)
+
+    for name, kind in rgb.items():
+        assert kind.shape == (3, 8, 8), name
+        assert one[name].shape == (1, 8, 8), name
+        luma = np.tensordot([0.299, 0.587, 0.114], kind.astype(float), 1)
+        assert np.abs(one[name][0] - luma).max() <= 1.0, name
+    np.testing.assert_array_equal(rgb["a"], as_rgb)
+    np.testing.assert_array_equal(one["a"][0], grey)
+    np.testing.assert_array_equal(rgb["b"], colour.transpose(2, 0, 1))
+    assert np.abs(rgb["c"] - over_white(colour.transpose(2, 0, 1))).max() <= 1.0
+    np.testing.assert_array_equal(rgb["c"][:, 0, 0], 255)
+    np.testing.assert_array_equal(rgb["c"][:, 0, 1], colour[0, 1])
+    for name in "djk":
+        np.testing.assert_array_equal(rgb[name], as_rgb, err_msg=name)
+    np.testing.assert_array_equal(rgb["e"], np.where(as_rgb > 127, 255, 0))
+    np.testing.assert_array_equal(rgb["f"], np.asarray(palette.convert("RGB")).transpose(2, 0, 1))
+    np.testing.assert_array_equal(rgb["g"].reshape(3, 64)[:, 5], 255)
+    np.testing.assert_array_equal(rgb["g"].reshape(3, 64)[:, 6:], rgb["f"].reshape(3, 64)[:, 6:])
+    np.testing.assert_array_equal(rgb["h"], colour.transpose(2, 0, 1))
+    assert np.abs(one["i"][0] - over_white(grey)).max() <= 1.0
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    image = random_image()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 270 degrees
+    Image.fromarray(image).save(tmp_path / "0.png", exif=exif)
+    upright = np.rot90(image, k=-1).transpose(2, 0, 1)
+    np.testing.assert_array_equal(ImageFolder(tmp_path, size=8).value(0), upright)
+
+
+def test_values_without_an_agreed_range_are_refused(tmp_path):
+    write(tmp_path / "0.tiff", RNG.random((8, 8), dtype=np.float32))
+    write(tmp_path / "1.tiff", RNG.integers(0, 1 << 20, (8, 8), dtype=np.int32))
+    source = ImageFolder(tmp_path, size=8)
+    assert "float" in message(lambda: source.value(0))
+    assert "32-bit" in message(lambda: source.value(1))
+
+
+@pytest.fixture(params=["folder", "zip"])
+def damaged(tmp_path, request):
+    """Six files, of which three are damaged in three ways."""
+    folder = tmp_path / "set"
+    for i in range(6):
+        write(folder / "x" / f"{i}.png", random_image(16, 16))
+    whole = (folder / "x" / "1.png").read_bytes()
+    (folder / "x" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "x" / "3.png").write_bytes(b"")
+    (folder / "x" / "4.png").write_bytes(b"<html>not found</html>")
+    return folder if request.param == "folder" else zipped(folder)
+
+
+def test_a_corrupt_file_fails_with_its_name(damaged):
+    source = ImageFolder(damaged, size=16)
+    assert len(source) == 6
+    source.value(0)
+    for i in (1, 3, 4):
+        text = message(lambda i=i: source.value(i))
+        assert f"x/{i}.png" in text
+        assert str(damaged) in text
+        assert "on_corrupt: skip" in text
+        assert "0x" not in text
+
+
+def test_corrupt_files_are_skipped_with_one_warning(damaged):
+    with pytest.warns(UserWarning, match="skipped 3 of 6") as caught:
+        source = ImageFolder(damaged, size=16, on_corrupt="skip")
+    assert len(caught) == 1
+    assert "x/1.png, x/3.png, x/4.png" in str(caught[0].message)
+    assert source._names == ["x/0.png", "x/2.png", "x/5.png"]
+    values(source)
+
+
+def test_whole_files_are_not_warned_about(tmp_path):
+    write(tmp_path / "0.png", random_image())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageFolder(tmp_path, size=8, on_corrupt="skip")
+
+
+def test_a_member_of_a_zip_file_whose_checksum_is_wrong(tmp_path):
+    write(tmp_path / "set" / "0.bmp", random_image())
+    file = zipped(tmp_path / "set")
+    data = bytearray(file.read_bytes())
+    data[data.index(b"BM") + 60] ^= 1
+    file.write_bytes(data)
+    assert "0.bmp" in message(lambda: ImageFolder(file, size=8).value(0))
+
+
+def test_only_corrupt_files(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"")
+    text = message(lambda: ImageFolder(tmp_path, size=8, on_corrupt="skip"))
+    assert "0.png" in text
+    assert str(tmp_path) in text
+
+
+def test_a_file_that_vanished_is_not_called_corrupt(tmp_path):
+    write(tmp_path / "0.png", random_image())
+    source = ImageFolder(tmp_path, size=8)
+    (tmp_path / "0.png").unlink()
+    text = message(lambda: source.value(0))
+    assert "cannot read 0.png" in text
+
+
+def test_paths_that_are_no_set_of_images(tmp_path):
+    assert "nowhere" in message(lambda: ImageFolder(tmp_path / "nowhere", size=8))
+    (tmp_path / "empty").mkdir()
+    text = message(lambda: ImageFolder(tmp_path / "empty", size=8))
+    assert "empty" in text
+    assert ".png" in text
+    (tmp_path / "set.zip").write_bytes(b"PK no")
+    assert "set.zip" in message(lambda: ImageFolder(tmp_path / "set.zip", size=8))
+    write(tmp_path / "set" / "0.png", random_image())
+    assert "size: 0" in message(lambda: ImageFolder(tmp_path / "set", size=0))
+
+
+class Batches(torch.utils.data.Dataset):
+    """What the DataModule does with a source, in short."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.source.value(index)), self.source.label(index)
+
+
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])  # each spawned one imports torch again
+def test_a_zip_file_is_read_by_workers(tmp_path, start, workers):
+    for i in range(80):
+        write(tmp_path / "set" / f"class{i % 2}" / f"{i:02d}.png", random_image(64, 64))
+    source = ImageFolder(zipped(tmp_path / "set"), size=64, classes=True)
+    expected = values(source)  # opens the file here, before the workers inherit it
+    loader = DataLoader(Batches(source), batch_size=4, num_workers=workers, multiprocessing_context=start)
+    batches = list(loader)
+    np.testing.assert_array_equal(torch.cat([x for x, _ in batches]).numpy(), expected)
+    assert torch.cat([y for _, y in batches]).tolist() == [0] * 40 + [1] * 40
+
+
+def test_fingerprint_follows_content_and_options(tmp_path):
+    folder = tmp_path / "set"
+    for i in range(3):
+        write(folder / "xyz"[i] / f"{i}.png", random_image())
+    file = zipped(folder)
+    for path in (folder, file):
+        first = ImageFolder(path, size=8).fingerprint()
+        assert ImageFolder(path, size=8).fingerprint() == first
+        assert pickle.loads(pickle.dumps(ImageFolder(path, size=8))).fingerprint() == first
+        others = [
+            ImageFolder(path, size=4).fingerprint(),
+            ImageFolder(path, size=8, channels=1).fingerprint(),
+            ImageFolder(path, size=8, classes=True).fingerprint(),
+        ]
+        assert len({first, *others}) == 4
+    before = ImageFolder(folder, size=8).fingerprint(), ImageFolder(file, size=8).fingerprint()
+    # The copy of a zip file is the same data; another pixel in one image is not.
+    copy = tmp_path / "copy.zip"
+    copy.write_bytes(file.read_bytes())
+    assert ImageFolder(copy, size=8).fingerprint() == before[1]
+    write(folder / "y" / "1.png", random_image())
+    assert ImageFolder(folder, size=8).fingerprint() != before[0]
+    assert ImageFolder(zipped(folder), size=8).fingerprint() != before[1]
