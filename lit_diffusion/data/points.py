@@ -1,0 +1,214 @@
+"""Toy distributions in the plane: float32 points that are functions of (seed, index) alone.
+
+A set of 1,000 points is the beginning of the set of 2,000 points with the same seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.errors import UserError
+from lit_diffusion.randomness import keyed_normal, keyed_uniform
+
+
+class GaussianMixturePoints(InMemory):
+    r"""A mixture of isotropic Gaussians, :math:`p(x) = \sum_k w_k N(x; \mu_k, s^2 I)`: float32 ``[D]``.
+
+    The default is the toy of the NCSN paper (Song and Ermon 2019, section 3.2), on which Langevin dynamics get the
+    weights of the two modes wrong. The label of a point is its component.
+
+    Args:
+        means: ``[K, D]``, the centres of the components.
+        weights: ``[K]``, positive, with the sum 1.
+        std: the standard deviation of every component in every direction; 0 puts all points on the centres.
+        size: how many points.
+        seed: of the points.
+
+    Attributes:
+        means: float64 ``[K, D]``.
+        weights: float64 ``[K]``.
+        std: a float.
+
+    Raises:
+        UserError: if ``means``, ``weights`` and ``std`` are no mixture.
+    """
+
+    def __init__(
+        self,
+        means: Sequence[Sequence[float]] = ((-5.0, -5.0), (5.0, 5.0)),
+        weights: Sequence[float] = (0.2, 0.8),
+        std: float = 1.0,
+        size: int = 50_000,
+        seed: int = 0,
+    ) -> None:
+        if not means or not means[0] or len({len(mean) for mean in means}) != 1:
+            raise UserError(f"means: {means} are not K centres of D numbers each: give e.g. [[-5, -5], [5, 5]]")
+        if len(weights) != len(means) or min(weights) <= 0 or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+            raise UserError(
+                f"weights: {weights} must be {len(means)} positive numbers with the sum 1, one for each mean"
+            )
+        if std < 0:
+            raise UserError(f"std: {std} is negative: give the standard deviation of the components, e.g. 1.0")
+        self.means = torch.tensor(means, dtype=torch.float64)
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.std = float(std)
+        index = _indices(size)
+        component = _choice(seed, index, self.weights)
+        noise = keyed_normal(seed, "points/normal", index, (self.means.shape[1],), dtype=torch.float64)
+        points = self.means[component] + self.std * noise
+        super().__init__(
+            _as_points(points),
+            component.numpy(),
+            name="gaussian-mixture",
+            levels=None,
+            num_classes=len(self.means),
+        )
+
+
+class Spiral(InMemory):
+    r"""Arms that turn outwards: :math:`x = r (\cos(2 \pi n r / R + \phi), \sin(2 \pi n r / R + \phi)) + s \epsilon`.
+
+    float32 ``[2]``; each arm has its own phase :math:`\phi`, and :math:`r = R \sqrt{u}` with u uniform puts about as
+    many points on each piece of an arm.
+
+    Args:
+        arms: how many arms.
+        turns: how often each arm turns, n.
+        radius: of the ends of the arms, R.
+        std: of the noise, s.
+        size: how many points.
+        seed: of the points.
+
+    Raises:
+        UserError: if there is no arm.
+    """
+
+    def __init__(
+        self,
+        arms: int = 2,
+        turns: float = 1.5,
+        radius: float = 3.0,
+        std: float = 0.1,
+        size: int = 50_000,
+        seed: int = 0,
+    ) -> None:
+        if arms < 1:
+            raise UserError(f"arms: {arms} arms are no spiral: give at least 1")
+        index = _indices(size)
+        uniform = _uniform(seed, index, 1)[:, 0]
+        phase = _choice(seed, index, torch.ones(arms)) * (2.0 * math.pi / arms)
+        r = radius * uniform.sqrt()
+        angle = 2.0 * math.pi * turns * (r / radius) + phase
+        points = _on_circle(r, angle) + std * _normal(seed, index)
+        super().__init__(_as_points(points), name="spiral", levels=None)
+
+
+class SwissRoll(InMemory):
+    r"""The section of the Swiss roll: :math:`x = t (\cos t, \sin t) / 5 + s \epsilon`, t uniform in (1.5 pi, 4.5 pi).
+
+    float32 ``[2]``, within about 3 of the origin: scikit-learn's roll seen from its side, made smaller.
+
+    Args:
+        std: of the noise, s.
+        size: how many points.
+        seed: of the points.
+    """
+
+    def __init__(self, std: float = 0.1, size: int = 50_000, seed: int = 0) -> None:
+        index = _indices(size)
+        t = 1.5 * math.pi * (1.0 + 2.0 * _uniform(seed, index, 1)[:, 0])
+        points = _on_circle(t / 5.0, t) + std * _normal(seed, index)
+        super().__init__(_as_points(points), name="swiss-roll", levels=None)
+
+
+class Checkerboard(InMemory):
+    """Uniform on the squares of one colour of a checkerboard: float32 ``[2]``.
+
+    The square in the lower left corner is one of them. The density is flat with sharp edges, which a smooth model can
+    only approach.
+
+    Args:
+        cells: how many squares the board has on each side; even.
+        extent: the board covers ``(-extent, extent)`` in both directions.
+        size: how many points.
+        seed: of the points.
+
+    Raises:
+        UserError: if ``cells`` is not even.
+    """
+
+    def __init__(self, cells: int = 4, extent: float = 4.0, size: int = 50_000, seed: int = 0) -> None:
+        if cells < 2 or cells % 2:
+            raise UserError(f"cells: {cells} must be even and at least 2, so that both colours have as many squares")
+        index = _indices(size)
+        column = _choice(seed, index, torch.ones(cells))
+        row = 2 * _choice(seed, index, torch.ones(cells // 2), draw=1) + column % 2
+        corner = torch.stack((column, row), dim=-1)
+        points = (corner + _uniform(seed, index, 2)) * (2.0 * extent / cells) - extent
+        super().__init__(_as_points(points), name="checkerboard", levels=None)
+
+
+class Rings(InMemory):
+    r"""Concentric rings: :math:`x = r_k (\cos \theta, \sin \theta) + s \epsilon`, each ring as likely: float32 ``[2]``.
+
+    Args:
+        radii: of the rings, r.
+        std: of the noise, s.
+        size: how many points.
+        seed: of the points.
+
+    Raises:
+        UserError: if there is no ring.
+    """
+
+    def __init__(
+        self,
+        radii: Sequence[float] = (0.75, 1.5, 2.25, 3.0),
+        std: float = 0.08,
+        size: int = 50_000,
+        seed: int = 0,
+    ) -> None:
+        if not radii:
+            raise UserError("radii: [] holds no ring: give at least one radius")
+        index = _indices(size)
+        r = torch.tensor(radii, dtype=torch.float64)[_choice(seed, index, torch.ones(len(radii)))]
+        angle = 2.0 * math.pi * _uniform(seed, index, 1)[:, 0]
+        points = _on_circle(r, angle) + std * _normal(seed, index)
+        super().__init__(_as_points(points), name="rings", levels=None)
+
+
+def _indices(size: int) -> Tensor:
+    if size < 1:
+        raise UserError(f"size: {size} is no number of points: give at least 1")
+    return torch.arange(size)
+
+
+def _uniform(seed: int, index: Tensor, count: int) -> Tensor:
+    """float64 ``[N, count]`` in (0, 1)."""
+    return keyed_uniform(seed, "points/uniform", index, (count,), dtype=torch.float64)
+
+
+def _normal(seed: int, index: Tensor) -> Tensor:
+    """float64 ``[N, 2]``."""
+    return keyed_normal(seed, "points/normal", index, (2,), dtype=torch.float64)
+
+
+def _choice(seed: int, index: Tensor, weights: Tensor, draw: int = 0) -> Tensor:
+    """int64 ``[N]``: entry k with a probability in proportion to ``weights[k]``."""
+    edges = (weights.double() / weights.sum()).cumsum(0)[:-1]
+    uniform = keyed_uniform(seed, "points/choice", index, draw=draw, dtype=torch.float64)
+    return torch.bucketize(uniform, edges, right=True)
+
+
+def _on_circle(radius: Tensor, angle: Tensor) -> Tensor:
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+
+
+def _as_points(points: Tensor) -> np.ndarray:
+    return points.to(torch.float32).numpy()
