@@ -1,0 +1,172 @@
+"""Data sets of the Hugging Face hub, and whatever else the package `datasets` has saved."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lit_diffusion.data.cache import data_root, fetch_command
+from lit_diffusion.data.pixels import check_size, to_pixels
+from lit_diffusion.data.source import Source
+from lit_diffusion.errors import UserError
+
+
+class HuggingFace(Source):
+    """Images of a Hugging Face data set, from the disk: uint8 ``[channels, size, size]``.
+
+    Needs the extra ``hf``. Pictures are brought to their shape by `lit_diffusion.data.pixels.to_pixels`.
+
+    Args:
+        path: a folder that ``save_to_disk`` wrote, or ``owner/name`` of a data set of the hub that was fetched with
+            ``python -m lit_diffusion fetch data owner/name``.
+        size: the side of the images in pixels.
+        split: of the data set.
+        image_key: the column of the images.
+        label_key: the column of the classes (a ClassLabel or integers from 0), if they are wanted.
+        caption_key: the column of the texts, if they are wanted.
+        channels: 3 for RGB, 1 for grey.
+        root: the folder of fetched data, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the package, the data, the split or a column is missing, or a column holds something else.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        size: int,
+        split: str = "train",
+        image_key: str = "image",
+        label_key: str | None = None,
+        caption_key: str | None = None,
+        channels: Literal[1, 3] = 3,
+        root: str | Path | None = None,
+    ) -> None:
+        check_size(size)
+        datasets = _datasets()
+        data = _load(datasets, str(path), split, data_root() if root is None else Path(root).expanduser())
+        for key in filter(None, (image_key, label_key, caption_key)):
+            if key not in data.column_names:
+                raise UserError(f"{path} has no column {key!r}: it has {', '.join(data.column_names)}")
+        if not isinstance(data.features[image_key], datasets.Image):
+            raise UserError(f"image_key: column {image_key!r} of {path} holds {data.features[image_key]}, no images")
+        self.name = Path(path).name
+        self.shape = (channels, size, size)
+        self._size = size
+        self._channels: Literal[1, 3] = channels
+        self._where = str(path)
+        self._saved = data._fingerprint
+        self._columns = f"{image_key} {label_key}"
+        # One column, so that asking for an image decodes nothing else.
+        self._images = data.select_columns(image_key)
+        self._image_key = image_key
+        self._labels: np.ndarray | None = None
+        if label_key is not None:
+            self._labels = np.asarray(data[label_key][:])
+            if not np.issubdtype(self._labels.dtype, np.integer) or self._labels.min() < 0:
+                raise UserError(
+                    f"label_key: column {label_key!r} of {path} must hold integers from 0 up for every image"
+                )
+            feature = data.features[label_key]
+            is_class = isinstance(feature, datasets.ClassLabel)
+            self.num_classes = feature.num_classes if is_class else int(self._labels.max()) + 1
+        self._captions = None if caption_key is None else data.select_columns(caption_key)
+        self._caption_key = caption_key
+        if self._captions is not None and not isinstance(self._captions[0][caption_key], str):
+            raise UserError(
+                f"caption_key: column {caption_key!r} of {path} holds {data.features[caption_key]}, no text"
+            )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def value(self, index: int) -> np.ndarray:
+        """Image ``index``: uint8 ``[channels, size, size]``.
+
+        Raises:
+            UserError: if it is no whole image.
+        """
+        try:
+            return to_pixels(self._images[int(index)][self._image_key], self._size, self._channels)
+        except (IndexError, MemoryError):
+            raise
+        except Exception as error:  # Pillow and its decoders raise anything over a damaged image.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"image {index} of {self._where} is not a whole image ({reason}): leave it out") from error
+
+    def label(self, index: int) -> int | None:
+        """The class of image ``index`` in ``0 .. num_classes - 1``, None without ``label_key``."""
+        return None if self._labels is None else int(self._labels[index])
+
+    def caption(self, index: int) -> str | None:
+        """The text of image ``index``, None without ``caption_key``."""
+        return None if self._captions is None else self._captions[int(index)][self._caption_key]
+
+    def fingerprint(self) -> str:
+        """A hash of the fingerprint that `datasets` saved with the data, and of the options."""
+        return hashlib.sha256(f"{self._saved} {self._columns} {self.shape} {len(self)}".encode()).hexdigest()[:16]
+
+
+def fetch(path: str, root: Path) -> None:
+    """Download a data set of the hub, all splits, and save it where `HuggingFace` looks for it.
+
+    Args:
+        path: ``owner/name`` on the hub.
+        root: the folder of fetched data.
+
+    Raises:
+        UserError: if the package is missing or the data set cannot be had.
+    """
+    datasets = _datasets()
+    folder = _fetched(path, root)
+    if folder.is_dir():
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        datasets.load_dataset(path).save_to_disk(partial)
+        partial.rename(folder)
+    except Exception as error:  # The hub's failures, the network's and those of its file formats.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot fetch {path} from the hub ({reason}): check the name and the network, or give HuggingFace the "
+            "path of a folder that save_to_disk wrote"
+        ) from error
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("HuggingFace needs the package datasets: pip install 'lit-diffusion[hf]'") from error
+    return datasets
+
+
+def _fetched(path: str, root: Path) -> Path:
+    return root / "huggingface" / path.replace("/", "--")
+
+
+def _load(datasets: Any, path: str, split: str, root: Path) -> Any:
+    """One split of the data at a local folder or fetched under its name of the hub."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _fetched(path, root)
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {path}, and no data set of this name under {root}: run {fetch_command(path, root)}"
+        )
+    try:
+        data = datasets.load_from_disk(folder)
+    except Exception as error:  # Missing or damaged files, in the words of several libraries.
+        raise UserError(f"{folder} is not a data set that save_to_disk wrote: load it and save it so") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"split: {path} has no split {split!r}: it has {', '.join(map(str, data))}")
+        return data[split]
+    if data.split is not None and str(data.split) != split:
+        raise UserError(f"split: {path} holds the split {str(data.split)!r} alone, not {split!r}")
+    return data

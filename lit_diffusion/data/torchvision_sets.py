@@ -1,0 +1,214 @@
+"""The standard image sets that torchvision knows, read from the disk and never downloaded by a run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lit_diffusion.data.cache import data_root, fetch_command
+from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.data.pixels import check_size, to_pixels
+from lit_diffusion.data.source import Source
+from lit_diffusion.errors import UserError
+
+# What torchvision must be asked for to have each set complete.
+_PARTS: dict[str, list[dict[str, Any]]] = {
+    "CIFAR10": [{}],
+    "CIFAR100": [{}],
+    "MNIST": [{}],
+    "FashionMNIST": [{}],
+    "SVHN": [{"split": "train"}, {"split": "test"}],
+    "CelebA": [{"split": "train"}],
+}
+
+
+class CIFAR10(InMemory):
+    """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 images, uint8 ``[3, 32, 32]``, 10 classes.
+
+    Args:
+        split: ``train`` or ``test``.
+        root: the folder that holds ``cifar-10-batches-py``, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the files are not there; the message says how to fetch them.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
+        data = _load("CIFAR10", root, train=split == "train")
+        images = data.data.transpose(0, 3, 1, 2)
+        super().__init__(images, np.asarray(data.targets), name=f"cifar10-{split}", num_classes=10)
+
+
+class CIFAR100(InMemory):
+    """CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 images, uint8 ``[3, 32, 32]``, 100 (fine) classes.
+
+    Args:
+        split: ``train`` or ``test``.
+        root: the folder that holds ``cifar-100-python``, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the files are not there; the message says how to fetch them.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
+        data = _load("CIFAR100", root, train=split == "train")
+        images = data.data.transpose(0, 3, 1, 2)
+        super().__init__(images, np.asarray(data.targets), name=f"cifar100-{split}", num_classes=100)
+
+
+class MNIST(InMemory):
+    """MNIST (LeCun et al. 1998): 60,000 and 10,000 digits, uint8 ``[1, 28, 28]``, white on black, 10 classes.
+
+    Args:
+        split: ``train`` or ``test``.
+        root: the folder that holds ``MNIST/raw``, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the files are not there; the message says how to fetch them.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
+        data = _load("MNIST", root, train=split == "train")
+        super().__init__(data.data.numpy()[:, None], data.targets.numpy(), name=f"mnist-{split}", num_classes=10)
+
+
+class FashionMNIST(InMemory):
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 garments, uint8 ``[1, 28, 28]``, 10 classes.
+
+    Args:
+        split: ``train`` or ``test``.
+        root: the folder that holds ``FashionMNIST/raw``, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the files are not there; the message says how to fetch them.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
+        data = _load("FashionMNIST", root, train=split == "train")
+        images = data.data.numpy()[:, None]
+        super().__init__(images, data.targets.numpy(), name=f"fashion-mnist-{split}", num_classes=10)
+
+
+class SVHN(InMemory):
+    """Street View House Numbers (Netzer et al. 2011): 73,257 and 26,032 crops, uint8 ``[3, 32, 32]``, 10 classes.
+
+    Args:
+        split: ``train`` or ``test``.
+        root: the folder that holds ``train_32x32.mat``, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the files are not there; the message says how to fetch them.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
+        data = _load("SVHN", root, split=split)
+        super().__init__(data.data, data.labels, name=f"svhn-{split}", num_classes=10)
+
+
+class CelebA(Source):
+    """CelebA, aligned and cropped (Liu et al. 2015): 162,770 faces for training, uint8 ``[3, size, size]``, no classes.
+
+    The square of ``crop`` pixels in the middle of the 178 x 218 picture is resized to ``size`` (Lanczos, antialiased).
+    The middle 140 pixels are what NCSN and its successors train on.
+
+    Args:
+        size: the side of the images in pixels.
+        crop: the side of the square that is cut out, at most 178.
+        split: ``train``, ``valid`` or ``test``.
+        root: the folder that holds ``celeba``, by default `lit_diffusion.data.cache.data_root`.
+
+    Raises:
+        UserError: if the files are not there; the message says how to fetch them.
+    """
+
+    def __init__(
+        self,
+        size: int = 64,
+        crop: int = 140,
+        split: Literal["train", "valid", "test"] = "train",
+        root: str | Path | None = None,
+    ) -> None:
+        check_size(size)
+        if not 1 <= crop <= 178:
+            raise UserError(f"crop: {crop} does not fit into the 178 x 218 pictures of CelebA: give 1 to 178, e.g. 140")
+        data = _load("CelebA", root, split=split)
+        self.name = f"celeba-{split}"
+        self.shape = (3, size, size)
+        self._folder = Path(data.root, data.base_folder, "img_align_celeba")
+        self._files = list(data.filename)
+        self._size = size
+        self._crop = crop
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def value(self, index: int) -> np.ndarray:
+        """Face ``index``: uint8 ``[3, size, size]``.
+
+        Raises:
+            UserError: if its file is missing or corrupt.
+        """
+        from PIL import Image
+
+        path = self._folder / self._files[index]
+        try:
+            with Image.open(path) as picture:
+                left, top = (picture.width - self._crop) // 2, (picture.height - self._crop) // 2
+                face = picture.crop((left, top, left + self._crop, top + self._crop))
+                return to_pixels(face, self._size, 3)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path} ({error.strerror or error}): extract img_align_celeba.zip again"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """A hash of the crop and of the names and sizes of the files: their pixels were checked when they came."""
+        digest = hashlib.sha256(f"{self.shape} {self._crop}".encode())
+        for file in self._files:
+            digest.update(f"{file}\0{(self._folder / file).stat().st_size}\0".encode())
+        return digest.hexdigest()[:16]
+
+
+def fetch(name: str, root: Path) -> None:
+    """Download one of these sets with torchvision, which checks its checksums.
+
+    Args:
+        name: of the class here; case does not matter.
+        root: the folder to put it in.
+
+    Raises:
+        UserError: if there is no such set, or it cannot be downloaded.
+    """
+    from torchvision import datasets
+
+    known = {key.lower(): key for key in _PARTS}
+    if name.lower() not in known:
+        raise UserError(
+            f"there is no data set {name!r} to fetch: choose one of {', '.join(_PARTS)}, or give owner/name of the "
+            "Hugging Face hub"
+        )
+    name = known[name.lower()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for part in _PARTS[name]:
+            getattr(datasets, name)(root, download=True, **part)
+    except Exception as error:  # The network's failures, gdown's and torchvision's have nothing in common.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot fetch {name} ({reason}): try again later, with what is there of it under {root} removed, or put "
+            "torchvision's files for it there"
+        ) from error
+
+
+def _load(name: str, root: str | Path | None, **part: Any) -> Any:
+    """The torchvision set, or one line that says how to get it."""
+    from torchvision import datasets
+
+    root = data_root() if root is None else Path(root).expanduser()
+    try:
+        return getattr(datasets, name)(root, download=False, **part)
+    except Exception as error:  # torchvision's own, and its readers' over damaged files that it has no checksum of.
+        raise UserError(f"{name} is missing or damaged under {root}: run {fetch_command(name, root)}") from error
