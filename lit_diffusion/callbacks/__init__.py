@@ -1,0 +1,8 @@
+"""What happens beside a training step: averages, checkpoints, pictures, telemetry."""
+
+from lit_diffusion.callbacks.checkpoint import Checkpoint
+from lit_diffusion.callbacks.ema import EMA
+from lit_diffusion.callbacks.progress import ProgressBar, Telemetry
+from lit_diffusion.callbacks.samples import Samples
+
+__all__ = ["EMA", "Checkpoint", "ProgressBar", "Samples", "Telemetry"]

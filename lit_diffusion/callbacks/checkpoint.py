@@ -1,0 +1,70 @@
+"""Checkpoints that are whole or absent, at a cadence and at the end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lit_diffusion.clock import Cadence
+from lit_diffusion.errors import UserError
+from lit_diffusion.methods.base import Method
+from lit_diffusion.run import run_logger_of
+
+
+class Checkpoint(pl.callbacks.Checkpoint):
+    """Writes ``checkpoints/last.ckpt``: to a temporary name, synced, renamed.
+
+    Args:
+        every_n_images: how often, in images seen; null: not by images.
+        every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end.
+    """
+
+    def __init__(self, every_n_images: int | None = None, every_n_steps: int | None = None) -> None:
+        self.cadence = Cadence.of("checkpoint", every_n_images, every_n_steps)
+        self.last: Path | None = None
+        self._saved_at = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when due."""
+        assert isinstance(pl_module, Method)
+        if self.cadence.due(pl_module.clock):
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end."""
+        assert isinstance(pl_module, Method)
+        if self._saved_at != pl_module.clock.images:
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: pl.Trainer, method: Method) -> None:
+        """Write last.ckpt; all processes come.
+
+        Raises:
+            UserError: if the disk is full or the folder not writable; the file before is untouched.
+        """
+        run = run_logger_of(trainer)
+        folder = (run.run_dir if run is not None else Path(trainer.default_root_dir)) / "checkpoints"
+        path = folder / "last.ckpt"
+        temporary = folder / ".last.ckpt.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write {path} ({str(error).splitlines()[0]}); the one before is untouched: "
+                f"free some space and continue from it"
+            ) from error
+        self.last = path
+        self._saved_at = method.clock.images

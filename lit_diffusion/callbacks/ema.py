@@ -1,0 +1,149 @@
+r"""Exponential moving averages of the weights, several at once.
+
+.. math::  \bar\theta \leftarrow \theta + d\,(\bar\theta - \theta), \qquad d = 2^{-B / \min(H,\; r N)}
+
+with half-life H in images, B images a step, N images seen: the average starts with the run and grows with it, at most
+half of it older than a fraction r of the run (Karras et al. 2022, "ramp-up"). Only parameters are averaged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_diffusion.clock import in_images
+from lit_diffusion.errors import UserError
+from lit_diffusion.methods.base import Method
+from lit_diffusion.run import print_note
+
+
+def named_averages(half_lives: list[int]) -> list[str]:
+    """``ema:<half-life>`` for each."""
+    return [f"ema:{half_life}" for half_life in half_lives]
+
+
+def choose_average(half_lives: list[int], weights: str) -> int | None:
+    """Which average ``weights`` means: None for ``raw``, else its position among the half-lives (``ema`` is the first).
+
+    Raises:
+        UserError: for a name that no kept weights have.
+    """
+    if weights == "raw":
+        return None
+    if weights == "ema" and half_lives:
+        return 0
+    match = re.fullmatch(r"ema:(\d+)", weights)
+    if match and int(match[1]) in half_lives:
+        return half_lives.index(int(match[1]))
+    known = ["raw", *(["ema"] if half_lives else []), *named_averages(half_lives)]
+    raise UserError(f"weights {weights!r} are not kept; choose one of {', '.join(known)}")
+
+
+class EMA(pl.Callback):
+    """Averages of the denoiser's parameters, kept beside the raw weights in every checkpoint.
+
+    Args:
+        half_lives_images: half-lives in images seen, the first is what ``ema`` means; or
+        half_lives_steps: in steps. Both null: no average.
+        ramp: at most half of an average is older than this fraction of the run so far.
+    """
+
+    state_key = "EMA"
+
+    def __init__(
+        self,
+        half_lives_images: list[int] | None = None,
+        half_lives_steps: list[int] | None = None,
+        ramp: float = 0.1,
+    ) -> None:
+        for key, values in (("half_lives_images", half_lives_images), ("half_lives_steps", half_lives_steps)):
+            if any(value < 1 for value in values or []):
+                raise UserError(f"ema.{key} is {values}; half-lives must be positive")
+        if half_lives_images is not None and half_lives_steps is not None:
+            raise UserError("ema: give half_lives_images or half_lives_steps, not both (set the other to null)")
+        if not 0.0 < ramp <= 1.0:
+            raise UserError(f"ema.ramp is {ramp}; it is a fraction of the run, above 0 and at most 1")
+        self._given = (half_lives_images, half_lives_steps)
+        self.ramp = ramp
+        self.half_lives: list[int] = list(half_lives_images or [])
+        self.updates = 0
+        self.shadows: list[dict[str, Tensor]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Turn steps into images."""
+        assert isinstance(pl_module, Method)
+        images, steps = self._given
+        if images is None and steps is not None:
+            self.half_lives = [in_images("ema", "half_life", None, n, pl_module.clock.batch) for n in steps]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start each average at the weights, on their own device, unless a checkpoint brought it."""
+        assert isinstance(pl_module, Method)
+        parameters = dict(pl_module.denoiser.named_parameters())
+        if len(self.shadows) != len(self.half_lives):
+            if pl_module.clock.images > 0:
+                print_note("ema: the checkpoint has no average for these half-lives; they start at its raw weights")
+            self.shadows = [{name: p.detach().clone() for name, p in parameters.items()} for _ in self.half_lives]
+        for shadow in self.shadows:
+            for name, p in parameters.items():
+                shadow[name] = shadow[name].to(p.device)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average in the step that was just made; a skipped one left nothing new."""
+        assert isinstance(pl_module, Method)
+        if not pl_module.stepped:
+            return
+        parameters = [p.detach() for p in pl_module.denoiser.parameters()]
+        for half_life, shadow in zip(self.half_lives, self.shadows, strict=True):
+            length = min(half_life, self.ramp * pl_module.clock.images)
+            decay = 0.5 ** (pl_module.clock.batch / length)
+            torch._foreach_lerp_(list(shadow.values()), parameters, 1.0 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, method: Method, weights: str) -> Iterator[None]:
+        """Give the denoiser the named weights inside the block; the raw ones are back after it, bit for bit."""
+        position = choose_average(self.half_lives, weights)
+        if position is None or not self.shadows:
+            yield
+            return
+        parameters = [p.detach() for p in method.denoiser.parameters()]
+        raw = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, list(self.shadows[position].values()))
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, raw)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, for a checkpoint."""
+        return {"half_lives": list(self.half_lives), "updates": self.updates, "shadows": self.shadows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the averages of a checkpoint whose half-lives are still wanted."""
+        by_half_life = dict(zip(state_dict["half_lives"], state_dict["shadows"], strict=True))
+        wanted = self.half_lives or state_dict["half_lives"]
+        if all(half_life in by_half_life for half_life in wanted):
+            self.half_lives = list(wanted)
+            self.shadows = [dict(by_half_life[half_life]) for half_life in wanted]
+            self.updates = state_dict["updates"]
+
+
+def load_average(method: Method, state: Mapping[str, Any] | None, weights: str) -> None:
+    """Give a method the named weights of a checkpoint's EMA state, for good.
+
+    Raises:
+        UserError: if the checkpoint does not keep them.
+    """
+    half_lives = list(state["half_lives"]) if state else []
+    position = choose_average(half_lives, weights)
+    if position is not None and state is not None:
+        method.denoiser.load_state_dict(state["shadows"][position], strict=False)

@@ -1,0 +1,121 @@
+"""Pictures of what the model makes while it learns, always from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.callbacks.ema import EMA
+from lit_diffusion.clock import Cadence
+from lit_diffusion.errors import UserError
+from lit_diffusion.images import image_grid, to_uint8
+from lit_diffusion.methods.base import Method
+from lit_diffusion.run import print_note, run_logger_of
+from lit_diffusion.samplers.base import Progress
+
+FILM_ROWS = 16
+"""A film strip has at most so many rows, evenly spaced over the levels."""
+
+
+class _Film:
+    """Keeps the state at the end of each noise level of a walk."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.frames: list[tuple[float, Tensor]] = []
+
+    def __call__(self, progress: Progress) -> None:
+        frame = progress.x[: self.columns].detach().float().cpu()
+        if self.frames and self.frames[-1][0] == progress.t:
+            self.frames[-1] = (progress.t, frame)
+        else:
+            self.frames.append((progress.t, frame))
+
+    def rows(self, end: Tensor) -> list[Tensor]:
+        """At most ``FILM_ROWS`` frames, the last of them the finished samples."""
+        frames = [frame for _, frame in self.frames]
+        keep = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FILM_ROWS - 1)).round().astype(int))
+        return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
+
+
+class Samples(pl.Callback):
+    """Draws a grid of samples, and the film strip of their way from noise, every so many images and at the end.
+
+    Args:
+        every_n_images: how often, in images seen; null: not by images.
+        every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end.
+        count: how many samples; 0 for no pictures.
+        weights: ``ema``, ``ema:HALF_LIFE`` or ``raw``: what they are made with.
+        seed: of the samples; the same noise every time, so that the pictures differ by the weights alone.
+        film_columns: samples in the film strip, one row a noise level; 0 for none.
+    """
+
+    def __init__(
+        self,
+        every_n_images: int | None = None,
+        every_n_steps: int | None = None,
+        count: int = 64,
+        weights: str = "ema",
+        seed: int = 0,
+        film_columns: int = 12,
+    ) -> None:
+        if count < 0 or film_columns < 0:
+            raise UserError(f"samples.count {count} and samples.film_columns {film_columns} cannot be negative")
+        self.cadence = Cadence.of("samples", every_n_images, every_n_steps)
+        self.count = count
+        self.weights = weights
+        self.seed = seed
+        self.film_columns = min(film_columns, count)
+        self.last: Path | None = None
+        self._drawn_at = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw when due."""
+        assert isinstance(pl_module, Method)
+        if self.cadence.due(pl_module.clock):
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the end."""
+        assert isinstance(pl_module, Method)
+        if self._drawn_at != pl_module.clock.images:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: pl.Trainer, method: Method) -> None:
+        """Make the samples on process 0 and save their pictures."""
+        run = run_logger_of(trainer)
+        facts = method.require_facts()
+        self._drawn_at = method.clock.images
+        if run is None or self.count == 0 or not facts.is_image or not trainer.is_global_zero:
+            return
+        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        weights = self.weights if ema is not None and ema.half_lives else "raw"
+        indices = torch.arange(self.count)
+        cond = None
+        if facts.num_classes is not None and method.denoiser.backbone.num_classes is not None:
+            cond = Condition(label=(indices % facts.num_classes).to(method.device))
+        film = _Film(self.film_columns)
+        on_step = film if self.film_columns else None
+        if ema is not None:
+            with ema.applied(method, weights):
+                x = method.generate(indices, self.seed, cond, on_step=on_step)
+        else:
+            x = method.generate(indices, self.seed, cond, on_step=on_step)
+        assert facts.value_range is not None
+        caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
+        values = {"weights": weights, "seed": self.seed, "network_evaluations": method.sampler.evaluations}
+        if not torch.isfinite(x).all():
+            print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
+            return
+        self.last = run.picture("samples", image_grid(to_uint8(x, facts.value_range)), caption, values)
+        if on_step is not None:
+            strip = torch.cat(film.rows(x))
+            run.picture("film", image_grid(to_uint8(strip, facts.value_range), self.film_columns), caption, values)

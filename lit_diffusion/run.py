@@ -1,0 +1,332 @@
+"""A run: the directory it owns and what it writes there. metrics.jsonl is the truth, dashboards are views of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch.distributed as dist
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
+
+from lit_diffusion.clock import Clock
+from lit_diffusion.errors import UserError
+from lit_diffusion.files import atomic_write
+from lit_diffusion.formats import FORMAT_VERSION, require_known_format
+from lit_diffusion.images import save_png
+
+RUN_DIR_FILES = ("config.yaml", "metrics.jsonl", "run_id")
+
+
+class Dashboard:
+    """Weights & Biases, as a view of the run: absent, it changes nothing else.
+
+    Args:
+        mode: ``auto``: online when you are logged in, offline otherwise; ``online``; ``offline``; ``disabled``: wandb is
+            not even imported.
+        project: of the dashboard.
+        entity: user or team that owns the project, null for your default.
+        tags: words to find the run by.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        project: str = "lit_diffusion",
+        entity: str | None = None,
+        tags: list[str] | None = None,
+    ) -> None:
+        self.mode = mode
+        self.project = project
+        self.entity = entity
+        self.tags = tags
+        self._run: Any = None
+
+    def resolved_mode(self) -> str:
+        """``online``, ``offline`` or ``disabled``; the variable WANDB_MODE settles ``auto``."""
+        if self.mode != "auto":
+            return self.mode
+        chosen = os.environ.get("WANDB_MODE")
+        if chosen in ("online", "offline", "disabled"):
+            return chosen
+        import wandb
+
+        return "online" if wandb.api.api_key else "offline"
+
+    def open(self, run_id: str, run_dir: Path, experiment: str, config: dict[str, Any]) -> None:
+        """Start the view of a run; trouble with it is said in one line and never stops the run."""
+        mode = self.resolved_mode()
+        if mode == "disabled":
+            return
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                mode=mode,  # type: ignore[arg-type]
+                id=run_id,
+                name=f"{experiment}/{run_id}",
+                project=self.project,
+                entity=self.entity,
+                tags=self.tags,
+                dir=str(run_dir),
+                config=config,
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            # One clock for all panels; wandb's own step is never given, so nothing is ever out of order.
+            self._run.define_metric("images")
+            self._run.define_metric("*", step_metric="images")
+        except Exception as error:  # whatever the service does, the run goes on
+            print_note(f"Weights & Biases is off: {str(error).splitlines()[0]}")
+            self._run = None
+
+    def log(self, values: Mapping[str, Any], clock: Clock) -> None:
+        """One event."""
+        if self._run is not None:
+            self._run.log({**values, "images": clock.images, "trainer/global_step": clock.steps})
+
+    def picture(self, name: str, picture: np.ndarray, caption: str, clock: Clock) -> None:
+        """One picture, uint8 ``[H, W, C]``."""
+        if self._run is not None:
+            import wandb
+
+            image = wandb.Image(picture[..., 0] if picture.shape[-1] == 1 else picture, caption=caption)
+            self.log({name: image}, clock)
+
+    def close(self, failed: bool) -> None:
+        """Say whether it ended well."""
+        if self._run is not None:
+            self._run.finish(exit_code=1 if failed else 0)
+            self._run = None
+
+
+def print_note(line: str) -> None:
+    """One line for the person at the terminal, outside the progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+
+
+def new_run_id() -> str:
+    """The time and four random hexadecimal digits, not from the run's seed: ``20260131-142501-9f3a``."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON takes it; NaN and infinity, which JSON lacks, as strings."""
+    if isinstance(value, Tensor | np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class RunLogger(Logger):
+    """Owns a run's directory and writes its events.
+
+    Process 0 chooses the id and the directory and tells the others when the Trainer has connected them, which is before
+    anything is logged.
+
+    Args:
+        experiment: the run's family, the folder below ``root``.
+        config_text: the complete resolved configuration, for config.yaml.
+        config: the same as plain types, for the dashboard.
+        run_dir: the directory; None for ``<root>/<experiment>/<run id>``.
+        root: of all runs.
+        dashboard: Weights & Biases or None.
+        continues: whether an existing run in ``run_dir`` is being continued from a checkpoint of its own.
+    """
+
+    def __init__(
+        self,
+        experiment: str,
+        config_text: str = "",
+        config: dict[str, Any] | None = None,
+        run_dir: Path | None = None,
+        root: Path = Path("runs"),
+        dashboard: Dashboard | None = None,
+        continues: bool = False,
+    ) -> None:
+        super().__init__()
+        self.experiment_name = experiment
+        self.config_text = config_text
+        self.config = config or {}
+        self.root = Path(root)
+        self.dashboard = dashboard
+        self.clock = Clock()
+        self.continues = continues
+        self._wanted = run_dir
+        self._run_dir: Path | None = None
+        self._run_id: str | None = None
+        self._closed = False
+
+    # ---- what Lightning asks for -------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The experiment."""
+        return self.experiment_name
+
+    @property
+    def version(self) -> str:
+        """The run's id."""
+        self.open()
+        assert self._run_id is not None
+        return self._run_id
+
+    @property
+    def save_dir(self) -> str:
+        """The run's directory."""
+        return str(self.run_dir)
+
+    @property
+    def experiment(self) -> RunLogger:
+        """Itself; the Trainer asks for it once all processes are connected, and that opens the directory."""
+        self.open()
+        return self
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml has them all."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """What modules log through Lightning."""
+        self.record("metrics", {key: value for key, value in metrics.items() if key != "epoch"})
+
+    def finalize(self, status: str) -> None:
+        """The last event, and the dashboard's end."""
+        if self._run_dir is None or self._closed:
+            return
+        self.record("end", {"status": status})
+        self._closed = True
+        if self.dashboard is not None:
+            self.dashboard.close(failed=status != "success")
+
+    # ---- the directory -----------------------------------------------------------------------------------------
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        self.open()
+        assert self._run_dir is not None
+        return self._run_dir
+
+    def open(self) -> None:
+        """Choose id and directory on process 0, tell the others, write config.yaml and the first event."""
+        if self._run_dir is not None:
+            return
+        many = dist.is_available() and dist.is_initialized()
+        chosen: list[Any] = [None]
+        if not many or dist.get_rank() == 0:
+            try:
+                chosen = [self._create()]
+            except UserError as error:
+                chosen = [error]
+        if many:
+            dist.broadcast_object_list(chosen, src=0)
+        if isinstance(chosen[0], UserError):
+            raise chosen[0]
+        run_id, directory = chosen[0]
+        self._run_id, self._run_dir = run_id, Path(directory)
+        if self._is_writer:
+            self.record("start", {"format_version": FORMAT_VERSION, "run_id": run_id, "resumed": self.continues})
+            if self.dashboard is not None:
+                self.dashboard.open(run_id, self._run_dir, self.experiment_name, self.config)
+
+    @property
+    def _is_writer(self) -> bool:
+        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+    def _create(self) -> tuple[str, str]:
+        run_id = new_run_id()
+        directory = self._wanted if self._wanted is not None else self.root / self.experiment_name / run_id
+        if self.continues:
+            with (directory / "metrics.jsonl").open() as file:
+                first = json.loads(file.readline() or "{}")
+            require_known_format(first.get("format_version"), str(directory / "metrics.jsonl"))
+            return (directory / "run_id").read_text().strip(), str(directory.resolve())
+        if any((directory / name).exists() for name in RUN_DIR_FILES):
+            raise UserError(
+                f"run_dir {directory} already holds a run; choose another, or continue that one with "
+                f"--ckpt_path {directory}/checkpoints/last.ckpt"
+            )
+        try:
+            (directory / "samples").mkdir(parents=True, exist_ok=True)
+            (directory / "checkpoints").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run's directory {directory}: {error.strerror}; choose another with --run_dir"
+            ) from error
+        with atomic_write(directory / "run_id") as id_file:
+            id_file.write(f"{run_id}\n".encode())
+        with atomic_write(directory / "config.yaml") as config_file:
+            config_file.write(self.config_text.encode())
+        return run_id, str(directory.resolve())
+
+    # ---- events ------------------------------------------------------------------------------------------------
+
+    def record(self, event: str, values: Mapping[str, Any]) -> None:
+        """Append one event to metrics.jsonl, with step, images seen and time, and show its numbers on the dashboard."""
+        if self._closed:
+            return
+        self.open()
+        if not self._is_writer:
+            return
+        plain = {key: _plain(value) for key, value in values.items()}
+        line = {"event": event, "step": self.clock.steps, "images": self.clock.images, "time": round(time.time(), 3)}
+        path = self.run_dir / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({**line, **plain}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; free some space and continue the run") from error
+        numbers = {key: value for key, value in plain.items() if isinstance(value, int | float)}
+        if self.dashboard is not None and event not in ("start", "end") and numbers:
+            self.dashboard.log(numbers, self.clock)
+
+    def picture(self, name: str, picture: np.ndarray, caption: str, values: Mapping[str, Any] | None = None) -> Path:
+        """Save a picture as ``samples/<name>-<images>.png``, record it, and show it; uint8 ``[H, W, C]``."""
+        path = self.run_dir / "samples" / f"{name}-{self.clock.images:010d}.png"
+        if self._is_writer:
+            save_png(picture, path)
+            self.record("picture", {"name": name, "file": f"samples/{path.name}", "caption": caption, **(values or {})})
+            if self.dashboard is not None:
+                self.dashboard.picture(name, picture, caption, self.clock)
+        return path
+
+
+def run_logger_of(trainer: Any) -> RunLogger | None:
+    """The run's own logger among a Trainer's, None in a bare Trainer."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+
+
+def drop_lost_events(run_dir: Path, images_seen: int) -> int:
+    """Move the events after a checkpoint, which a continued run makes again, to metrics.lost.jsonl.
+
+    Args:
+        run_dir: of the run that is continued.
+        images_seen: by the checkpoint.
+
+    Returns:
+        How many events were moved.
+    """
+    path = run_dir / "metrics.jsonl"
+    kept, lost = [], []
+    for line in path.read_text().splitlines():
+        try:
+            after = json.loads(line)["images"] > images_seen
+        except (json.JSONDecodeError, KeyError, TypeError):
+            after = True  # a line torn by a kill
+        (lost if after else kept).append(line + "\n")
+    if lost:
+        with (run_dir / "metrics.lost.jsonl").open("a") as file:
+            file.writelines(lost)
+        with atomic_write(path) as out:
+            out.write("".join(kept).encode())
+    return len(lost)
