@@ -36,3 +36,12 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def packaged_experiment(name: str) -> Path | None:
+    """The shipped configuration ``experiments/...`` of an installed package, None where there is none of that name."""
+    inside = Path(__file__).parent / name
+    beside = Path(__file__).parent.parent / name
+    if not name.startswith("experiments/"):
+        return None
+    return next((path for path in (inside, beside) if path.is_file()), None)

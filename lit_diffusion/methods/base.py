@@ -24,7 +24,6 @@ from lit_diffusion.objectives import DenoisingLoss
 from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.samplers.base import OnStep, Sampler
 
-Adam: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3)  # noqa: E731 (jsonargparse reads a lambda default)
 NON_FINITE_IN_A_ROW = 3
 """Consecutive steps whose loss or gradient is not finite after which a run is given up."""
 
@@ -47,7 +46,7 @@ class Method(pl.LightningModule):
         self,
         denoiser: NetworkDenoiser,
         sampler: Sampler,
-        optimizer: OptimizerCallable = Adam,
+        optimizer: OptimizerCallable,
         warmup_images: int | None = None,
         warmup_steps: int | None = None,
         gradient_clip: float | None = None,

@@ -11,12 +11,13 @@ Train one network on all levels of a geometric sequence :math:`\sigma_1 > \dots 
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
-from lit_diffusion.methods.base import Adam, Method
+from lit_diffusion.methods.base import Method
 from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import AnnealedLangevin, Sampler
@@ -53,7 +54,7 @@ class NCSN(Method):
         input_scale: InputScale = "none",
         sigma_data: float = 0.5,
         sampler: Sampler | None = None,
-        optimizer: OptimizerCallable = Adam,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         warmup_images: int | None = None,
         warmup_steps: int | None = None,
         gradient_clip: float | None = None,

@@ -1,0 +1,83 @@
+"""``python -m lit_diffusion``: one command, its arguments, and one line for every mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lit_diffusion import __version__
+from lit_diffusion.errors import UserError
+
+COMMANDS = {
+    "fit": "train a method: fit --config experiments/ncsn.yaml",
+    "validate": "the loss on held-out data: validate --ckpt_path FILE",
+    "test": "the full protocol on held-out data: test --ckpt_path FILE",
+    "predict": "samples through the Trainer, on all its processes, into the run's directory: predict --ckpt_path FILE",
+    "sample": "images from a checkpoint: sample --ckpt_path FILE --num_samples N --out samples.npz",
+    "fetch": "download data or weights, the only command that does: fetch data NAME",
+}
+
+
+def usage() -> str:
+    """The top-level help."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        f"lit_diffusion {__version__}: score-based and diffusion generative models",
+        "",
+        "usage: python -m lit_diffusion COMMAND [arguments]",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()),
+        "",
+        "python -m lit_diffusion COMMAND --help shows a command's arguments.",
+    ]
+    return "\n".join(lines)
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Run a command.
+
+    Raises:
+        UserError: for whatever the user can mend.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())  # noqa: T201 (this is its output)
+        return
+    if arguments[0] in ("--version", "-V"):
+        print(__version__)  # noqa: T201
+        return
+    command, *rest = arguments
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {command!r}; {hint}")
+    # Each command imports what it needs only once it is asked for.
+    if command == "sample":
+        from lit_diffusion.commands import sample
+
+        sample.main(rest)
+    elif command == "fetch":
+        from lit_diffusion.commands import fetch
+
+        fetch.main(rest)
+    else:
+        from lit_diffusion import cli
+
+        cli.main([command, *rest])
+
+
+def main() -> int:
+    """The console's entry point: 0, or 2 with one line for a mistake that the user can mend."""
+    try:
+        dispatch(sys.argv[1:])
+    except UserError as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"lit_diffusion: error: {line}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

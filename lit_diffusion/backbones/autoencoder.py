@@ -1,0 +1,35 @@
+"""Vincent's tied-weight denoising autoencoder, the first network trained by denoising score matching."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.backbones.base import Backbone, Condition, Shape, resolved_shape
+
+
+class TiedAutoencoder(Backbone):
+    r"""``F(x) = W^T sigmoid(W x + b) + c`` (Vincent 2011, eq. 13); it knows neither noise level nor condition.
+
+    As ``parametrization: x0`` the score is ``(F(x) - x) / sigma^2``, the gradient of an energy (ibid., eq. 14).
+
+    Args:
+        data_shape: of one datum; ``auto``: the data source's.
+        hidden: number of hidden units.
+    """
+
+    def __init__(self, data_shape: Shape | Literal["auto"] = "auto", hidden: int = 128) -> None:
+        super().__init__()
+        self.data_shape = resolved_shape(data_shape, "TiedAutoencoder")
+        size = math.prod(self.data_shape)
+        self.weight = nn.Parameter(torch.randn(hidden, size) / math.sqrt(size))
+        self.hidden_bias = nn.Parameter(torch.zeros(hidden))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
+        """``[B, *data_shape]`` to the same."""
+        hidden = torch.sigmoid(nn.functional.linear(x.flatten(1), self.weight, self.hidden_bias))
+        return nn.functional.linear(hidden, self.weight.T, self.bias).view_as(x)

@@ -1,0 +1,123 @@
+"""Reading checkpoints: what is refused, and how a model is rebuilt from one alone."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.callbacks.ema import choose_average, load_average
+from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.errors import UserError
+from lit_diffusion.formats import CHECKPOINT_KEY, require_known_format
+from lit_diffusion.methods.base import Method
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint of this project, on the CPU; never unpickles code.
+
+    Raises:
+        UserError: if the file is missing, truncated, foreign, or of an unknown format version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist; a run keeps its own in <run_dir>/checkpoints/last.ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot read checkpoint {path}: truncated, or not a checkpoint ({str(error).splitlines()[0][:80]}); "
+            f"use an earlier one"
+        ) from error
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise UserError(f"{path} was not written by lit_diffusion; only its own checkpoints can be read")
+    require_known_format(checkpoint[CHECKPOINT_KEY].get("format_version"), f"checkpoint {path}")
+    return checkpoint
+
+
+def checkpoint_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The resolved configuration of the run that wrote a checkpoint.
+
+    Raises:
+        UserError: if the run was not started from the command line and so has none.
+    """
+    config = checkpoint[CHECKPOINT_KEY]["config"]
+    if config is None:
+        raise UserError(
+            f"checkpoint {path} holds no configuration (its run was not started by `python -m lit_diffusion fit`): "
+            f"build the model in Python and load its state_dict"
+        )
+    return dict(config)
+
+
+def build_method(model: dict[str, Any]) -> Method:
+    """Instantiate a method from the ``model`` section of a resolved configuration.
+
+    Raises:
+        UserError: if the section does not fit the classes of this version.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    import lit_diffusion.methods  # noqa: F401 (short class names resolve once their modules are imported)
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Method, "model")
+    try:
+        config = parser.parse_object({"model": model})
+    except ArgumentError as error:
+        raise UserError(f"the model section does not fit: {' '.join(str(error).split())}") from error
+    method = parser.instantiate_classes(config).model
+    assert isinstance(method, Method)
+    return method
+
+
+def require_fitting_weights(method: Method, state_dict: dict[str, Tensor], path: str | Path) -> None:
+    """Refuse weights of another model.
+
+    Raises:
+        UserError: naming the first tensor that differs.
+    """
+    mine = method.state_dict()
+    where = f"checkpoint {path} does not fit this model"
+    for name in sorted(set(mine) | set(state_dict)):
+        if name not in mine or name not in state_dict:
+            lacking = "this model" if name not in mine else "the checkpoint"
+            raise UserError(f"{where}: {lacking} has no {name}; use the model section that it was trained with")
+        if mine[name].shape != state_dict[name].shape:
+            raise UserError(
+                f"{where}: {name} is {list(state_dict[name].shape)} there and {list(mine[name].shape)} here; "
+                f"use the model section that it was trained with"
+            )
+
+
+def load(path: str | Path, weights: str | None = None, device: str | torch.device = "cpu") -> Method:
+    """The method of a checkpoint, rebuilt from the file alone, in evaluation mode: ready for a notebook.
+
+    >>> method = lit_diffusion.load("runs/ncsn/<id>/checkpoints/last.ckpt")
+    >>> images = method.generate(torch.arange(16), seed=0)
+
+    Args:
+        path: of the checkpoint.
+        weights: ``raw``, ``ema`` or ``ema:HALF_LIFE``; None: the average if one is kept.
+        device: where to put it.
+
+    Raises:
+        UserError: if the file or the weights asked for cannot be used.
+    """
+    checkpoint = read_checkpoint(path)
+    method = build_method(checkpoint_config(checkpoint, path)["model"])
+    require_fitting_weights(method, checkpoint["state_dict"], path)
+    method.load_state_dict(checkpoint["state_dict"])
+    state = checkpoint[CHECKPOINT_KEY]
+    method.facts = DataFacts.from_plain(state["facts"])
+    method.clock.images, method.clock.steps = state["images_seen"], state["steps"]
+    method.run_config = state["config"]
+    ema = checkpoint.get("callbacks", {}).get("EMA")
+    half_lives = list(ema["half_lives"]) if ema else []
+    weights = weights or ("ema" if half_lives else "raw")
+    choose_average(half_lives, weights)
+    load_average(method, ema, weights)
+    return method.to(device).eval()

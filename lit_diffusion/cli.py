@@ -1,0 +1,331 @@
+"""fit, validate, test and predict: LightningCLI with this project's parser, precedence and run directory.
+
+What counts, from least to most: defaults, the configuration in ``--ckpt_path``, configuration files in their order, the
+command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import torch
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lit_diffusion.data
+import lit_diffusion.methods  # noqa: F401 (short class names in YAML resolve once their modules are imported)
+from lit_diffusion.callbacks import EMA, Checkpoint, ProgressBar, Samples, Telemetry
+from lit_diffusion.checkpoints import build_method, checkpoint_config, read_checkpoint, require_fitting_weights
+from lit_diffusion.datamodule import DataModule
+from lit_diffusion.errors import UserError
+from lit_diffusion.files import packaged_experiment
+from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
+from lit_diffusion.methods.base import Method
+from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, print_note
+from lit_diffusion.trainer import Trainer
+
+# Interpolations are resolved after all files and arguments are merged, and absolute ones work below subcommands.
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+OF_THE_RUN = frozenset({"config", "run_dir", "ckpt_path", "init_from", "format_version", "experiment", "wandb"})
+"""Keys that belong to one run, not to what is computed: not inherited from a checkpoint, not compared with it."""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what the command line prints as one line."""
+        raise UserError(one_line(message)) from ex
+
+
+def one_line(message: str) -> str:
+    """A parser's message without its usage and its nesting."""
+    lines = [line.strip(" -\t") for line in str(message).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("usage:"))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary with dotted keys."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b.c`` in a nested dictionary."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = value
+
+
+class CLI(LightningCLI):
+    """LightningCLI with named callbacks, checkpoint precedence, ``auto`` values and run directories."""
+
+    # ---- the parser --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """As Lightning's, without an option that would unpickle code."""
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the run: data order, noise, weights.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a run has besides model, data and trainer; callbacks are named keys, so that no list can drop them."""
+        parser.add_argument("--format_version", type=int, default=FORMAT_VERSION, help="Of this configuration.")
+        parser.add_argument(
+            "--experiment", type=str | None, default=None, help="Family of runs; null: the configuration file's name."
+        )
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="The run's directory; null: runs/<experiment>/<run id>."
+        )
+        parser.add_argument(
+            "--init_from", type=str | None, default=None, help="Checkpoint whose weights to start from, nothing else."
+        )
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Telemetry, "telemetry")
+        parser.add_class_arguments(Dashboard, "wandb")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; with a checkpoint, parse again on top of its configuration."""
+        self.checkpoint: dict[str, Any] | None = None
+        self.inherited: dict[str, Any] = {}
+        command, *rest = list(args)
+        ckpt_path = _last_option(rest, "--ckpt_path")
+        if ckpt_path is None:
+            self.config = parser.parse_args([command, *rest])
+            ckpt_path = self.config[command].get("ckpt_path")
+            if ckpt_path is None:
+                return
+        self.checkpoint = read_checkpoint(ckpt_path)
+        self.inherited = {
+            key: value
+            for key, value in checkpoint_config(self.checkpoint, ckpt_path).items()
+            if key not in OF_THE_RUN or key == "experiment"
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint.yaml"
+            path.write_text(yaml.safe_dump(self.inherited))
+            self.config = parser.parse_args([command, "--config", str(path), *rest])
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning's would let the checkpoint override the command line."""
+
+    # ---- from configuration to objects -------------------------------------------------------------------------
+
+    @property
+    def _section(self) -> Namespace:
+        return self.config[self.subcommand]
+
+    def instantiate_classes(self) -> None:
+        """Data first, then the values that the model takes from them, then the model, then the Trainer."""
+        section = self._section
+        require_known_format(section.format_version, "the configuration")
+        model = section.pop("model")
+        self.config_init = self.parser.instantiate_classes(self.config)
+        section["model"] = model
+        self.datamodule = self._get(self.config_init, "data")
+        self.datamodule.seed = section.seed_everything
+        self.model = self._build_model(section)
+        self.trainer = self.instantiate_trainer()
+
+    def _build_model(self, section: Namespace) -> Method:
+        model = section.model.as_dict()
+        method_class = _import(model["class_path"])
+        for key, value in flatten(model).items():
+            inherited = flatten(self.inherited.get("model", {})).get(key)
+            if value == "auto" and inherited is not None:
+                set_dotted(model, key, inherited)
+        found = method_class.resolve_auto(model["init_args"], self.datamodule, print_note)
+        for key, value in found.items():
+            set_dotted(model, f"init_args.{key}", value)
+        section["model"] = jsonargparse.dict_to_namespace(model)
+        # The weights' first values follow from the seed, whatever the data set-up drew before.
+        torch.manual_seed(section.seed_everything)
+        method = build_method(model)
+        method.seed = section.seed_everything
+        method.facts = self.datamodule.facts
+        method.clock.batch = self.datamodule.global_batch_size
+        self._load_weights(method, section)
+        return method
+
+    def _load_weights(self, method: Method, section: Namespace) -> None:
+        if self.checkpoint is not None:
+            require_fitting_weights(method, self.checkpoint["state_dict"], section.ckpt_path)
+            images = self.checkpoint[CHECKPOINT_KEY]["images_seen"]
+            print_note(f"checkpoint {section.ckpt_path}: {images} images seen")
+            self._print_differences(section)
+        if section.init_from is not None:
+            if self.checkpoint is not None:
+                raise UserError("give --ckpt_path (continue a run) or --init_from (start from weights), not both")
+            weights = read_checkpoint(section.init_from)["state_dict"]
+            require_fitting_weights(method, weights, section.init_from)
+            method.load_state_dict(weights)
+            print_note(f"weights from {section.init_from}")
+
+    def _print_differences(self, section: Namespace) -> None:
+        now, then = flatten(self._plain_config(section)), flatten(self.inherited)
+        for key in sorted(now.keys() | then.keys()):
+            if key.split(".")[0] not in OF_THE_RUN and now.get(key) != then.get(key):
+                print_note(f"differs from the checkpoint: {key}: {then.get(key)} there, {now.get(key)} now")
+
+    def _config_text(self, section: Namespace) -> str:
+        """config.yaml: complete, resolved, runnable again as it is."""
+        again = section.clone()
+        for key in ("run_dir", "ckpt_path", "init_from"):
+            again[key] = None
+        again["experiment"] = self._experiment(section)
+        return str(self._parser(self.subcommand).dump(again, skip_none=False, format="yaml"))
+
+    def _plain_config(self, section: Namespace) -> dict[str, Any]:
+        plain = yaml.safe_load(self._config_text(section))
+        assert isinstance(plain, dict)
+        return plain
+
+    @staticmethod
+    def _experiment(section: Namespace) -> str:
+        if section.experiment:
+            return str(section.experiment)
+        files = [Path(str(path)) for path in section.get("config") or []]
+        return files[-1].stem if files else "run"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With the run's logger in front of any others, and the named callbacks."""
+        section = self._section
+        others = self.config_init[self.subcommand]["trainer"]["logger"]
+        fast = bool(section.trainer.fast_dev_run)
+        self.model.run_config = self._plain_config(section)
+        self.run_logger = self._make_run_logger(section)
+        self.run_logger.clock = self.model.clock
+        if isinstance(others, bool) or others is None:
+            others = []
+        loggers = [self.run_logger, *(others if isinstance(others, list) else [others])]
+        trainer = super().instantiate_trainer(logger=False if fast else loggers)
+        assert isinstance(trainer, Trainer)
+        if trainer.progress_bar_callback is not None:
+            trainer.callbacks = [c for c in trainer.callbacks if c is not trainer.progress_bar_callback]
+            trainer.callbacks.insert(0, ProgressBar())
+        return trainer
+
+    def _make_run_logger(self, section: Namespace) -> RunLogger:
+        run_dir = None if section.run_dir is None else Path(section.run_dir)
+        continues = False
+        if self.subcommand == "fit" and run_dir is not None and self.checkpoint is not None:
+            continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
+            if continues:
+                lost = drop_lost_events(run_dir, self.checkpoint[CHECKPOINT_KEY]["images_seen"])
+                print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
+        return RunLogger(
+            experiment=self._experiment(section),
+            config_text=self._config_text(section),
+            config=self.model.run_config,
+            run_dir=run_dir,
+            dashboard=self.config_init[self.subcommand]["wandb"],
+            continues=continues,
+        )
+
+    # ---- what is said at the end -------------------------------------------------------------------------------
+
+    def after_fit(self) -> None:
+        """Where everything is, and what to do next."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        run_dir = _short(self.run_logger.run_dir)
+        checkpoint = f"{run_dir}/checkpoints/last.ckpt"
+        print_note(f"done: {self.model.clock.images} images in {self.model.clock.steps} steps")
+        print_note(f"  run         {run_dir}")
+        print_note(f"  samples     {run_dir}/samples")
+        print_note(f"  checkpoint  {checkpoint}")
+        print_note(
+            f"  more        python -m lit_diffusion sample --ckpt_path {checkpoint} --num_samples 64 --out samples.png"
+        )
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _import(class_path: str) -> type[Method]:
+    module, name = class_path.rsplit(".", 1)
+    found = getattr(sys.modules[module] if module in sys.modules else __import__(module, fromlist=[name]), name)
+    assert isinstance(found, type)
+    assert issubclass(found, Method)
+    return found
+
+
+def _last_option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of the last ``--name VALUE`` or ``--name=VALUE``."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{name}="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
+def _find_configs(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which ``--config experiments/NAME.yaml`` means the packaged file where there is no such file here.
+
+    Raises:
+        UserError: for a configuration file that does not exist.
+    """
+    found = list(arguments)
+    for position, argument in enumerate(found):
+        if argument in ("--config", "-c") and position + 1 < len(found):
+            found[position + 1] = str(_config_path(found[position + 1]))
+        elif argument.startswith("--config="):
+            found[position] = f"--config={_config_path(argument.split('=', 1)[1])}"
+    return found
+
+
+def _config_path(given: str) -> Path:
+    path = Path(given)
+    if path.is_file():
+        return path
+    packaged = packaged_experiment(given)
+    if packaged is not None:
+        return packaged
+    raise UserError(f"configuration file {given} does not exist; the shipped ones are experiments/*.yaml")
+
+
+def main(arguments: Sequence[str]) -> CLI:
+    """Run one of LightningCLI's commands."""
+    # Lightning's hints on hardware and workers are not about this run; its warnings and errors stay.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+    return CLI(
+        model_class=Method,
+        datamodule_class=DataModule,
+        subclass_mode_model=True,
+        save_config_callback=None,
+        trainer_class=Trainer,
+        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+        parser_class=Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=_find_configs(arguments),
+    )

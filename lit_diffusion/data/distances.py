@@ -1,0 +1,72 @@
+"""How far apart data are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.randomness import keyed_permutation
+
+EXACT_UP_TO = 10_000
+"""So many data are compared pair by pair; of more, a subset of this size."""
+_BLOCK = 1_000
+
+
+@dataclass(frozen=True)
+class Diameter:
+    """The largest distance between two data.
+
+    Attributes:
+        found: the largest that was found; a lower bound.
+        upper: an upper bound; equal to ``found`` when every pair was compared.
+        count: of the data.
+    """
+
+    found: float
+    upper: float
+    count: int
+
+    @property
+    def statement(self) -> str:
+        """The value with its bound, in words."""
+        if self.upper == self.found:
+            return f"the largest distance between two of the {self.count} training data, all pairs compared"
+        return (
+            f"the largest distance found between two of the {self.count} training data "
+            f"(all pairs of {EXACT_UP_TO}, then the farthest of all from those two); it is at most {self.upper:.4g}"
+        )
+
+
+def largest_distance(values: Callable[[Tensor], Tensor], count: int, exact_up_to: int = EXACT_UP_TO) -> Diameter:
+    """The diameter of a data set in the Euclidean norm.
+
+    Up to ``exact_up_to`` data every pair is compared. Of more, every pair of a subset; then one pass over all data finds
+    the farthest from either end of that pair, and from their midpoint: twice that radius bounds every distance.
+
+    Args:
+        values: from positions ``[b]`` to data ``[b, ...]``, float.
+        count: how many there are.
+        exact_up_to: size of the subset.
+    """
+    everything = count <= exact_up_to
+    subset = torch.arange(count) if everything else keyed_permutation(0, "diameter", count)[:exact_up_to]
+    flat = torch.cat([values(part).flatten(1) for part in subset.split(_BLOCK)]).double()
+    best, pair = 0.0, (0, 0)
+    for start in range(0, len(flat), _BLOCK):
+        # The direct form: |a|^2 + |b|^2 - 2ab would lose half the digits where a and b are close.
+        distance = torch.cdist(flat[start : start + _BLOCK], flat[start:], compute_mode="donot_use_mm_for_euclid_dist")
+        value, position = distance.flatten().max(0)
+        if float(value) > best:
+            row, column = divmod(int(position), distance.shape[1])
+            best, pair = float(value), (start + row, start + column)
+    if everything:
+        return Diameter(best, best, count)
+    ends = flat[list(pair)]
+    anchors = torch.cat((ends, ends.mean(0, keepdim=True)))
+    radius = torch.zeros(3, dtype=torch.float64)
+    for part in torch.arange(count).split(_BLOCK):
+        radius = torch.maximum(radius, torch.cdist(values(part).flatten(1).double(), anchors).amax(0))
+    return Diameter(max(best, float(radius[:2].max())), 2.0 * float(radius[2]), count)

@@ -1,0 +1,70 @@
+"""Many samples from a method, batch by batch, at one fixed batch shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.errors import UserError
+from lit_diffusion.methods.base import Method
+from lit_diffusion.samplers.base import Progress, Sampler
+
+
+def condition_for(method: Method, indices: Tensor, label: int | None) -> Condition | None:
+    """What samples ``indices`` ``[B]`` are conditioned on: a given class, else sample i has class ``i mod classes``.
+
+    Raises:
+        UserError: if a label is asked of a model that has none, or is out of range.
+    """
+    classes = method.denoiser.backbone.num_classes
+    if classes is None:
+        if label is not None:
+            raise UserError(f"label {label}: this model is not class-conditional; leave --label out")
+        return None
+    if label is not None and not 0 <= label < classes:
+        raise UserError(f"label {label}: this model's classes are 0 to {classes - 1}")
+    labels = indices % classes if label is None else torch.full_like(indices, label)
+    return Condition(label=labels.to(method.device))
+
+
+def generate_in_batches(
+    method: Method,
+    count: int,
+    seed: int,
+    batch_size: int,
+    sampler: Sampler | None = None,
+    label: int | None = None,
+    show_progress: bool = True,
+) -> Iterator[Tensor]:
+    """Samples ``0 .. count - 1`` of a seed, in order, ``[b, *shape]`` at a time on the CPU.
+
+    The network always sees the same batch shape, so that nothing is compiled or tuned twice: the last batch is filled
+    up with further samples, which are dropped.
+
+    Raises:
+        UserError: if the sampler does not fit, or its walk ended in NaN.
+    """
+    sampler = sampler or method.sampler
+    sampler.check(method.denoiser)
+    batch_size = min(batch_size, count)
+    starts = range(0, count, batch_size)
+    total = len(sampler.plan(method.denoiser.process)) * len(starts)
+    with tqdm(total=total, unit=" steps", desc=f"sampling {count}", disable=not show_progress) as bar:
+
+        def on_step(progress: Progress) -> None:
+            bar.update(1)
+
+        for start in starts:
+            indices = torch.arange(start, start + batch_size)
+            cond = condition_for(method, indices, label)
+            x = method.generate(indices, seed, cond, sampler, on_step)[: count - start].cpu()
+            if not torch.isfinite(x).all():
+                raise UserError(
+                    f"the sampler diverged (NaN or infinity among samples {start} to {start + len(x) - 1}): "
+                    f"choose smaller steps or other weights"
+                )
+            yield x
