@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +35,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # Where the folder is a file, even looking for it fails.
+            temporary.unlink(missing_ok=True)
 
 
 def packaged_experiment(name: str) -> Path | None:
