@@ -17,7 +17,7 @@ from lit_diffusion.processes import Process
 
 
 class GaussianMixture:
-    """A mixture of Gaussians in D dimensions.
+    """A mixture of Gaussians in D dimensions. It computes in float64 on the device of what it is asked about.
 
     Args:
         weights: ``[K]``, positive; normalised here.
@@ -31,6 +31,11 @@ class GaussianMixture:
         self.covariances = covariances.to(torch.float64)
         # The smoothed covariances share their eigenvectors: one decomposition serves every noise level.
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.covariances)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights, means, eigenvalues and eigenvectors on x's device."""
+        parts = (self.weights, self.means, self.eigenvalues, self.eigenvectors)
+        return tuple(part.to(x.device) for part in parts)  # type: ignore[return-value]
 
     @property
     def dimension(self) -> int:
@@ -48,30 +53,32 @@ class GaussianMixture:
 
     def sample(self, normal: Tensor, uniform: Tensor) -> Tensor:
         """Samples ``[B, D]`` from standard normal ``[B, D]`` and uniform ``[B]`` numbers."""
-        edges = self.weights.cumsum(0)[:-1].to(uniform.device)
-        component = torch.bucketize(uniform.to(torch.float64), edges, right=True)
-        scaled = self.eigenvalues[component].clamp(min=0).sqrt() * normal.to(torch.float64)
-        return self.means[component] + torch.einsum("bij,bj->bi", self.eigenvectors[component], scaled)
+        weights, means, eigenvalues, eigenvectors = self._parts(uniform)
+        component = torch.bucketize(uniform.to(torch.float64), weights.cumsum(0)[:-1], right=True)
+        scaled = eigenvalues[component].clamp(min=0).sqrt() * normal.to(torch.float64)
+        return means[component] + torch.einsum("bij,bj->bi", eigenvectors[component], scaled)
 
     def log_prob_and_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-density ``[B]`` and score ``[B, D]`` of ``alpha x_0 + sigma eps`` at x ``[B, D]``; alpha, sigma ``[B]``."""
+        """Log-density ``[B]`` and score ``[B, D]`` of ``alpha x_0 + sigma eps`` at ``[B, D]``; alpha, sigma ``[B]``."""
+        weights, means, eigenvalues, eigenvectors = self._parts(x)
         x = x.to(torch.float64)
-        offset = x[:, None] - alpha[:, None, None] * self.means
-        rotated = torch.einsum("kji,bkj->bki", self.eigenvectors, offset)
-        variance = alpha[:, None, None] ** 2 * self.eigenvalues + sigma[:, None, None] ** 2
+        offset = x[:, None] - alpha[:, None, None] * means
+        rotated = torch.einsum("kji,bkj->bki", eigenvectors, offset)
+        variance = alpha[:, None, None] ** 2 * eigenvalues + sigma[:, None, None] ** 2
         log_component = -0.5 * (rotated**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
-        log_joint = log_component + self.weights.log()
+        log_joint = log_component + weights.log()
         log_prob = torch.logsumexp(log_joint, dim=1)
         responsibility = torch.softmax(log_joint, dim=1)
-        pull = torch.einsum("kij,bkj->bki", self.eigenvectors, -rotated / variance)
+        pull = torch.einsum("kij,bkj->bki", eigenvectors, -rotated / variance)
         return log_prob, (responsibility[..., None] * pull).sum(1)
 
     def component_of(self, x: Tensor) -> Tensor:
         """The likeliest component of each row of x: int64 ``[B]``."""
-        x = x.to(torch.float64)
-        rotated = torch.einsum("kji,bkj->bki", self.eigenvectors, x[:, None] - self.means)
-        log_component = -0.5 * (rotated**2 / self.eigenvalues + self.eigenvalues.log()).sum(-1)
-        return (log_component + self.weights.log()).argmax(1)
+        weights, means, eigenvalues, eigenvectors = self._parts(x)
+        rotated = torch.einsum("kji,bkj->bki", eigenvectors, x.to(torch.float64)[:, None] - means)
+        variance = eigenvalues.clamp(min=1e-20)  # A component may be flat in some directions.
+        log_component = -0.5 * (rotated**2 / variance + variance.log()).sum(-1)
+        return (log_component + weights.log()).argmax(1)
 
 
 class ExactDenoiser(Denoiser):
