@@ -60,6 +60,8 @@ class Process(nn.Module, ABC):
         super().__init__()
         if levels is not None and levels < 1:
             raise UserError(f"levels is {levels}; a process needs at least one noise level")
+        if not 0.0 < t_min < 1.0:
+            raise UserError(f"t_min is {t_min:g}; it must lie strictly between 0 and 1, where the score is finite")
         self.levels = levels
         self.t_min = t_min if levels is None else 1.0 / levels
 
@@ -102,11 +104,19 @@ class Process(nn.Module, ABC):
         Raises:
             UserError: if the process never has that ratio in (0, 1].
         """
-        t = float(self.t_at_log_snr(torch.tensor(-2.0 * math.log(sigma), dtype=torch.float64)))
-        if not 0.0 < t <= 1.0 + 1e-9:
-            top = float(self.sigma(torch.ones(1)) / self.alpha(torch.ones(1)))
-            raise UserError(f"noise level {sigma:g} is outside this process, whose largest is {top:g}")
-        return min(t, 1.0)
+
+        def ratio(t: float) -> float:
+            return math.exp(-0.5 * float(self.log_snr(torch.tensor(t, dtype=torch.float64))))
+
+        if sigma > 0.0:
+            t = float(self.t_at_log_snr(torch.tensor(-2.0 * math.log(sigma), dtype=torch.float64)))
+            t = min(max(t, 1e-12), 1.0)  # Both ends belong to the process, whichever way they were rounded.
+            if abs(ratio(t) / sigma - 1.0) < 1e-6:
+                return t
+        raise UserError(
+            f"noise level {sigma:g} is outside this process, whose levels run from {ratio(self.t_min):g} "
+            f"(at its smallest time) to {ratio(1.0):g}"
+        )
 
     def drift(self, t: Tensor) -> Tensor:
         """``f(t)`` of the SDE ``dx = f(t) x dt + g(t) dw``."""
@@ -141,7 +151,7 @@ class Process(nn.Module, ABC):
         """The grid index ``0 .. levels - 1`` (0 the least noise) nearest to times ``[B]``: int64 ``[B]``."""
         if self.levels is None:
             raise UserError("noise_input 'index' needs a process with levels; continuous time has no index")
-        return (t.to(torch.float64) * self.levels).round().long() - 1
+        return ((t.to(torch.float64) * self.levels).round().long() - 1).clamp(0, self.levels - 1)
 
 
 class VE(Process):
