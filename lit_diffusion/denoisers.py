@@ -46,7 +46,8 @@ def _mean(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Te
     before = (level.t - 1.0 / process.levels).clamp(min=0.0)
     ratio = torch.exp(2.0 * (process.log_alpha(level.t) - process.log_alpha(before)))  # alpha_t of DDPM
     variance, variance_before = level.sigma**2, process.sigma(before) ** 2
-    on_x0 = process.alpha(before) * (1.0 - ratio) / variance
+    # 1 - alpha_t where the process preserves variance, as DDPM's does.
+    on_x0 = process.alpha(before) * (variance - ratio * variance_before) / variance
     on_xt = ratio.sqrt() * variance_before / variance
     return on_x0 + on_xt * level.alpha, on_xt * level.sigma
 
