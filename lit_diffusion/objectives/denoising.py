@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -68,10 +68,17 @@ class DenoisingScoreMatching:
         time_law: how t is drawn, a row of :data:`TIME_LAWS`.
         weight: ``lambda(t)``, a row of :data:`WEIGHTS`.
         reduction: over the dimensions of an image: ``half_sum`` (NCSN's and score-SDE's 1/2 norm^2) or ``mean`` (DDPM's).
+
+    Raises:
+        UserError: for a name that is not one of these.
     """
 
     def __init__(self, time_law: TimeLaw, weight: Weight = "sigma2", reduction: Reduction = "half_sum") -> None:
-        for name, value, known in (("time_law", time_law, TIME_LAWS), ("weight", weight, WEIGHTS)):
+        for name, value, known in (
+            ("time_law", time_law, TIME_LAWS),
+            ("weight", weight, WEIGHTS),
+            ("reduction", reduction, get_args(Reduction)),
+        ):
             if value not in known:
                 raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
         self.time_law = time_law
