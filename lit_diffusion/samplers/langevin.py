@@ -173,6 +173,8 @@ class AnnealedLangevin(_LangevinSampler):
         super().__init__(initial, uniform_range)
         if steps_per_level < 1:
             raise UserError(f"steps_per_level is {steps_per_level}; annealed Langevin dynamics needs at least one")
+        if levels is not None and levels < 2:
+            raise UserError(f"levels is {levels}; annealed Langevin dynamics visits at least two, or null")
         self.steps_per_level = steps_per_level
         self.eta = eta
         self.denoise = denoise
