@@ -4,8 +4,8 @@ A backbone's raw output F is one linear combination of what it must guess,
 
 .. math::  F = u\, x_0 + v\, \epsilon, \qquad x_t = \alpha x_0 + \sigma \epsilon,
 
-and ``(u, v)`` is all that tells one parametrization from another: they are the rows of :data:`PARAMETRIZATIONS`. Solving
-the two equations gives every view in closed form, with ``det = alpha v - sigma u``:
+and ``(u, v)`` is all that tells one parametrization from another: they are the rows of :data:`PARAMETRIZATIONS`.
+Solving the two equations gives every view in closed form, with ``det = alpha v - sigma u``:
 
 .. math::
     x_0 = \frac{v x_t - \sigma F}{det}, \quad \epsilon = \frac{\alpha F - u x_t}{det}, \quad
@@ -62,8 +62,9 @@ PARAMETRIZATIONS: dict[str, Callable[[Level, Process, float], tuple[Tensor, Tens
     "edm": _edm,
     "mean": _mean,
 }
-"""``(u, v)`` of ``F = u x_0 + v eps`` by name: ``score`` is NCSNv2's ``F = sigma score``, ``raw_score`` NCSN's ``F =
-score``, ``v`` Salimans and Ho's ``alpha eps - sigma x_0``, ``edm`` Karras et al. 2022, ``mean`` DDPM's posterior mean."""
+"""``(u, v)`` of ``F = u x_0 + v eps`` by name: ``score`` is NCSNv2's ``F = sigma score``, ``raw_score`` NCSN's
+``F = score``, ``v`` Salimans and Ho's ``alpha eps - sigma x_0``, ``edm`` Karras et al. 2022, ``mean`` DDPM's posterior
+mean."""
 
 NOISE_INPUTS: dict[str, Callable[[Process, Level], Tensor]] = {
     "index": lambda process, level: process.level_index(level.t),

@@ -157,9 +157,9 @@ class Process(nn.Module, ABC):
 class VE(Process):
     r"""Variance exploding: ``alpha = 1``, ``sigma(t) = sigma_min (sigma_max / sigma_min)^t`` for t > 0 and 0 at 0.
 
-    With ``levels: L`` the grid is NCSN's geometric sequence, ``sigma(i/L) = sigma_min (sigma_max/sigma_min)^{(i-1)/(L-1)}``
-    for i = 1 .. L, so that both ends are exact (Song and Ermon 2019, section 4; Song et al. 2021, eq. 30 with the
-    courses' ``sigma(0) = 0``).
+    With ``levels: L`` the grid is NCSN's geometric sequence,
+    ``sigma(i/L) = sigma_min (sigma_max/sigma_min)^{(i-1)/(L-1)}`` for i = 1 .. L, so that both ends are exact (Song and
+    Ermon 2019, section 4; Song et al. 2021, eq. 30 with the courses' ``sigma(0) = 0``).
 
     Args:
         sigma_min: the smallest level, in units of the normalised data.
@@ -211,9 +211,10 @@ class VE(Process):
 
 
 class VP(Process):
-    r"""Variance preserving: ``alpha = e^{-B/2}``, ``sigma^2 = 1 - e^{-B}``, ``B(t) = beta_min t + (beta_max - beta_min) t^2/2``.
+    r"""Variance preserving: ``alpha = e^{-B/2}``, ``sigma^2 = 1 - e^{-B}``.
 
-    Song et al. 2021, eq. 33; the SDE ``dx = -beta(t) x/2 dt + sqrt(beta(t)) dw``.
+    ``B(t) = beta_min t + (beta_max - beta_min) t^2/2`` (Song et al. 2021, eq. 33); the SDE is
+    ``dx = -beta(t) x/2 dt + sqrt(beta(t)) dw``.
 
     Args:
         beta_min: ``beta(0)``.
@@ -275,7 +276,7 @@ class SubVP(VP):
         return self.beta(t) * torch.exp(-self.integral(t))
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        """With ``u = e^{-B/2}`` and ``k = e^{-log_snr/2}``: ``u = 2 / (k + sqrt(k^2 + 4)) ...`` solves ``u/(1-u^2) = 1/k``."""
+        """With ``u = e^{-B/2}`` and ``k = e^{-log_snr/2}``: ``u = 2 / (k + sqrt(k^2 + 4))`` solves ``1 - u^2 = k u``."""
         k = torch.exp(-0.5 * log_snr.to(torch.float64))
         # 1 - u from 1 - u = k u / (1 + u) keeps its digits where u is near 1.
         u = 2.0 / (k + torch.sqrt(k**2 + 4.0))
@@ -355,7 +356,7 @@ def linear_betas(levels: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02)
 
 
 def cosine_betas(levels: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Tensor:
-    """The betas of ``abar(t) ~ cos^2(pi/2 (t + s)/(1 + s))``, clipped (Nichol and Dhariwal 2021, eq. 17): ``[levels]``."""
+    """The betas of ``abar(t) ~ cos^2(pi/2 (t + s)/(1 + s))``, clipped (Nichol and Dhariwal 2021, eq. 17)."""
     t = torch.arange(levels + 1, dtype=torch.float64) / levels
     alpha_bar = torch.cos(0.5 * math.pi * (t + offset) / (1.0 + offset)) ** 2
     return (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)

@@ -3,8 +3,9 @@ r"""Denoising score matching: the law of the noise level, the weight, the loss o
 .. math::  L(\theta) = E_{t}\, \lambda(t)\, E_{x_0, \epsilon}\,
            \Big\| s_\theta(\alpha x_0 + \sigma \epsilon, t) + \frac{\epsilon}{\sigma} \Big\|^2
 
-(Vincent 2011, eq. 9; Song and Ermon 2019, eqs. 5 and 6). It is computed as ``lambda/sigma^2 |eps_theta - eps|^2``, which
-is the same number without the division of two small ones. For each t its minimiser is the score of the smoothed density.
+(Vincent 2011, eq. 9; Song and Ermon 2019, eqs. 5 and 6). It is computed as ``lambda/sigma^2 |eps_theta - eps|^2``,
+which is the same number without the division of two small ones. For each t its minimiser is the score of the smoothed
+density.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class DenoisingScoreMatching:
     Args:
         time_law: how t is drawn, a row of :data:`TIME_LAWS`.
         weight: ``lambda(t)``, a row of :data:`WEIGHTS`.
-        reduction: over the dimensions of an image: ``half_sum`` (NCSN's and score-SDE's 1/2 norm^2) or ``mean`` (DDPM's).
+        reduction: over the dimensions of an image: ``half_sum`` (NCSN's and score-SDE's 1/2 norm^2) or ``mean``
+            (DDPM's).
 
     Raises:
         UserError: for a name that is not one of these.

@@ -39,7 +39,7 @@ def langevin_update(x: Tensor, score: Tensor, eta: float, z: Tensor) -> Tensor:
 
 
 def _refuse_divergence(eta: float, sigma: float) -> None:
-    """Around a mode of width sigma the chain is ``x <- (1 - eta / (2 sigma^2)) x + ...``: it needs a factor above -1."""
+    """Around a mode of width sigma the chain is ``x <- (1 - eta / (2 sigma^2)) x + ...``: the factor must exceed -1."""
     if not eta > 0.0:
         raise UserError(f"Langevin step eta is {eta:g}; it must be positive")
     if eta >= 4.0 * sigma**2:
