@@ -276,7 +276,7 @@ class SubVP(VP):
         return self.beta(t) * torch.exp(-self.integral(t))
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        """With ``u = e^{-B/2}`` and ``k = e^{-log_snr/2}``: ``u = 2 / (k + sqrt(k^2 + 4))`` solves ``1 - u^2 = k u``."""
+        """With ``u = e^{-B/2}`` and ``k = e^{-log_snr/2}``: ``1 - u^2 = k u``, so ``u = 2 / (k + sqrt(k^2 + 4))``."""
         k = torch.exp(-0.5 * log_snr.to(torch.float64))
         # 1 - u from 1 - u = k u / (1 + u) keeps its digits where u is near 1.
         u = 2.0 / (k + torch.sqrt(k**2 + 4.0))
