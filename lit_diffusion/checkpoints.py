@@ -14,6 +14,7 @@ from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.formats import CHECKPOINT_KEY, require_known_format
 from lit_diffusion.methods.base import Method
+from lit_diffusion.parser import Parser
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -59,17 +60,12 @@ def build_method(model: dict[str, Any]) -> Method:
     Raises:
         UserError: if the section does not fit the classes of this version.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     import lit_diffusion.methods  # noqa: F401 (short class names resolve once their modules are imported)
 
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser()
     parser.add_subclass_arguments(Method, "model")
-    try:
-        config = parser.parse_object({"model": model})
-    except ArgumentError as error:
-        raise UserError(f"the model section does not fit: {' '.join(str(error).split())}") from error
-    method = parser.instantiate_classes(config).model
+    config = parser.parse_object({"model": model})
+    method = parser.instantiate(config).model
     assert isinstance(method, Method)
     return method
 

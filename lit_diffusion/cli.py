@@ -12,13 +12,13 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jsonargparse
 import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffusion.data
 import lit_diffusion.methods  # noqa: F401 (short class names in YAML resolve once their modules are imported)
@@ -29,28 +29,25 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import packaged_experiment
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.methods.base import Method
+from lit_diffusion.parser import Parser
 from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, print_note
 from lit_diffusion.trainer import Trainer
 
 # Interpolations are resolved after all files and arguments are merged, and absolute ones work below subcommands.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
-OF_THE_RUN = frozenset({"config", "run_dir", "ckpt_path", "init_from", "format_version", "experiment", "wandb"})
+OF_THE_RUN = frozenset({"config", "run_dir", "ckpt_path", "init_from", "format_version", "experiment"})
 """Keys that belong to one run, not to what is computed: not inherited from a checkpoint, not compared with it."""
 
 
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what the command line prints as one line."""
-        raise UserError(one_line(message)) from ex
-
-
-def one_line(message: str) -> str:
-    """A parser's message without its usage and its nesting."""
-    lines = [line.strip(" -\t") for line in str(message).splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith("usage:"))
+TRAINER_DEFAULTS = {
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    # What Trainer settles for every run, so that config.yaml says what was done.
+    "max_epochs": -1,
+    "inference_mode": False,
+    "use_distributed_sampler": False,
+}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -61,14 +58,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-
-
-def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``a.b.c`` in a nested dictionary."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = value
 
 
 class CLI(LightningCLI):
@@ -139,7 +128,7 @@ class CLI(LightningCLI):
         section = self._section
         require_known_format(section.format_version, "the configuration")
         model = section.pop("model")
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         section["model"] = model
         self.datamodule = self._get(self.config_init, "data")
         self.datamodule.seed = section.seed_everything
@@ -147,19 +136,19 @@ class CLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
 
     def _build_model(self, section: Namespace) -> Method:
-        model = section.model.as_dict()
-        method_class = _import(model["class_path"])
-        for key, value in flatten(model).items():
-            inherited = flatten(self.inherited.get("model", {})).get(key)
-            if value == "auto" and inherited is not None:
-                set_dotted(model, key, inherited)
-        found = method_class.resolve_auto(model["init_args"], self.datamodule, print_note)
+        inherited = flatten(self.inherited)
+        for key, value in flatten({"model": section.model.as_dict()}).items():
+            # A continued run keeps the numbers that it was started with, whatever its data look like now.
+            if value == "auto" and inherited.get(key) is not None:
+                section[key] = inherited[key]
+        found = _import(section.model.class_path).resolve_auto(
+            section.model.init_args.as_dict(), self.datamodule, print_note
+        )
         for key, value in found.items():
-            set_dotted(model, f"init_args.{key}", value)
-        section["model"] = jsonargparse.dict_to_namespace(model)
+            section[f"model.init_args.{key}"] = value
         # The weights' first values follow from the seed, whatever the data set-up drew before.
         torch.manual_seed(section.seed_everything)
-        method = build_method(model)
+        method = build_method(section.model.as_dict())
         method.seed = section.seed_everything
         method.facts = self.datamodule.facts
         method.clock.batch = self.datamodule.global_batch_size
@@ -182,8 +171,9 @@ class CLI(LightningCLI):
 
     def _print_differences(self, section: Namespace) -> None:
         now, then = flatten(self._plain_config(section)), flatten(self.inherited)
+        roots = self.inherited.keys() - OF_THE_RUN
         for key in sorted(now.keys() | then.keys()):
-            if key.split(".")[0] not in OF_THE_RUN and now.get(key) != then.get(key):
+            if key.split(".")[0] in roots and now.get(key) != then.get(key):
                 print_note(f"differs from the checkpoint: {key}: {then.get(key)} there, {now.get(key)} now")
 
     def _config_text(self, section: Namespace) -> str:
@@ -192,7 +182,7 @@ class CLI(LightningCLI):
         for key in ("run_dir", "ckpt_path", "init_from"):
             again[key] = None
         again["experiment"] = self._experiment(section)
-        return str(self._parser(self.subcommand).dump(again, skip_none=False, format="yaml"))
+        return str(self._parser(self.subcommand).dump(again, skip_unset=False, format="yaml"))
 
     def _plain_config(self, section: Namespace) -> dict[str, Any]:
         plain = yaml.safe_load(self._config_text(section))
@@ -316,13 +306,20 @@ def main(arguments: Sequence[str]) -> CLI:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+    try:
+        return _run(arguments)
+    except OmegaConfBaseException as error:
+        raise UserError(f"an interpolation of the configuration does not resolve: {str(error).splitlines()[0]}") from error
+
+
+def _run(arguments: Sequence[str]) -> CLI:
     return CLI(
         model_class=Method,
         datamodule_class=DataModule,
         subclass_mode_model=True,
         save_config_callback=None,
         trainer_class=Trainer,
-        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+        trainer_defaults=TRAINER_DEFAULTS,
         parser_class=Parser,
         parser_kwargs={"parser_mode": "omegaconf+"},
         auto_configure_optimizers=False,

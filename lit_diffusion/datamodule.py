@@ -215,11 +215,13 @@ class DataModule(pl.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> list[Tensor]:
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The indices of the samples that ``predict`` makes, strided over the processes."""
         rank, world_size = self._place
-        mine = torch.arange(rank, self.predict_samples, world_size)
-        return list(mine.split(max(1, self.global_batch_size // world_size))) if len(mine) else []
+        mine = range(rank, self.predict_samples, world_size)
+        if not mine:
+            return []
+        return DataLoader(mine, batch_size=max(1, self.global_batch_size // world_size))  # type: ignore[arg-type]
 
     def _loader(self, source: Source, batches: Any) -> DataLoader[Any]:
         return DataLoader(

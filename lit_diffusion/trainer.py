@@ -18,16 +18,26 @@ class Trainer(pl.Trainer):
     Args:
         max_images: train until this many images were seen; null: no such end (give ``max_steps`` or ``max_time``).
         precision: ``32-true``, ``bf16-mixed`` (the backbone in bfloat16, all else float32) or ``16-mixed``.
+        compile: compile the backbone in place (the names in checkpoints stay as they are).
+        channels_last: keep the backbone's images as ``[B, H, W, C]`` in memory; faster for most convolutions.
         **kwargs: Lightning's own.
     """
 
     def __init__(
-        self, *, max_images: int | None = None, precision: PrecisionName = "32-true", **kwargs: Any
+        self,
+        *,
+        max_images: int | None = None,
+        precision: PrecisionName = "32-true",
+        compile: bool = False,
+        channels_last: bool = False,
+        **kwargs: Any,
     ) -> None:
         self.autocast_dtype = autocast_dtype(precision)
         if max_images is not None and max_images < 1:
             raise UserError(f"trainer.max_images is {max_images}; give a positive number")
         self.max_images = max_images
+        self.compile = compile
+        self.channels_last = channels_last
         for key in ("gradient_clip_val", "gradient_clip_algorithm"):
             if kwargs.get(key) is not None:
                 raise UserError(f"trainer.{key} does nothing here; set model.init_args.gradient_clip")

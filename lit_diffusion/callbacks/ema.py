@@ -130,9 +130,8 @@ class EMA(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the averages of a checkpoint whose half-lives are still wanted."""
         by_half_life = dict(zip(state_dict["half_lives"], state_dict["shadows"], strict=True))
-        wanted = self.half_lives or state_dict["half_lives"]
-        if all(half_life in by_half_life for half_life in wanted):
-            self.half_lives = list(wanted)
+        wanted = self.half_lives
+        if wanted and all(half_life in by_half_life for half_life in wanted):
             self.shadows = [dict(by_half_life[half_life]) for half_life in wanted]
             self.updates = state_dict["updates"]
 

@@ -8,12 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.callbacks.ema import EMA
 from lit_diffusion.clock import Cadence
 from lit_diffusion.errors import UserError
+from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note, run_logger_of
@@ -119,3 +121,24 @@ class Samples(pl.Callback):
         if on_step is not None:
             strip = torch.cat(film.rows(x))
             run.picture("film", image_grid(to_uint8(strip, facts.value_range), self.film_columns), caption, values)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring the samples of all processes together, in their order, as ``samples/predict.npz``."""
+        assert isinstance(pl_module, Method)
+        facts, run = pl_module.require_facts(), run_logger_of(trainer)
+        made = [x.cpu() for x in trainer.predict_loop.predictions if isinstance(x, Tensor)]
+        mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
+        shares: list[Any] = [mine]
+        if dist.is_available() and dist.is_initialized():
+            shares = [None] * trainer.world_size
+            dist.all_gather_object(shares, mine)
+        if run is None or not trainer.is_global_zero:
+            return
+        x = torch.empty(sum(len(share) for share in shares), *facts.shape)
+        for rank, share in enumerate(shares):
+            x[rank :: len(shares)] = share
+        array = x.numpy() if facts.value_range is None else to_uint8(x, facts.value_range)
+        path = run.run_dir / "samples" / "predict.npz"
+        with atomic_write(path) as file:
+            np.savez_compressed(file, arr_0=array)
+        print_note(f"wrote {len(array)} samples to {path}")

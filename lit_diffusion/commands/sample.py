@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_diffusion.checkpoints import load
-from lit_diffusion.cli import Parser, one_line
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, save_png, to_uint8
+from lit_diffusion.parser import Parser
 from lit_diffusion.precision import PrecisionName, autocast_dtype
 from lit_diffusion.samplers import SAMPLERS, Sampler
 from lit_diffusion.sampling import generate_in_batches
@@ -101,17 +100,14 @@ def choose_sampler(default: Sampler, name: str | None, keys: dict[str, str]) -> 
         class_path = name
     else:
         raise UserError(f"there is no sampler {name!r}; choose one of {', '.join(SAMPLERS)}, or give a class path")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser()
     parser.add_subclass_arguments(Sampler, "sampler")
     init_args: dict[str, Any] = {}
     if class_path == f"{type(default).__module__}.{type(default).__qualname__}":
         init_args = {key: getattr(default, key) for key in inspect.signature(type(default)).parameters}
     given = [f"--sampler={class_path}", *(f"--sampler.{key}={_as_yaml(value)}" for key, value in init_args.items())]
-    try:
-        config = parser.parse_args([*given, *(f"--sampler.{key}={value}" for key, value in keys.items())])
-    except ArgumentError as error:
-        raise UserError(f"sampler: {one_line(str(error))}") from error
-    chosen = parser.instantiate_classes(config).sampler
+    config = parser.parse_args([*given, *(f"--sampler.{key}={value}" for key, value in keys.items())])
+    chosen = parser.instantiate(config).sampler
     assert isinstance(chosen, Sampler)
     return chosen
 

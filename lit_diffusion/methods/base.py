@@ -69,6 +69,7 @@ class Method(pl.LightningModule):
         self.last_gradient_norm = torch.zeros(())
         self.skipped_steps = 0
         self._non_finite_in_a_row = 0
+        self._configured: list[dict[str, Any]] = []
         self._held_out: list[Tensor] = []
 
     # ---- what a paper says -------------------------------------------------------------------------------------
@@ -152,19 +153,29 @@ class Method(pl.LightningModule):
     # ---- training ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Take the data's facts and the Trainer's precision."""
+        """Take the data's facts and the Trainer's way of running the backbone."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, DataModule):
             self.facts = datamodule.facts
             self.clock.batch = datamodule.global_batch_size
         self.denoiser.autocast_dtype = getattr(self.trainer, "autocast_dtype", None)
+        if getattr(self.trainer, "channels_last", False):
+            self.denoiser.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if getattr(self.trainer, "compile", False):
+            self.denoiser.backbone.compile()
 
     def configure_optimizers(self) -> Optimizer:
         """The optimiser; its learning rate is the one after warm-up."""
         optimizer = self.make_optimizer(self.denoiser.parameters())
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        self._configured = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
         return optimizer
+
+    def on_train_start(self) -> None:
+        """Let the configuration have the last word on learning rates and the like, after a checkpoint's optimiser state."""
+        for group, configured in zip(self.trainer.optimizers[0].param_groups, self._configured, strict=True):
+            group.update(configured)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimiser step on this process's share of the global batch, in as many parts as its memory asks for."""

@@ -1,0 +1,103 @@
+"""The command line's parser: jsonargparse, with one line for each mistake."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_diffusion.errors import UserError
+
+_TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what the command line prints as one line."""
+        raise UserError(explain(message, known_keys(self))) from ex
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    for child in base.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _families() -> dict[str, type]:
+    """The base class of what each key's ``class_path`` names."""
+    from lit_diffusion.backbones.base import Backbone
+    from lit_diffusion.data.source import Source
+    from lit_diffusion.methods.base import Method
+    from lit_diffusion.samplers.base import Sampler
+
+    return {"model": Method, "backbone": Backbone, "sampler": Sampler, "source": Source, "held_out": Source}
+
+
+def _choices(base: type) -> list[str]:
+    found = {c.__name__ for c in _subclasses(base) if not inspect.isabstract(c) and not c.__name__.startswith("_")}
+    return sorted(name for name in found if name != "InMemory")
+
+
+def known_keys(parser: LightningArgumentParser) -> list[str]:
+    """Every key that a person may have meant: the parser's own and the arguments of the project's classes."""
+    keys = [action.dest for action in parser._actions]
+    for base in _families().values():
+        for child in _subclasses(base):
+            keys += [key for key in inspect.signature(child.__init__).parameters if key != "self"]
+    return keys
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(dict.fromkeys(known)), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else "; --help lists the keys"
+
+
+def explain(message: str, known: Iterable[str] = ()) -> str:
+    """What a parser's nested report comes down to: the key, the value, the mend.
+
+    Args:
+        message: of jsonargparse, with its unions, types and dumps.
+        known: keys to suggest from.
+    """
+    text = str(message)
+    path = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
+    # A nested parser has explained its part already: only say where it was.
+    if match := re.search(r"(\S+ is '[^']*'; it must be [^\n]+)", text):
+        return f"{path}.{match[1]}" if path else match[1]
+    if match := re.search(r"(there is no (?:key|class) '[^\n]+)", text):
+        return f"{path}: {match[1]}" if path else match[1]
+    if match := re.search(r"Option '([^']+)' is not accepted", text):
+        key = match[1]
+        below = f" below {path}" if path else ""
+        return f"there is no key {key!r}{below}{_nearest(key, known)}"
+    if match := re.search(r"does not accept option '([^']+)'|unrecognized arguments: --(\S+)", text):
+        key = match[1] or match[2].partition("=")[0]
+        return f"there is no key {key!r}{_nearest(key, known)}"
+    if match := re.search(r"Expected a (?!<class 'NoneType'>)(.+?)\. Got value: ([^\n]*)", text):
+        wanted, value = match[1], match[2].strip().rstrip(">")
+        if literal := re.search(r"Literal\[(.*)\]", wanted):
+            need = f"one of {literal[1]}"
+        else:
+            name = re.sub(r"<class '([^']+)'>", r"\1", wanted).removeprefix("typing.")
+            need = _TYPE_WORDS.get(name, name)
+        return f"{path} is {value!r}; it must be {need}"
+    if match := re.search(r"Expected a dot import path string: (\S+)", text):
+        name = match[1].rstrip(">")
+        base = _families().get(path.rpartition(".")[2])
+        names = _choices(base) if base is not None else []
+        choose = f"; choose one of {', '.join(names)}" if names else "; give an importable class path"
+        return f"{path}: there is no class {name!r}{choose}"
+    if match := re.search(r"the following arguments are required: (.*)", text):
+        keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
+        return f"not given: {keys}; give a configuration, e.g. --config experiments/ncsn.yaml, or --ckpt_path"
+    if "Problems parsing config" in text or "Unexpected config" in text:
+        detail = " ".join(text.split()).replace("Problems parsing config: ", "")
+        return f"a configuration is not valid YAML of keys and values: {detail[:200]}"
+    condensed = [line.strip(" -") for line in text.splitlines() if "NoneType" not in line and "Given value" not in line]
+    return " ".join(" ".join(condensed).split())[:300]

@@ -1,0 +1,112 @@
+"""``sample``: its formats, its identity contract, its samplers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_diffusion.errors import UserError
+
+
+@pytest.fixture
+def sample(trained, run, workdir):
+    def call(out, *arguments):
+        run("sample", "--ckpt_path", trained / "checkpoints" / "last.ckpt", "--out", out, *arguments)
+        return np.load(workdir / out)["arr_0"] if str(out).endswith(".npz") else workdir / out
+
+    return call
+
+
+def test_the_archive_has_adms_layout(sample):
+    images = sample("a.npz", "--num_samples", 5)
+    assert (images.shape, images.dtype) == ((5, 8, 8, 1), np.uint8)
+
+
+def test_sample_i_depends_on_seed_and_i_alone(sample):
+    sevens = sample("a.npz", "--num_samples", 20, "--batch_size", 7).astype(int)
+    sixteens = sample("b.npz", "--num_samples", 20, "--batch_size", 16).astype(int)
+    assert np.abs(sevens - sixteens).max() <= 1
+    fewer = sample("c.npz", "--num_samples", 3).astype(int)
+    assert np.abs(fewer - sevens[:3]).max() <= 1
+    flat = sevens.reshape(20, -1)
+    distances = np.abs(flat[:, None] - flat[None]).sum(-1) + 10**9 * np.eye(20, dtype=int)
+    assert distances.min() > 64  # no two alike
+    other = sample("d.npz", "--num_samples", 20, "--seed", 1).astype(int)
+    assert np.abs(other - sevens).reshape(20, -1).sum(1).min() > 64
+
+
+def test_the_same_call_gives_the_same_bits(sample):
+    first = sample("a.npz", "--num_samples", 4)
+    assert np.array_equal(first, sample("b.npz", "--num_samples", 4))
+
+
+def test_folder_and_grid_hold_the_same_pixels(sample):
+    images = sample("a.npz", "--num_samples", 4)
+    folder = sample("folder/", "--num_samples", 4)
+    files = sorted(folder.glob("*.png"))
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png", "000003.png"]
+    assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), images[..., 0])
+    grid = np.asarray(Image.open(sample("grid.png", "--num_samples", 4)))
+    scale = grid.shape[0] // 2 // 8
+    assert scale > 4
+    assert {int(v) for v in images[0].ravel()} <= {int(v) for v in grid.ravel()}
+
+
+def test_weights_are_chosen_by_name(sample):
+    default, ema = sample("a.npz", "--num_samples", 4), sample("b.npz", "--num_samples", 4, "--weights", "ema")
+    first = sample("c.npz", "--num_samples", 4, "--weights", "ema:500")
+    raw = sample("e.npz", "--num_samples", 4, "--weights", "raw")
+    assert np.array_equal(default, ema)
+    assert np.array_equal(ema, first)
+    assert not np.array_equal(raw, ema)
+    with pytest.raises(UserError, match=r"ema:7.*raw, ema, ema:500, ema:2000"):
+        sample("d.npz", "--num_samples", 4, "--weights", "ema:7")
+
+
+def test_bf16_is_the_backbones_only(sample):
+    full = sample("a.npz", "--num_samples", 4).astype(int)
+    half = sample("b.npz", "--num_samples", 4, "--precision", "bf16-mixed").astype(int)
+    assert 0 < np.abs(full - half).max() < 128
+
+
+def test_samplers_by_short_name_key_and_class_path(sample, capsys):
+    own = sample("a.npz", "--num_samples", 4)
+    keyed = sample("b.npz", "--num_samples", 4, "--sampler.steps_per_level", 5)
+    assert "16 network evaluations each" in capsys.readouterr().out  # 3 levels x 5 and the final denoise
+    assert not np.array_equal(own, keyed)
+    named = sample("c.npz", "--num_samples", 4, "--sampler", "annealed_langevin", "--sampler.steps_per_level=2")
+    assert np.array_equal(named, own)  # the method's other keys stay
+    plain = sample("d.npz", "--num_samples", 4, "--sampler", "langevin", "--sampler.steps", 7, "--sampler.eta", 0.01)
+    by_path = sample(
+        "e.npz",
+        *("--num_samples", 4, "--sampler", "lit_diffusion.samplers.Langevin"),
+        *("--sampler.steps", 7, "--sampler.eta", 0.01),
+    )
+    assert np.array_equal(plain, by_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sampler", "langvin"], "annealed_langevin, langevin"),
+        (["--sampler.stepz", "3"], "stepz"),
+        (["--sampler.eta", "0.04"], r"eta 0.04 is not below 4 sigma\^2 = 0.04"),
+        (["--sampler", "langevin", "--sampler.metropolis", "true", "--sampler.eta", "0.001"], "needs a model with an energy"),
+        (["--label", "3"], "not class-conditional"),
+        (["--num_samples", "0"], "num_samples"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--precision", "64"], "precision"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(sample, workdir, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        sample("a.npz", "--num_samples", 4, *arguments)
+    assert "\n" not in str(caught.value)
+    assert not (workdir / "a.npz").exists()
+
+
+def test_an_unwritable_place_is_found_out_first(sample, workdir):
+    (workdir / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        sample("file/a.npz", "--num_samples", 4)
