@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -68,13 +69,20 @@ def dispatch(arguments: Sequence[str]) -> None:
         cli.main([command, *rest])
 
 
+def as_one_line(error: UserError) -> str:
+    """An error's message; one that crossed from a data worker brings torch's traceback, whose last line it is."""
+    message = str(error)
+    if "Original Traceback" in message:
+        message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
+    return " ".join(message.split())
+
+
 def main() -> int:
     """The console's entry point: 0, or 2 with one line for a mistake that the user can mend."""
     try:
         dispatch(sys.argv[1:])
     except UserError as error:
-        line = " ".join(str(error).split())
-        sys.stderr.write(f"lit_diffusion: error: {line}\n")
+        sys.stderr.write(f"lit_diffusion: error: {as_one_line(error)}\n")
         return 2
     return 0
 

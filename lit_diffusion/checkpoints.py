@@ -14,7 +14,7 @@ from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.formats import CHECKPOINT_KEY, require_known_format
 from lit_diffusion.methods.base import Method
-from lit_diffusion.parser import Parser
+from lit_diffusion.parser import Parser, users_own_errors
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def build_method(model: dict[str, Any]) -> Method:
     parser = Parser()
     parser.add_subclass_arguments(Method, "model")
     config = parser.parse_object({"model": model})
-    method = parser.instantiate(config).model
+    with users_own_errors():
+        method = parser.instantiate(config).model
     assert isinstance(method, Method)
     return method
 

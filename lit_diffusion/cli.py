@@ -29,7 +29,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import packaged_experiment
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.methods.base import Method
-from lit_diffusion.parser import Parser
+from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, print_note
 from lit_diffusion.trainer import Trainer
 
@@ -128,7 +128,8 @@ class CLI(LightningCLI):
         section = self._section
         require_known_format(section.format_version, "the configuration")
         model = section.pop("model")
-        self.config_init = self.parser.instantiate(self.config)
+        with users_own_errors():
+            self.config_init = self.parser.instantiate(self.config)
         section["model"] = model
         self.datamodule = self._get(self.config_init, "data")
         self.datamodule.seed = section.seed_everything

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -21,6 +22,22 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints as one line."""
         raise UserError(explain(message, known_keys(self))) from ex
+
+
+@contextmanager
+def users_own_errors() -> Iterator[None]:
+    """Let a constructor's own UserError through where jsonargparse wraps it in one of its types."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__
+        raise
 
 
 def _subclasses(base: type) -> Iterator[type]:
@@ -46,7 +63,11 @@ def _choices(base: type) -> list[str]:
 
 def known_keys(parser: LightningArgumentParser) -> list[str]:
     """Every key that a person may have meant: the parser's own and the arguments of the project's classes."""
-    keys = [action.dest for action in parser._actions]
+    parsers = [parser]
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping):  # the subcommands
+            parsers += [choice for choice in action.choices.values() if isinstance(choice, LightningArgumentParser)]
+    keys = [action.dest for each in parsers for action in each._actions]
     for base in _families().values():
         for child in _subclasses(base):
             keys += [key for key in inspect.signature(child.__init__).parameters if key != "self"]

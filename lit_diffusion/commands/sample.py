@@ -16,7 +16,7 @@ from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, save_png, to_uint8
-from lit_diffusion.parser import Parser
+from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.precision import PrecisionName, autocast_dtype
 from lit_diffusion.samplers import SAMPLERS, Sampler
 from lit_diffusion.sampling import generate_in_batches
@@ -107,7 +107,8 @@ def choose_sampler(default: Sampler, name: str | None, keys: dict[str, str]) -> 
         init_args = {key: getattr(default, key) for key in inspect.signature(type(default)).parameters}
     given = [f"--sampler={class_path}", *(f"--sampler.{key}={_as_yaml(value)}" for key, value in init_args.items())]
     config = parser.parse_args([*given, *(f"--sampler.{key}={value}" for key, value in keys.items())])
-    chosen = parser.instantiate(config).sampler
+    with users_own_errors():
+        chosen = parser.instantiate(config).sampler
     assert isinstance(chosen, Sampler)
     return chosen
 
