@@ -215,12 +215,16 @@ class Method(pl.LightningModule):
         loss_is_finite = bool(self.trainer.strategy.reduce(torch.isfinite(total).float(), reduce_op="mean") == 1.0)
         gradient_is_finite = bool(torch.isfinite(norm))
         self.stepped = loss_is_finite and gradient_is_finite
-        if self.stepped or (scaler is not None and loss_is_finite):
-            # An overflow of float16 gradients is the scaler's business: it skips the step and lowers its scale.
+        # An overflow of float16 gradients is the scaler's business, it skips the step and lowers its scale; a gradient
+        # that is not finite at a scale below 1 did not overflow.
+        overflow = scaler is not None and loss_is_finite and not gradient_is_finite and scaler.get_scale() >= 1.0
+        if self.stepped or overflow:
             self._set_learning_rate(optimizer.optimizer)
             optimizer.step()
             self._non_finite_in_a_row = 0
         else:
+            if scaler is not None:
+                scaler.update()  # Ends the step that unscale_ began.
             optimizer.zero_grad(set_to_none=True)
             self.skipped_steps += 1
             self._non_finite_in_a_row += 1
