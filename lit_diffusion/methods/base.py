@@ -173,9 +173,13 @@ class Method(pl.LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        """Let the configuration have the last word on learning rates and the like, after a checkpoint's optimiser state."""
+        """Let the configuration have the last word on learning rates and the like, after a checkpoint's optimiser state.
+
+        A run that was continued after its end makes no further step.
+        """
         for group, configured in zip(self.trainer.optimizers[0].param_groups, self._configured, strict=True):
             group.update(configured)
+        self._stop_when_done()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimiser step on this process's share of the global batch, in as many parts as its memory asks for."""
@@ -236,6 +240,9 @@ class Method(pl.LightningModule):
                 f"({self.clock.images} images), {NON_FINITE_IN_A_ROW} times in a row; the last checkpoint is from "
                 f"before: lower the learning rate or set model.init_args.gradient_clip, and continue from it"
             )
+        self._stop_when_done()
+
+    def _stop_when_done(self) -> None:
         limit = getattr(self.trainer, "max_images", None)
         if limit is not None and self.clock.images >= limit:
             self.trainer.should_stop = True
