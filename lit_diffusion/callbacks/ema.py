@@ -94,17 +94,12 @@ class EMA(pl.Callback):
             for name, p in parameters.items():
                 shadow[name] = shadow[name].to(p.device)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Average in the step that was just made; a skipped one left nothing new."""
-        assert isinstance(pl_module, Method)
-        if not pl_module.stepped:
-            return
-        parameters = [p.detach() for p in pl_module.denoiser.parameters()]
+    def after_step(self, method: Method) -> None:
+        """Average in the step that was just made; the method calls it, not for a skipped one."""
+        parameters = [p.detach() for p in method.denoiser.parameters()]
         for half_life, shadow in zip(self.half_lives, self.shadows, strict=True):
-            length = min(half_life, self.ramp * pl_module.clock.images)
-            decay = 0.5 ** (pl_module.clock.batch / length)
+            length = min(half_life, self.ramp * method.clock.images)
+            decay = 0.5 ** (method.clock.batch / length)
             torch._foreach_lerp_(list(shadow.values()), parameters, 1.0 - decay)
         self.updates += 1
 

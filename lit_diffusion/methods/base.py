@@ -234,6 +234,11 @@ class Method(pl.LightningModule):
             self._non_finite_in_a_row += 1
         self.last_loss, self.last_gradient_norm = total, norm.detach()
         self.clock.tick()
+        if self.stepped:
+            # Averages follow here, not in a hook of the Trainer's, so that no callback sees one that is a step behind.
+            for callback in self.trainer.callbacks:
+                if hasattr(callback, "after_step"):
+                    callback.after_step(self)
         if self._non_finite_in_a_row >= NON_FINITE_IN_A_ROW:
             raise UserError(
                 f"training diverged: loss {float(total):g}, gradient norm {float(norm):g} at step {self.clock.steps} "
