@@ -80,7 +80,9 @@ class EMA(pl.Callback):
         assert isinstance(pl_module, Method)
         images, steps = self._given
         if images is None and steps is not None:
-            self.half_lives = [in_images("ema", "half_life", None, n, pl_module.clock.batch) for n in steps]
+            # The method learns its batch from the data only after the callbacks are set up.
+            batch = getattr(getattr(trainer, "datamodule", None), "global_batch_size", pl_module.clock.batch)
+            self.half_lives = [in_images("ema", "half_life", None, n, batch) for n in steps]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start each average at the weights, on their own device, unless a checkpoint brought it."""
