@@ -88,13 +88,16 @@ class EMA(pl.Callback):
         """Start each average at the weights, on their own device, unless a checkpoint brought it."""
         assert isinstance(pl_module, Method)
         parameters = dict(pl_module.denoiser.named_parameters())
-        if len(self.shadows) != len(self.half_lives):
-            if pl_module.clock.images > 0:
-                print_note("ema: the checkpoint has no average for these half-lives; they start at its raw weights")
-            self.shadows = [{name: p.detach().clone() for name, p in parameters.items()} for _ in self.half_lives]
-        for shadow in self.shadows:
-            for name, p in parameters.items():
-                shadow[name] = shadow[name].to(p.device)
+        if not self.shadows:
+            self.shadows = [{} for _ in self.half_lives]
+        missing = [half_life for half_life, shadow in zip(self.half_lives, self.shadows, strict=True) if not shadow]
+        if missing and pl_module.clock.images > 0:
+            print_note(f"ema: the checkpoint has no average of half-life {missing} images; it starts at its raw weights")
+        # In the order of the parameters, whatever the file's: they are averaged side by side.
+        self.shadows = [
+            {name: shadow[name].to(p.device) if name in shadow else p.detach().clone() for name, p in parameters.items()}
+            for shadow in self.shadows
+        ]
 
     def after_step(self, method: Method) -> None:
         """Average in the step that was just made; the method calls it, not for a skipped one."""
@@ -109,9 +112,11 @@ class EMA(pl.Callback):
     def applied(self, method: Method, weights: str) -> Iterator[None]:
         """Give the denoiser the named weights inside the block; the raw ones are back after it, bit for bit."""
         position = choose_average(self.half_lives, weights)
-        if position is None or not self.shadows:
+        if position is None:
             yield
             return
+        if not self.shadows or not self.shadows[position]:
+            raise UserError(f"weights {weights!r} are not in this checkpoint; choose raw")
         parameters = [p.detach() for p in method.denoiser.parameters()]
         raw = [p.clone() for p in parameters]
         torch._foreach_copy_(parameters, list(self.shadows[position].values()))
@@ -125,12 +130,10 @@ class EMA(pl.Callback):
         return {"half_lives": list(self.half_lives), "updates": self.updates, "shadows": self.shadows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the averages of a checkpoint whose half-lives are still wanted."""
+        """Take the averages of a checkpoint whose half-lives are still wanted; others start at its raw weights."""
         by_half_life = dict(zip(state_dict["half_lives"], state_dict["shadows"], strict=True))
-        wanted = self.half_lives
-        if wanted and all(half_life in by_half_life for half_life in wanted):
-            self.shadows = [dict(by_half_life[half_life]) for half_life in wanted]
-            self.updates = state_dict["updates"]
+        self.shadows = [dict(by_half_life.get(half_life, {})) for half_life in self.half_lives]
+        self.updates = state_dict["updates"]
 
 
 def load_average(method: Method, state: Mapping[str, Any] | None, weights: str) -> None:
