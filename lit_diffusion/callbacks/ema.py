@@ -92,10 +92,15 @@ class EMA(pl.Callback):
             self.shadows = [{} for _ in self.half_lives]
         missing = [half_life for half_life, shadow in zip(self.half_lives, self.shadows, strict=True) if not shadow]
         if missing and pl_module.clock.images > 0:
-            print_note(f"ema: the checkpoint has no average of half-life {missing} images; it starts at its raw weights")
+            print_note(
+                f"ema: the checkpoint has no average of half-life {missing} images; it starts at its raw weights"
+            )
         # In the order of the parameters, whatever the file's: they are averaged side by side.
         self.shadows = [
-            {name: shadow[name].to(p.device) if name in shadow else p.detach().clone() for name, p in parameters.items()}
+            {
+                name: shadow[name].to(p.device) if name in shadow else p.detach().clone()
+                for name, p in parameters.items()
+            }
             for shadow in self.shadows
         ]
 
