@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.callbacks.ema import EMA
+from lit_diffusion.callbacks.ema import EMA, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
@@ -46,6 +46,10 @@ class _Film:
         return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
 
 
+def _half_lives(trainer: pl.Trainer) -> list[int]:
+    return next((callback.half_lives for callback in trainer.callbacks if isinstance(callback, EMA)), [])
+
+
 class Samples(pl.Callback):
     """Draws a grid of samples, and the film strip of their way from noise, every so many images and at the end.
 
@@ -53,7 +57,7 @@ class Samples(pl.Callback):
         every_n_images: how often, in images seen; null: not by images.
         every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end.
         count: how many samples; 0 for no pictures.
-        weights: ``ema``, ``ema:HALF_LIFE`` or ``raw``: what they are made with.
+        weights: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``: what they are made with.
         seed: of the samples; the same noise every time, so that the pictures differ by the weights alone.
         film_columns: samples in the film strip, one row a noise level; 0 for none.
     """
@@ -76,6 +80,11 @@ class Samples(pl.Callback):
         self.film_columns = min(film_columns, count)
         self.last: Path | None = None
         self._drawn_at = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse weights that are not kept before the work, not at the first picture."""
+        if self.weights != "ema":
+            choose_average(_half_lives(trainer), self.weights)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -158,6 +158,8 @@ class Method(pl.LightningModule):
         if isinstance(datamodule, DataModule):
             self.facts = datamodule.facts
             self.clock.batch = datamodule.global_batch_size
+        if stage in ("fit", "predict"):
+            self.sampler.check(self.denoiser)  # Before the work: the first samples may be drawn at its end.
         self.denoiser.autocast_dtype = getattr(self.trainer, "autocast_dtype", None)
         if getattr(self.trainer, "channels_last", False):
             self.denoiser.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
