@@ -46,7 +46,7 @@ def score_error(denoiser: Denoiser, exact: ExactDenoiser, x: Tensor, t: Tensor) 
 
 
 class _AtEnd(pl.Callback):
-    """Draws with the averaged weights once the training is over."""
+    """Draws with the averaged weights once the training is over; what would fail then is refused in ``setup``."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse data without a known score before the work, not after it."""
@@ -88,11 +88,21 @@ class ScoreField(_AtEnd):
         self.sigma = sigma
         self.half_side = half_side
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a level that the process has not, too."""
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, Method)
+        self._time(pl_module)
+
+    def _time(self, method: Method) -> float:
+        process = method.denoiser.process
+        return process.t_min if self.sigma is None else process.t_at_sigma(self.sigma)
+
     def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:
         """Three panels: truth, estimate, error."""
         mixture, process = mixture_of(trainer), method.denoiser.process
         exact = ExactDenoiser(mixture, process)
-        time = process.t_min if self.sigma is None else process.t_at_sigma(self.sigma)
+        time = self._time(method)
         noise = SampleNoise(0, torch.arange(20_000), (2,), dtype=torch.float64)
         data = mixture.sample(noise.normal(), noise.uniform(()))
         t = torch.full((len(data),), time, dtype=torch.float64)
@@ -159,16 +169,29 @@ class ModeWeights(_AtEnd):
         self.eta = eta
         self.half_side = half_side
 
-    def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:
-        """Two rows, learned and true score; three columns, data, Langevin, annealed Langevin."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse walks that cannot be made, too."""
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, Method)
+        self._walks(pl_module)
+
+    def _walks(self, method: Method) -> tuple[Langevin, AnnealedLangevin]:
         annealed = method.sampler
         if not isinstance(annealed, AnnealedLangevin):
             raise UserError("ModeWeights compares with annealed Langevin dynamics: the method's sampler must be that")
-        mixture, process = mixture_of(trainer), method.denoiser.process
-        steps = len(annealed.plan(process))
         plain = Langevin(
-            steps, self.eta or annealed.eta, initial="uniform", uniform_range=(-self.half_side, self.half_side)
+            len(annealed.plan(method.denoiser.process)),
+            annealed.eta if self.eta is None else self.eta,
+            initial="uniform",
+            uniform_range=(-self.half_side, self.half_side),
         )
+        plain.check(method.denoiser)
+        return plain, annealed
+
+    def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:
+        """Two rows, learned and true score; three columns, data, Langevin, annealed Langevin."""
+        plain, annealed = self._walks(method)
+        mixture, process = mixture_of(trainer), method.denoiser.process
         noise = SampleNoise(0, torch.arange(self.count), (2,), dtype=torch.float64)
         data = mixture.sample(noise.normal(), noise.uniform(()))
         rows: list[tuple[str, Denoiser]] = [
@@ -176,7 +199,7 @@ class ModeWeights(_AtEnd):
             ("true", ExactDenoiser(mixture, process)),
         ]
         columns: list[tuple[str, Sampler]] = [("langevin", plain), ("annealed", annealed)]
-        values: dict[str, Any] = {"data": self._first_mode(mixture, data), "weights": weights, "steps": steps}
+        values: dict[str, Any] = {"data": self._first_mode(mixture, data), "weights": weights, "steps": plain.steps}
         figure, axes = new_figure(2, 3)
         limits = (-self.half_side - 1.0, self.half_side + 1.0)
         for row, (score_name, denoiser) in enumerate(rows):
