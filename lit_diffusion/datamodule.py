@@ -148,6 +148,13 @@ class DataModule(pl.LightningDataModule):
             raise UserError(f"data.value_range is {list(value_range)}; the first must be below the second")
         if held_out is not None and tuple(held_out.shape) != tuple(source.shape):
             raise UserError(f"data.held_out has shape {held_out.shape}, data.source {source.shape}; they must agree")
+        if held_out is not None and held_out.levels != source.levels:
+            raise UserError(f"data.held_out has {held_out.levels} levels, data.source {source.levels}; they must agree")
+        if (len(source.shape) == 3) != (source.levels is not None):
+            raise UserError(
+                f"data source {source.name} has shape {list(source.shape)} and levels {source.levels}; images (C, H, W) "
+                f"have a number of grey levels, points (D,) have levels null"
+            )
         if not 0.0 <= held_out_fraction < 1.0:
             raise UserError(f"data.held_out_fraction is {held_out_fraction}; it must be at least 0 and below 1")
         if flip and len(source.shape) != 3:
@@ -177,6 +184,10 @@ class DataModule(pl.LightningDataModule):
             count = round(held_out_fraction * len(source))
             self.held_out_indices = order[:count].sort().values
             self.train_indices = order[count:].sort().values
+            if len(self.train_indices) == 0:
+                raise UserError(
+                    f"data.held_out_fraction {held_out_fraction} leaves nothing of {count} images to train on"
+                )
         self._checked = False
 
     # ---- loaders -----------------------------------------------------------------------------------------------
