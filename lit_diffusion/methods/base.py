@@ -56,6 +56,9 @@ class Method(pl.LightningModule):
         self.denoiser = denoiser
         self.sampler = sampler
         self.make_optimizer = optimizer
+        in_images("model", "warmup", warmup_images, warmup_steps, batch=1)  # Only to refuse what is wrong at once.
+        if gradient_clip is not None and not gradient_clip > 0.0:
+            raise UserError(f"gradient_clip is {gradient_clip:g}; give a positive norm, or null for none")
         self.warmup = (warmup_images, warmup_steps)
         self.gradient_clip = gradient_clip
         self.clock = Clock()
