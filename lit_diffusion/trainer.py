@@ -43,6 +43,8 @@ class Trainer(pl.Trainer):
                 raise UserError(f"trainer.{key} does nothing here; set model.init_args.gradient_clip")
         if kwargs.get("accumulate_grad_batches", 1) != 1:
             raise UserError("trainer.accumulate_grad_batches does nothing here; set data.micro_batch_size")
+        if kwargs.get("max_epochs") not in (None, -1):
+            raise UserError("trainer.max_epochs does nothing here: the clock is images seen; set trainer.max_images")
         strategy = kwargs.get("strategy", "auto")
         if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
             raise UserError("trainer.strategy fsdp is not supported; use ddp")
