@@ -115,8 +115,8 @@ def print_note(line: str) -> None:
 
 
 def new_run_id() -> str:
-    """The time and four random hexadecimal digits, not from the run's seed: ``20260131-142501-9f3a``."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    """The time and eight random hexadecimal digits, not from the run's seed: ``20260131-142501-9f3a01c7``."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
 
 def _plain(value: Any) -> Any:
