@@ -7,7 +7,8 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ RUN_DIR_FILES = ("config.yaml", "metrics.jsonl", "run_id")
 
 
 class Dashboard:
-    """Weights & Biases, as a view of the run: absent, it changes nothing else.
+    """Weights & Biases, as a view of the run: absent or in trouble, it changes nothing else.
 
     Args:
         mode: ``auto``: online when you are logged in, offline otherwise; ``online``; ``offline``; ``disabled``: wandb is
@@ -60,14 +61,23 @@ class Dashboard:
 
         return "online" if wandb.api.api_key else "offline"
 
-    def open(self, run_id: str, run_dir: Path, experiment: str, config: dict[str, Any]) -> None:
-        """Start the view of a run; trouble with it is said in one line and never stops the run."""
-        mode = self.resolved_mode()
-        if mode == "disabled":
-            return
-        import wandb
-
+    @contextmanager
+    def _trouble_is_a_note(self) -> Iterator[None]:
+        """Whatever wandb or its service does, or where it is not installed: the run goes on without this view."""
         try:
+            yield
+        except Exception as error:
+            print_note(f"Weights & Biases is off: {(str(error) or type(error).__name__).splitlines()[0]}")
+            self._run = None
+
+    def open(self, run_id: str, run_dir: Path, experiment: str, config: dict[str, Any]) -> None:
+        """Start the view of a run."""
+        with self._trouble_is_a_note():
+            mode = self.resolved_mode()
+            if mode == "disabled":
+                return
+            import wandb
+
             self._run = wandb.init(
                 mode=mode,  # type: ignore[arg-type]
                 id=run_id,
@@ -83,27 +93,27 @@ class Dashboard:
             # One clock for all panels; wandb's own step is never given, so nothing is ever out of order.
             self._run.define_metric("images")
             self._run.define_metric("*", step_metric="images")
-        except Exception as error:  # whatever the service does, the run goes on
-            print_note(f"Weights & Biases is off: {str(error).splitlines()[0]}")
-            self._run = None
 
     def log(self, values: Mapping[str, Any], clock: Clock) -> None:
         """One event."""
         if self._run is not None:
-            self._run.log({**values, "images": clock.images, "trainer/global_step": clock.steps})
+            with self._trouble_is_a_note():
+                self._run.log({**values, "images": clock.images, "trainer/global_step": clock.steps})
 
     def picture(self, name: str, picture: np.ndarray, caption: str, clock: Clock) -> None:
         """One picture, uint8 ``[H, W, C]``."""
         if self._run is not None:
-            import wandb
+            with self._trouble_is_a_note():
+                import wandb
 
-            image = wandb.Image(picture[..., 0] if picture.shape[-1] == 1 else picture, caption=caption)
-            self.log({name: image}, clock)
+                image = wandb.Image(picture[..., 0] if picture.shape[-1] == 1 else picture, caption=caption)
+                self.log({name: image}, clock)
 
     def close(self, failed: bool) -> None:
         """Say whether it ended well."""
         if self._run is not None:
-            self._run.finish(exit_code=1 if failed else 0)
+            with self._trouble_is_a_note():
+                self._run.finish(exit_code=1 if failed else 0)
             self._run = None
 
 
