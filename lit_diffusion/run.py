@@ -175,7 +175,6 @@ class RunLogger(Logger):
         self._wanted = run_dir
         self._run_dir: Path | None = None
         self._run_id: str | None = None
-        self._closed = False
 
     # ---- what Lightning asks for -------------------------------------------------------------------------------
 
@@ -210,11 +209,10 @@ class RunLogger(Logger):
         self.record("metrics", {key: value for key, value in metrics.items() if key != "epoch"})
 
     def finalize(self, status: str) -> None:
-        """The last event, and the dashboard's end."""
-        if self._run_dir is None or self._closed:
+        """The last event of a fit, validate, test or predict, and the dashboard's end."""
+        if self._run_dir is None:
             return
         self.record("end", {"status": status})
-        self._closed = True
         if self.dashboard is not None:
             self.dashboard.close(failed=status != "success")
 
@@ -283,8 +281,6 @@ class RunLogger(Logger):
 
     def record(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one event to metrics.jsonl, with step, images seen and time, and show its numbers on the dashboard."""
-        if self._closed:
-            return
         self.open()
         if not self._is_writer:
             return
