@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lit_diffusion.clock import Cadence
 from lit_diffusion.errors import UserError
@@ -45,8 +46,16 @@ class Checkpoint(pl.callbacks.Checkpoint):
         """Write last.ckpt; all processes come.
 
         Raises:
-            UserError: if the disk is full or the folder not writable; the file before is untouched.
+            UserError: if the weights are not finite, the disk is full or the folder not writable; the file before is
+                untouched.
         """
+        # A finite gradient can still throw the weights out of range: at a learning rate far too large.
+        largest = torch._foreach_norm([p.detach() for p in method.denoiser.parameters()], float("inf"))
+        if not all(bool(torch.isfinite(value)) for value in largest):
+            raise UserError(
+                f"training diverged: the weights are not finite at step {method.clock.steps} ({method.clock.images} "
+                f"images) and are not saved: lower the learning rate, and continue from the checkpoint before, if any"
+            )
         run = run_logger_of(trainer)
         folder = (run.run_dir if run is not None else Path(trainer.default_root_dir)) / "checkpoints"
         path = folder / "last.ckpt"
