@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # Where the folder is a file, even looking for it fails.
+                temporary.unlink(missing_ok=True)
             raise UserError(
                 f"cannot write {path} ({str(error).splitlines()[0]}); the one before is untouched: "
                 f"free some space and continue from it"
