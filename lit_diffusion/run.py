@@ -255,10 +255,11 @@ class RunLogger(Logger):
         run_id = new_run_id()
         directory = self._wanted if self._wanted is not None else self.root / self.experiment_name / run_id
         if self.continues:
-            with (directory / "metrics.jsonl").open() as file:
-                first = json.loads(file.readline() or "{}")
-            require_known_format(first.get("format_version"), str(directory / "metrics.jsonl"))
-            return (directory / "run_id").read_text().strip(), str(directory.resolve())
+            _require_known_events(directory)
+            try:
+                return (directory / "run_id").read_text().strip(), str(directory.resolve())
+            except OSError as error:
+                raise UserError(f"cannot continue the run in {directory}: {error}; choose another --run_dir") from error
         if any((directory / name).exists() for name in RUN_DIR_FILES):
             raise UserError(
                 f"run_dir {directory} already holds a run; choose another, or continue that one with "
@@ -312,6 +313,19 @@ def run_logger_of(trainer: Any) -> RunLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
+def _require_known_events(run_dir: Path) -> None:
+    path = run_dir / "metrics.jsonl"
+    try:
+        with path.open() as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot continue the run in {run_dir}: {path.name} is missing or not its own ({error}); "
+            f"choose another --run_dir"
+        ) from error
+    require_known_format(first.get("format_version") if isinstance(first, dict) else None, str(path))
+
+
 def drop_lost_events(run_dir: Path, images_seen: int) -> int:
     """Move the events after a checkpoint, which a continued run makes again, to metrics.lost.jsonl.
 
@@ -321,7 +335,11 @@ def drop_lost_events(run_dir: Path, images_seen: int) -> int:
 
     Returns:
         How many events were moved.
+
+    Raises:
+        UserError: if there are none, or of an unknown format; then nothing is touched.
     """
+    _require_known_events(run_dir)
     path = run_dir / "metrics.jsonl"
     kept, lost = [], []
     for line in path.read_text().splitlines():
