@@ -52,7 +52,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         """
         # A finite gradient can still throw the weights out of range: at a learning rate far too large.
         largest = torch._foreach_norm([p.detach() for p in method.denoiser.parameters()], float("inf"))
-        if not all(bool(torch.isfinite(value)) for value in largest):
+        if not bool(torch.stack(largest).isfinite().all()):
             raise UserError(
                 f"training diverged: the weights are not finite at step {method.clock.steps} ({method.clock.images} "
                 f"images) and are not saved: lower the learning rate, and continue from the checkpoint before, if any"
