@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.callbacks.ema import EMA, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.errors import UserError
@@ -20,6 +20,7 @@ from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress
+from lit_diffusion.sampling import condition_for
 
 FILM_ROWS = 16
 """A film strip has at most so many rows, evenly spaced over the levels."""
@@ -46,12 +47,15 @@ class _Film:
         return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
 
 
-def _half_lives(trainer: pl.Trainer) -> list[int]:
-    return next((callback.half_lives for callback in trainer.callbacks if isinstance(callback, EMA)), [])
+def _averages(trainer: pl.Trainer) -> EMA:
+    """The Trainer's own, or one that keeps none."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), EMA())
 
 
 class Samples(pl.Callback):
     """Draws a grid of samples, and the film strip of their way from noise, every so many images and at the end.
+
+    In ``predict`` it brings the samples of all processes together, made with the same weights.
 
     Args:
         every_n_images: how often, in images seen; null: not by images.
@@ -80,11 +84,14 @@ class Samples(pl.Callback):
         self.film_columns = min(film_columns, count)
         self.last: Path | None = None
         self._drawn_at = -1
+        self._applied = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse weights that are not kept before the work, not at the first picture."""
-        if self.weights != "ema":
-            choose_average(_half_lives(trainer), self.weights)
+        choose_average(_averages(trainer).half_lives, self._weights(trainer))
+
+    def _weights(self, trainer: pl.Trainer) -> str:
+        return self.weights if self.weights != "ema" or _averages(trainer).half_lives else "raw"
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,18 +114,12 @@ class Samples(pl.Callback):
         self._drawn_at = method.clock.images
         if run is None or self.count == 0 or not facts.is_image or not trainer.is_global_zero:
             return
-        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
-        weights = self.weights if ema is not None and ema.half_lives else "raw"
+        weights = self._weights(trainer)
         indices = torch.arange(self.count)
-        cond = None
-        if facts.num_classes is not None and method.denoiser.backbone.num_classes is not None:
-            cond = Condition(label=(indices % facts.num_classes).to(method.device))
+        cond = condition_for(method, indices, label=None)
         film = _Film(self.film_columns)
         on_step = film if self.film_columns else None
-        if ema is not None:
-            with ema.applied(method, weights):
-                x = method.generate(indices, self.seed, cond, on_step=on_step)
-        else:
+        with _averages(trainer).applied(method, weights):
             x = method.generate(indices, self.seed, cond, on_step=on_step)
         assert facts.value_range is not None
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
@@ -130,6 +131,19 @@ class Samples(pl.Callback):
         if on_step is not None:
             strip = torch.cat(film.rows(x))
             run.picture("film", image_grid(to_uint8(strip, facts.value_range), self.film_columns), caption, values)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the model the weights that its samples are made with."""
+        assert isinstance(pl_module, Method)
+        self._applied.enter_context(_averages(trainer).applied(pl_module, self._weights(trainer)))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give it back its own."""
+        self._applied.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give it back its own."""
+        self._applied.close()
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the samples of all processes together, in their order, as ``samples/predict.npz``."""
@@ -146,8 +160,12 @@ class Samples(pl.Callback):
         x = torch.empty(sum(len(share) for share in shares), *facts.shape)
         for rank, share in enumerate(shares):
             x[rank :: len(shares)] = share
+        if not torch.isfinite(x).all():
+            raise UserError("the sampler diverged (NaN or infinity): choose smaller steps or other weights")
         array = x.numpy() if facts.value_range is None else to_uint8(x, facts.value_range)
         path = run.run_dir / "samples" / "predict.npz"
         with atomic_write(path) as file:
             np.savez_compressed(file, arr_0=array)
-        print_note(f"wrote {len(array)} samples to {path}")
+        weights = self._weights(trainer)
+        run.record("predict", {"file": f"samples/{path.name}", "weights": weights, "seed": pl_module.seed})
+        print_note(f"wrote {len(array)} samples to {path}, weights {weights}")

@@ -300,8 +300,10 @@ class Method(pl.LightningModule):
             self.log(name, total / count, rank_zero_only=True)
 
     def predict_step(self, indices: Tensor, batch_idx: int) -> Tensor:
-        """Samples number ``indices`` of the run's seed."""
-        return self.generate(indices, self.seed)
+        """Samples number ``indices`` of the run's seed, of all classes in turn where there are any."""
+        from lit_diffusion.sampling import condition_for
+
+        return self.generate(indices, self.seed, condition_for(self, indices, label=None))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
