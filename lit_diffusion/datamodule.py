@@ -196,12 +196,21 @@ class DataModule(pl.LightningDataModule):
         """Check what only the Trainer knows.
 
         Raises:
-            UserError: if the global batch cannot be shared equally.
+            UserError: if the global batch cannot be shared equally, or a process would have nothing to evaluate.
         """
-        if self.trainer is not None and self.global_batch_size % self.trainer.world_size != 0:
+        _, processes = self._place
+        if self.global_batch_size % processes != 0:
             raise UserError(
                 f"data.global_batch_size {self.global_batch_size} is not a multiple of the "
-                f"{self.trainer.world_size} processes; choose one that is"
+                f"{processes} processes; choose one that is"
+            )
+        if stage != "predict" and 0 < len(self.held_out_indices) < processes:
+            raise UserError(
+                f"data has {len(self.held_out_indices)} held-out images for {processes} processes; hold out more, or none"
+            )
+        if stage == "predict" and self.predict_samples < processes:
+            raise UserError(
+                f"data.predict_samples is {self.predict_samples}; give at least one for each of the {processes} processes"
             )
 
     @property
@@ -216,7 +225,7 @@ class DataModule(pl.LightningDataModule):
         return self._loader(self.source, order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Every held-out image once, over all processes: strided, never padded."""
+        """Every held-out image once, over all processes: strided, never padded; nothing where none is held out."""
         rank, world_size = self._place
         mine = list(enumerate(self.held_out_indices.tolist()))[rank::world_size]
         if not mine:
@@ -226,12 +235,10 @@ class DataModule(pl.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The indices of the samples that ``predict`` makes, strided over the processes."""
         rank, world_size = self._place
         mine = range(rank, self.predict_samples, world_size)
-        if not mine:
-            return []
         return DataLoader(mine, batch_size=max(1, self.global_batch_size // world_size))  # type: ignore[arg-type]
 
     def _loader(self, source: Source, batches: Any) -> DataLoader[Any]:
