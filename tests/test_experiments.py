@@ -1,0 +1,75 @@
+"""Every shipped configuration instantiates, as it is and through the installed package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_diffusion import cli
+from lit_diffusion.files import packaged_experiment
+
+ROOT = Path(__file__).parent.parent / "experiments"
+SHIPPED = sorted(path for path in ROOT.rglob("*.yaml") if "fragments" not in path.parts)
+
+
+@pytest.fixture
+def instantiate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.CLI, "_run_subcommand", lambda self, subcommand: None)
+
+    def call(path, *arguments):
+        return cli.main(["fit", "--config", str(path), *arguments])
+
+    return call
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_it_instantiates(path, instantiate):
+    made = instantiate(path)
+    made.model.sampler.check(made.model.denoiser)
+    config = yaml.safe_load(made.run_logger.config_text)
+    assert config["experiment"] == yaml.safe_load(path.read_text())["experiment"]
+    assert "auto" not in {value for key, value in cli.flatten(config["model"]).items() if isinstance(value, str)}
+    assert config["ema"]["half_lives_images"]
+
+
+def test_nothing_is_forgotten():
+    assert {path.relative_to(ROOT).as_posix() for path in SHIPPED} >= {
+        "ncsn.yaml",
+        "ncsnv2.yaml",
+        "toy/score_field.yaml",
+        "toy/annealed_langevin.yaml",
+    }
+    text = "".join(path.read_text() for path in SHIPPED)
+    for fragment in (ROOT / "fragments").glob("*.yaml"):
+        assert f"fragments/{fragment.name}" in text
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_value_is_explained_where_it_stands(path):
+    """Each line that gives a value has a comment; a class, its name or a group above says enough."""
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        bare = key.strip().removeprefix("- ")
+        if not value.strip() or line.lstrip().startswith("#") or bare == "class_path":
+            continue
+        assert "#" in line, f"{path.name}: {line}"
+
+
+def test_a_packaged_experiment_is_found_from_anywhere(instantiate):
+    assert packaged_experiment("experiments/ncsn.yaml") is not None
+    assert packaged_experiment("experiments/none.yaml") is None
+    assert packaged_experiment("elsewhere/ncsn.yaml") is None
+    made = instantiate("experiments/ncsn.yaml", "--model.levels", "7")
+    assert made.model.denoiser.process.levels == 7
+
+
+def test_ncsnv2_finds_its_numbers_and_a_continued_run_keeps_them(instantiate, tmp_path):
+    made = instantiate(ROOT / "ncsnv2.yaml")
+    found = yaml.safe_load(made.run_logger.config_text)["model"]["init_args"]
+    assert 4.0 < found["sigma_max"] < 8.0
+    assert found["levels"] > 10
+    assert 0.0 < found["eta"] < 4 * found["sigma_min"] ** 2
+    assert made.model.sampler.eta == found["eta"]

@@ -1,0 +1,68 @@
+"""Imports point one way, and what is light stays light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import lit_diffusion
+
+PACKAGE = Path(lit_diffusion.__file__).parent
+PYPROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+CORE = [
+    *(PACKAGE / f"{name}.py" for name in ("processes", "denoisers", "closed_form", "randomness", "images", "figures")),
+    *(path for folder in ("backbones", "objectives", "samplers", "data") for path in (PACKAGE / folder).glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_core_knows_nothing_of_lightning_or_what_stands_on_it(path):
+    above = {"methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints", "sampling"}
+    for name in imported(path):
+        assert not name.startswith("lightning")
+        assert name.removeprefix("lit_diffusion.").partition(".")[0] not in above or not name.startswith("lit_diffusion.")
+
+
+def test_samplers_can_be_imported_alone():
+    heavy = "{'lightning', 'wandb', 'torchvision', 'torch_fidelity', 'matplotlib', 'torchmetrics', 'sklearn'}"
+    code = f"import lit_diffusion.samplers, lit_diffusion.data, sys; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_malicious_releases_of_lightning_cannot_be_resolved():
+    (requirement,) = [r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "lightning"]
+    assert not requirement.specifier.contains("2.6.2")
+    assert not requirement.specifier.contains("2.6.3")
+    assert requirement.specifier.contains("2.6.6")
+
+
+def test_the_version_is_said_once():
+    assert PYPROJECT["project"]["version"] == lit_diffusion.__version__
+    assert f"## {lit_diffusion.__version__}" in (PACKAGE.parent / "CHANGELOG.md").read_text()
+
+
+def test_the_readmes_commands_and_files_exist():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    for name in re.findall(r"(?:experiments|docs)/[\w/]+\.(?:yaml|md|png)", readme):
+        assert (PACKAGE.parent / name).is_file(), name
