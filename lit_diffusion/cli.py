@@ -72,7 +72,9 @@ class CLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The seed."""
-        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the run: data order, noise, weights.")
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="Seed of the run: data order, noise, weights."
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has besides model, data and trainer; callbacks are named keys, so that no list can drop them."""
@@ -310,7 +312,9 @@ def main(arguments: Sequence[str]) -> CLI:
     try:
         return _run(arguments)
     except OmegaConfBaseException as error:
-        raise UserError(f"an interpolation of the configuration does not resolve: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"an interpolation of the configuration does not resolve: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _run(arguments: Sequence[str]) -> CLI:

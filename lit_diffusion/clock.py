@@ -48,7 +48,9 @@ class Cadence:
 
     def due(self, clock: Clock) -> bool:
         """Whether it is due after the step that the clock just counted."""
-        by_images = self.images is not None and clock.images // self.images > (clock.images - clock.batch) // self.images
+        by_images = (
+            self.images is not None and clock.images // self.images > (clock.images - clock.batch) // self.images
+        )
         return by_images or (self.steps is not None and clock.steps % self.steps == 0)
 
 

@@ -40,7 +40,9 @@ def test_the_core_knows_nothing_of_lightning_or_what_stands_on_it(path):
     above = {"methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints", "sampling"}
     for name in imported(path):
         assert not name.startswith("lightning")
-        assert name.removeprefix("lit_diffusion.").partition(".")[0] not in above or not name.startswith("lit_diffusion.")
+        assert name.removeprefix("lit_diffusion.").partition(".")[0] not in above or not name.startswith(
+            "lit_diffusion."
+        )
 
 
 def test_samplers_can_be_imported_alone():

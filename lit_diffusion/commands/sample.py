@@ -27,7 +27,9 @@ def _parser() -> Parser:
         prog="python -m lit_diffusion sample",
         description="Images from a checkpoint alone. Sample i depends on (seed, i, its label) and nothing else.",
     )
-    parser.add_argument("--ckpt_path", type=str, required=True, help="Checkpoint, e.g. <run_dir>/checkpoints/last.ckpt.")
+    parser.add_argument(
+        "--ckpt_path", type=str, required=True, help="Checkpoint, e.g. <run_dir>/checkpoints/last.ckpt."
+    )
     parser.add_argument("--num_samples", type=int, required=True, help="How many.")
     parser.add_argument(
         "--out",
@@ -38,7 +40,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the samples.")
     parser.add_argument("--batch_size", type=int, default=250, help="Samples at a time; changes memory and speed only.")
-    parser.add_argument("--label", type=int | None, default=None, help="Class of all samples; default: all classes in turn.")
+    parser.add_argument(
+        "--label", type=int | None, default=None, help="Class of all samples; default: all classes in turn."
+    )
     parser.add_argument(
         "--weights", type=str | None, default=None, help="raw, ema or ema:HALF_LIFE; default: ema where it is kept."
     )

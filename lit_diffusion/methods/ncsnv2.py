@@ -72,7 +72,10 @@ def best_eta(sigma_max: float, sigma_min: float, levels: int, steps: int) -> flo
     """
     ratio = (sigma_max / sigma_min) ** (1.0 / max(levels - 1, 1))
     found = minimize_scalar(
-        lambda e: abs(variance_ratio(e, steps, ratio) - 1.0), bounds=(1e-9, 1.0), method="bounded", options={"xatol": 1e-9}
+        lambda e: abs(variance_ratio(e, steps, ratio) - 1.0),
+        bounds=(1e-9, 1.0),
+        method="bounded",
+        options={"xatol": 1e-9},
     )
     return 2.0 * float(found.x) * sigma_min**2
 

@@ -79,9 +79,7 @@ class Sampler(ABC):
         """What each step needs, in order; each entry has an attribute ``t``."""
 
     @abstractmethod
-    def step(
-        self, denoiser: Denoiser, x: Tensor, move: Any, noise: SampleNoise, cond: Condition | None
-    ) -> Tensor:
+    def step(self, denoiser: Denoiser, x: Tensor, move: Any, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """The state after one step: ``[B, ...]`` like x."""
 
     def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:

@@ -58,7 +58,10 @@ def test_main_returns_the_exit_code(monkeypatch, capsys):
         (lambda c: c["data"].update(global_batchsize=3), ["data.global_batchsize", "data.global_batch_size"]),
         (lambda c: c.update(samplez=3), ["'samplez'", "'samples'"]),
         (lambda c: c["model"]["init_args"].update(levels="many"), ["model.levels is 'many'", "whole number"]),
-        (lambda c: c["model"]["init_args"]["sampler"]["init_args"].update(eta="big"), ["model.sampler.eta", "a number"]),
+        (
+            lambda c: c["model"]["init_args"]["sampler"]["init_args"].update(eta="big"),
+            ["model.sampler.eta", "a number"],
+        ),
         (lambda c: c["model"]["init_args"].update(parametrization="epsilon"), ["parametrization", "'eps'"]),
         (lambda c: c["model"].update(class_path="NCSM"), ["'NCSM'", "NCSN"]),
         (lambda c: c["data"]["source"].update(class_path="Digitz"), ["'Digitz'", "Digits"]),
@@ -67,13 +70,23 @@ def test_main_returns_the_exit_code(monkeypatch, capsys):
         (lambda c: c["model"]["init_args"]["sampler"]["init_args"].update(eta=0.04), ["eta 0.04", "4 sigma^2"]),
         (lambda c: c["model"]["init_args"].update(sigma_min=3.0), ["sigma_min 3", "sigma_max 2"]),
         (lambda c: c["model"]["init_args"]["backbone"]["init_args"].update(mult=[1, 1, 1, 1, 1]), ["8", "mult"]),
-        (lambda c: c["data"].update(source={"class_path": "ImageFolder", "init_args": {"path": "no", "size": 8}}), ["no"]),
+        (
+            lambda c: c["data"].update(source={"class_path": "ImageFolder", "init_args": {"path": "no", "size": 8}}),
+            ["no"],
+        ),
         (lambda c: c["data"].update(source={"class_path": "CIFAR10"}), ["fetch data CIFAR10"]),
         (lambda c: c["trainer"].update(precision="64-true"), ["precision", "bf16-mixed"]),
         (lambda c: c["trainer"].update(strategy="fsdp"), ["fsdp"]),
         (lambda c: c["trainer"].update(gradient_clip_val=1.0), ["gradient_clip"]),
         (lambda c: c["trainer"].update(max_images=0), ["trainer.max_images is 0"]),
-        (lambda c: c["checkpoint"].update(every_n_steps=0) if "checkpoint" in c else c.update(checkpoint={"every_n_steps": 0}), ["checkpoint.every_n_steps is 0"]),
+        (
+            lambda c: (
+                c["checkpoint"].update(every_n_steps=0)
+                if "checkpoint" in c
+                else c.update(checkpoint={"every_n_steps": 0})
+            ),
+            ["checkpoint.every_n_steps is 0"],
+        ),
         (lambda c: c["ema"].update(half_lives_steps=[3]), ["half_lives_images or half_lives_steps"]),
         (lambda c: c["samples"].update(weights="ema:3"), ["ema:3", "ema:500"]),
     ],

@@ -72,12 +72,23 @@ def test_continuing_equals_not_stopping(run, workdir):
     common = ["--config", "tiny.yaml", "--samples.count", 0]
     run("fit", *common, "--run_dir", "straight", "--trainer.max_images", 192)
     run("fit", *common, "--run_dir", "broken", "--trainer.max_images", 96)
-    run("fit", *common, "--run_dir", "broken", "--ckpt_path", "broken/checkpoints/last.ckpt", "--trainer.max_images", 192)
+    run(
+        "fit",
+        *common,
+        "--run_dir",
+        "broken",
+        "--ckpt_path",
+        "broken/checkpoints/last.ckpt",
+        "--trainer.max_images",
+        192,
+    )
     straight, broken = state(workdir / "straight"), state(workdir / "broken")
     assert straight["lit_diffusion"]["images_seen"] == broken["lit_diffusion"]["images_seen"] == 192
     for name, value in straight["state_dict"].items():
         assert torch.equal(value, broken["state_dict"][name]), name
-    for mine, theirs in zip(straight["callbacks"]["EMA"]["shadows"], broken["callbacks"]["EMA"]["shadows"], strict=True):
+    for mine, theirs in zip(
+        straight["callbacks"]["EMA"]["shadows"], broken["callbacks"]["EMA"]["shadows"], strict=True
+    ):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     first, second = straight["optimizer_states"][0]["state"], broken["optimizer_states"][0]["state"]
     assert all(torch.equal(first[k]["exp_avg_sq"], second[k]["exp_avg_sq"]) for k in first)

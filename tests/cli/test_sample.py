@@ -92,7 +92,10 @@ def test_samplers_by_short_name_key_and_class_path(sample, capsys):
         (["--sampler", "langvin"], "annealed_langevin, langevin"),
         (["--sampler.stepz", "3"], "stepz"),
         (["--sampler.eta", "0.04"], r"eta 0.04 is not below 4 sigma\^2 = 0.04"),
-        (["--sampler", "langevin", "--sampler.metropolis", "true", "--sampler.eta", "0.001"], "needs a model with an energy"),
+        (
+            ["--sampler", "langevin", "--sampler.metropolis", "true", "--sampler.eta", "0.001"],
+            "needs a model with an energy",
+        ),
         (["--label", "3"], "not class-conditional"),
         (["--num_samples", "0"], "num_samples"),
         (["--device", "nonsense"], "nonsense"),
