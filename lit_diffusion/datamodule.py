@@ -152,8 +152,8 @@ class DataModule(pl.LightningDataModule):
             raise UserError(f"data.held_out has {held_out.levels} levels, data.source {source.levels}; they must agree")
         if (len(source.shape) == 3) != (source.levels is not None):
             raise UserError(
-                f"data source {source.name} has shape {list(source.shape)} and levels {source.levels}; images (C, H, W) "
-                f"have a number of grey levels, points (D,) have levels null"
+                f"data source {source.name} has shape {list(source.shape)} and levels {source.levels}; images "
+                f"(C, H, W) have a number of grey levels, points (D,) have levels null"
             )
         if not 0.0 <= held_out_fraction < 1.0:
             raise UserError(f"data.held_out_fraction is {held_out_fraction}; it must be at least 0 and below 1")
@@ -206,11 +206,13 @@ class DataModule(pl.LightningDataModule):
             )
         if stage != "predict" and 0 < len(self.held_out_indices) < processes:
             raise UserError(
-                f"data has {len(self.held_out_indices)} held-out images for {processes} processes; hold out more, or none"
+                f"data has {len(self.held_out_indices)} held-out images for {processes} processes; hold out "
+                f"more, or none"
             )
         if stage == "predict" and self.predict_samples < processes:
             raise UserError(
-                f"data.predict_samples is {self.predict_samples}; give at least one for each of the {processes} processes"
+                f"data.predict_samples is {self.predict_samples}; give at least one for each of the "
+                f"{processes} processes"
             )
 
     @property
