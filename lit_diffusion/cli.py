@@ -31,7 +31,7 @@ from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_
 from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, print_note
-from lit_diffusion.trainer import Trainer
+from lit_diffusion.trainer import Trainer, callbacks_of
 
 # Interpolations are resolved after all files and arguments are merged, and absolute ones work below subcommands.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -213,8 +213,9 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(logger=False if fast else loggers)
         assert isinstance(trainer, Trainer)
         if trainer.progress_bar_callback is not None:
-            trainer.callbacks = [c for c in trainer.callbacks if c is not trainer.progress_bar_callback]
-            trainer.callbacks.insert(0, ProgressBar())
+            callbacks = callbacks_of(trainer)
+            callbacks.remove(trainer.progress_bar_callback)
+            callbacks.insert(0, ProgressBar())
         return trainer
 
     def _make_run_logger(self, section: Namespace) -> RunLogger:
@@ -238,7 +239,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Where everything is, and what to do next."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self._section.trainer.fast_dev_run:
             return
         run_dir = _short(self.run_logger.run_dir)
         checkpoint = f"{run_dir}/checkpoints/last.ckpt"

@@ -50,7 +50,7 @@ class Batch:
         ]
 
 
-class _Numbered(Dataset[dict[str, Any]]):
+class _Numbered(Dataset[tuple[np.ndarray, int, int]]):
     """Items ``(number in the run, index in the source)`` to their value, label and number."""
 
     def __init__(self, source: Source) -> None:
@@ -222,7 +222,8 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless, from the images seen so far."""
         rank, world_size = self._place
-        seen = 0 if self.trainer is None else self.trainer.lightning_module.clock.images
+        clock = None if self.trainer is None else getattr(self.trainer.lightning_module, "clock", None)
+        seen = 0 if clock is None else clock.images
         order = TrainingOrder(self.train_indices, self.seed, seen, self.global_batch_size, rank, world_size)
         return self._loader(self.source, order)
 
@@ -278,7 +279,7 @@ class DataModule(pl.LightningDataModule):
 
         Args:
             value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
-            dequantise_index: with it, ``(v + u) / levels`` with u uniform and keyed by it; without, ``v / (levels - 1)``.
+            dequantise_index: with it ``(v + u) / levels``, u uniform and keyed by it; without ``v / (levels - 1)``.
         """
         if self.facts.levels is None or self.facts.value_range is None:
             return value.to(torch.float32)

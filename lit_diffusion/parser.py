@@ -41,6 +41,7 @@ def users_own_errors() -> Iterator[None]:
 
 
 def _subclasses(base: type) -> Iterator[type]:
+    child: type
     for child in base.__subclasses__():
         yield child
         yield from _subclasses(child)
@@ -70,7 +71,7 @@ def known_keys(parser: LightningArgumentParser) -> list[str]:
     keys = [action.dest for each in parsers for action in each._actions]
     for base in _families().values():
         for child in _subclasses(base):
-            keys += [key for key in inspect.signature(child.__init__).parameters if key != "self"]
+            keys += list(inspect.signature(child).parameters)
     return keys
 
 

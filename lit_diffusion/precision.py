@@ -1,7 +1,7 @@
 """Mixed precision for the backbone alone.
 
-Lightning's own plugin puts the whole ``training_step`` under autocast, and with it times, schedules, losses and metrics.
-Ours leaves that context empty; the denoiser opens autocast around the backbone and nothing else.
+Lightning's own plugin puts the whole ``training_step`` under autocast, and with it times, schedules, losses and
+metrics. Ours leaves that context empty; the denoiser opens autocast around the backbone and nothing else.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class Dashboard:
     """Weights & Biases, as a view of the run: absent or in trouble, it changes nothing else.
 
     Args:
-        mode: ``auto``: online when you are logged in, offline otherwise; ``online``; ``offline``; ``disabled``: wandb is
-            not even imported.
+        mode: ``auto``: online when you are logged in, offline otherwise; ``online``; ``offline``; ``disabled``: wandb
+            is not even imported.
         project: of the dashboard.
         entity: user or team that owns the project, null for your default.
         tags: words to find the run by.
@@ -341,7 +341,8 @@ def drop_lost_events(run_dir: Path, images_seen: int) -> int:
     """
     _require_known_events(run_dir)
     path = run_dir / "metrics.jsonl"
-    kept, lost = [], []
+    kept: list[str] = []
+    lost: list[str] = []
     for line in path.read_text().splitlines():
         try:
             after = json.loads(line)["images"] > images_seen

@@ -12,6 +12,11 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.precision import BackboneMixedPrecision, PrecisionName, autocast_dtype
 
 
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """A Trainer's callbacks, in their order; Lightning sets them without declaring them."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 class Trainer(pl.Trainer):
     """Lightning's Trainer, counted in images, with mixed precision around the backbone only.
 

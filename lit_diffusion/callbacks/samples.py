@@ -21,6 +21,7 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress
 from lit_diffusion.sampling import condition_for
+from lit_diffusion.trainer import callbacks_of
 
 FILM_ROWS = 16
 """A film strip has at most so many rows, evenly spaced over the levels."""
@@ -49,7 +50,7 @@ class _Film:
 
 def _averages(trainer: pl.Trainer) -> EMA:
     """The Trainer's own, or one that keeps none."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), EMA())
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, EMA)), EMA())
 
 
 class Samples(pl.Callback):

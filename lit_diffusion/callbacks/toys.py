@@ -22,6 +22,7 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.run import run_logger_of
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
+from lit_diffusion.trainer import callbacks_of
 
 
 def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
@@ -38,7 +39,7 @@ def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
 
 
 def score_error(denoiser: Denoiser, exact: ExactDenoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of the estimated from the true score at each row of x, and the true score's squared norm: ``[B]``."""
+    """Squared distance of the estimated from the true score at each row, and the true one's squared norm: ``[B]``."""
     with torch.no_grad():
         truth = exact(x, t).score
         estimate = denoiser(x, t).score
@@ -57,7 +58,7 @@ class _AtEnd(pl.Callback):
         assert isinstance(pl_module, Method)
         if not trainer.is_global_zero or run_logger_of(trainer) is None:
             return
-        ema = next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
+        ema = next((callback for callback in callbacks_of(trainer) if isinstance(callback, EMA)), None)
         pl_module.eval()
         if ema is None or not ema.half_lives:
             self.draw(trainer, pl_module, "raw")

@@ -43,8 +43,8 @@ class Diameter:
 def largest_distance(values: Callable[[Tensor], Tensor], count: int, exact_up_to: int = EXACT_UP_TO) -> Diameter:
     """The diameter of a data set in the Euclidean norm.
 
-    Up to ``exact_up_to`` data every pair is compared. Of more, every pair of a subset; then one pass over all data finds
-    the farthest from either end of that pair, and from their midpoint: twice that radius bounds every distance.
+    Up to ``exact_up_to`` data every pair is compared. Of more, every pair of a subset; then one pass over all data
+    finds the farthest from either end of that pair, and from their midpoint: twice that radius bounds every distance.
 
     Args:
         values: from positions ``[b]`` to data ``[b, ...]``, float.

@@ -23,6 +23,7 @@ from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION
 from lit_diffusion.objectives import DenoisingLoss
 from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.samplers.base import OnStep, Sampler
+from lit_diffusion.trainer import callbacks_of
 
 NON_FINITE_IN_A_ROW = 3
 """Consecutive steps whose loss or gradient is not finite after which a run is given up."""
@@ -165,7 +166,7 @@ class Method(pl.LightningModule):
             self.sampler.check(self.denoiser)  # Before the work: the first samples may be drawn at its end.
         self.denoiser.autocast_dtype = getattr(self.trainer, "autocast_dtype", None)
         if getattr(self.trainer, "channels_last", False):
-            self.denoiser.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.denoiser.backbone.to(memory_format=torch.channels_last)
         if getattr(self.trainer, "compile", False):
             self.denoiser.backbone.compile()
 
@@ -178,7 +179,7 @@ class Method(pl.LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        """Let the configuration have the last word on learning rates and the like, after a checkpoint's optimiser state.
+        """Let the configuration have the last word on learning rates and the like, over a checkpoint's optimiser state.
 
         A run that was continued after its end makes no further step.
         """
@@ -241,7 +242,7 @@ class Method(pl.LightningModule):
         self.clock.tick()
         if self.stepped:
             # Averages follow here, not in a hook of the Trainer's, so that no callback sees one that is a step behind.
-            for callback in self.trainer.callbacks:
+            for callback in callbacks_of(self.trainer):
                 if hasattr(callback, "after_step"):
                     callback.after_step(self)
         if self._non_finite_in_a_row >= NON_FINITE_IN_A_ROW:

@@ -63,7 +63,7 @@ class Sampler(ABC):
 
     evaluations: int = 0
 
-    def check(self, denoiser: Denoiser) -> None:
+    def check(self, denoiser: Denoiser) -> None:  # noqa: B027 (most samplers walk on any denoiser)
         """Refuse, before any work, a denoiser that this sampler cannot walk on.
 
         Raises:

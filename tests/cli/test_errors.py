@@ -183,7 +183,7 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_kept(workdir, run, mo
         save(self, path, *args, **kwargs)
 
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", fails_the_second_time)
-    with pytest.raises(UserError, match="No space left on device.*the one before is untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*the one before is untouched"):
         run("fit", "--config", "tiny.yaml", "--run_dir", "r", "--checkpoint.every_n_steps", 1, "--samples.count", 0)
     saved = torch.load(workdir / "r" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["lit_diffusion"]["images_seen"] == 32

@@ -26,7 +26,7 @@ def test_help_is_quick_without_torch_and_names_every_command():
     assert time.monotonic() - begin < 3.0
     for command in ("fit", "validate", "test", "predict", "sample", "fetch"):
         assert f"\n  {command} " in done.stdout
-    check = "import lit_diffusion.__main__, lit_diffusion, sys; assert not {'torch', 'lightning', 'wandb'} & set(sys.modules)"
+    check = "import lit_diffusion.__main__, sys; assert not {'torch', 'lightning', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
