@@ -261,7 +261,7 @@ def test_a_backbone_in_half_precision_is_fed_its_own_type():
 
 def test_gradients_reach_the_network_and_the_input():
     denoiser = NetworkDenoiser(Linear(), PROCESSES["VP"], "edm", "time")
-    x_t = torch.randn(2, 3, 2, 2, requires_grad=True)
+    x_t = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     denoiser(x_t, tensor(0.1, 0.5)).score.sum().backward()
     assert float(x_t.grad.abs().min()) > 0
     assert float(denoiser.backbone.layer.weight.grad.abs().max()) > 0
