@@ -151,7 +151,7 @@ class NetworkDenoiser(Denoiser):
         sigma_data: standard deviation of the normalised data, for ``edm`` and ``unit_variance``.
 
     Raises:
-        UserError: for a name that is not in the tables.
+        UserError: for a name that is not in the tables, or one that asks for levels on a process that has none.
     """
 
     def __init__(
@@ -177,6 +177,10 @@ class NetworkDenoiser(Denoiser):
         self.noise_input = noise_input
         self.unit_variance = input_scale == "unit_variance" or parametrization == "edm"
         self.sigma_data = sigma_data
+        # A level index or a step below asks for a grid: find out now, not in the first step.
+        end = process.level(torch.ones(1, dtype=torch.float64))
+        PARAMETRIZATIONS[parametrization](end, process, sigma_data)
+        NOISE_INPUTS[noise_input](process, end)
         self.autocast_dtype: torch.dtype | None = None
         """The type the backbone computes in under mixed precision, None for float32 throughout."""
 

@@ -4,7 +4,8 @@ Each is a linear SDE ``dx = f(t) x dt + g(t) dw`` with
 
 .. math::  f = \frac{d \log\alpha}{dt}, \qquad g^2 = \frac{d\sigma^2}{dt} - 2 f \sigma^2
 
-(Song et al. 2021, "Score-based generative modeling through SDEs", eq. 29). All of this is computed in float64 whatever
+(the moment equations of a linear SDE: Särkkä and Solin 2019, section 5.5; the kernels are in Song et al. 2021,
+"Score-based generative modeling through SDEs", appendix B). All of this is computed in float64 whatever
 the state's type, because the ratios of small levels are what samplers divide by.
 
 A discrete method is the same process read on a grid ``t_i = i / levels``, ``i = 1 .. levels``: NCSN's L levels and
@@ -159,7 +160,7 @@ class VE(Process):
 
     With ``levels: L`` the grid is NCSN's geometric sequence,
     ``sigma(i/L) = sigma_min (sigma_max/sigma_min)^{(i-1)/(L-1)}`` for i = 1 .. L, so that both ends are exact (Song and
-    Ermon 2019, section 4; Song et al. 2021, eq. 30 with the courses' ``sigma(0) = 0``).
+    Ermon 2019, section 4; Song et al. 2021, appendix C, with the courses' ``sigma(0) = 0``).
 
     Args:
         sigma_min: the smallest level, in units of the normalised data.
@@ -213,7 +214,7 @@ class VE(Process):
 class VP(Process):
     r"""Variance preserving: ``alpha = e^{-B/2}``, ``sigma^2 = 1 - e^{-B}``.
 
-    ``B(t) = beta_min t + (beta_max - beta_min) t^2/2`` (Song et al. 2021, eq. 33); the SDE is
+    ``B(t) = beta_min t + (beta_max - beta_min) t^2/2`` (Song et al. 2021, appendix C); the SDE is
     ``dx = -beta(t) x/2 dt + sqrt(beta(t)) dw``.
 
     Args:
@@ -259,13 +260,18 @@ class VP(Process):
         """``beta e^{-B} / (2 sigma)``."""
         return 0.5 * self.beta(t) * torch.exp(-self.integral(t)) / self.sigma(t)
 
+    def diffusion(self, t: Tensor) -> Tensor:
+        """``sqrt(beta)``, also at t = 0, where the general formula is 0 times infinity."""
+        return self.beta(t).sqrt()
+
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
         """From ``log_snr = -log(e^B - 1)``."""
         return self.t_at_integral(nn.functional.softplus(-log_snr.to(torch.float64), threshold=700.0))
 
 
 class SubVP(VP):
-    r"""Sub-VP: ``alpha = e^{-B/2}``, ``sigma = 1 - e^{-B}``, never noisier than VP (Song et al. 2021, eq. 34)."""
+    r"""Sub-VP: ``alpha = e^{-B/2}``, ``sigma = 1 - e^{-B}``, never noisier than VP (Song et al. 2021,
+    appendix C)."""
 
     def sigma(self, t: Tensor) -> Tensor:
         """``1 - e^{-B}``."""
@@ -274,6 +280,10 @@ class SubVP(VP):
     def dsigma(self, t: Tensor) -> Tensor:
         """``beta e^{-B}``."""
         return self.beta(t) * torch.exp(-self.integral(t))
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """``sqrt(beta (1 - e^{-2B}))``."""
+        return torch.sqrt(-self.beta(t) * torch.expm1(-2.0 * self.integral(t)))
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
         """With ``u = e^{-B/2}`` and ``k = e^{-log_snr/2}``: ``1 - u^2 = k u``, so ``u = 2 / (k + sqrt(k^2 + 4))``."""
@@ -339,6 +349,10 @@ class Betas(Process):
     def dsigma(self, t: Tensor) -> Tensor:
         """``-abar (d log abar / dt) / (2 sigma)``."""
         return -0.5 * self._log_alpha_bar(t).exp() * self._slope(t) / self.sigma(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """``sqrt(-d log abar / dt)``, also at t = 0."""
+        return torch.sqrt(-self._slope(t))
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
         """From ``log abar = -log(1 + e^{-log_snr})``, by inverting the piecewise linear table."""

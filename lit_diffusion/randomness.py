@@ -54,6 +54,11 @@ def philox4x32(counter: Tensor, key: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
+def _require_wide(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"keyed numbers are float32 or float64, not {dtype}: round what they make")
+
+
 def random_words(seed: int, stream: str, index: Tensor, count: int, draw: int = 0) -> Tensor:
     """``count`` 32-bit words for each index: int64 ``[B, count]`` on the index's device."""
     index = index.to(torch.int64)
@@ -75,6 +80,7 @@ def keyed_uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform numbers strictly inside (0, 1): ``[B, *shape]`` for indices ``[B]``."""
+    _require_wide(dtype)
     words = random_words(seed, stream, index, math.prod(shape), draw)
     # 23 bits and a half: the largest value that a float32 still tells from 1.
     return ((words >> 9).to(dtype) + 0.5).mul_(2.0**-23).view(*index.shape, *shape)
@@ -89,6 +95,7 @@ def keyed_normal(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normal numbers ``[B, *shape]`` for indices ``[B]`` (Box and Muller; the tail reaches 6.7)."""
+    _require_wide(dtype)
     count = math.prod(shape)
     words = random_words(seed, stream, index, 2 * ((count + 1) // 2), draw)
     first, second = words.chunk(2, dim=-1)

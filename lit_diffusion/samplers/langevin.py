@@ -84,7 +84,8 @@ class Langevin(_LangevinSampler):
     Args:
         steps: number of steps.
         eta: step size of ``x + (eta/2) s + sqrt(eta) z``, in units of the data squared; below ``4 sigma^2``.
-        sigma: the noise level (noise-to-signal ratio) whose score is followed; null: the smallest of the process.
+        sigma: the noise level whose score is followed, as the noise-to-signal ratio ``sigma / alpha`` of the process;
+            null: the smallest of the process.
         initial: where chains start, ``uniform`` on ``uniform_range`` or ``gaussian``, the process's prior.
         uniform_range: of a uniform start, in data units.
         metropolis: accept or reject each step so that the chain's law is exact; needs a denoiser with an energy.
@@ -158,7 +159,8 @@ class AnnealedLangevin(_LangevinSampler):
         denoise: end with one step of Tweedie's formula ``x + sigma_L^2 s`` (NCSNv2), which removes the last noise.
         initial: where chains start, ``uniform`` on ``uniform_range`` (both papers) or ``gaussian``, the prior.
         uniform_range: of a uniform start, in data units.
-        levels: how many levels to visit on a process in continuous time; null: the process's own.
+        levels: how many levels to visit, evenly spaced in time; null: the process's own grid, which continuous time
+            does not have.
     """
 
     def __init__(
