@@ -23,20 +23,22 @@ class Diameter:
         found: the largest that was found; a lower bound.
         upper: an upper bound; equal to ``found`` when every pair was compared.
         count: of the data.
+        compared: of these every pair.
     """
 
     found: float
     upper: float
     count: int
+    compared: int
 
     @property
     def statement(self) -> str:
         """The value with its bound, in words."""
-        if self.upper == self.found:
+        if self.compared == self.count:
             return f"the largest distance between two of the {self.count} training data, all pairs compared"
         return (
             f"the largest distance found between two of the {self.count} training data "
-            f"(all pairs of {EXACT_UP_TO}, then the farthest of all from those two); it is at most {self.upper:.4g}"
+            f"(all pairs of {self.compared}, then the farthest of all from those two); it is at most {self.upper:.4g}"
         )
 
 
@@ -63,10 +65,10 @@ def largest_distance(values: Callable[[Tensor], Tensor], count: int, exact_up_to
             row, column = divmod(int(position), distance.shape[1])
             best, pair = float(value), (start + row, start + column)
     if everything:
-        return Diameter(best, best, count)
+        return Diameter(best, best, count, count)
     ends = flat[list(pair)]
     anchors = torch.cat((ends, ends.mean(0, keepdim=True)))
     radius = torch.zeros(3, dtype=torch.float64)
     for part in torch.arange(count).split(_BLOCK):
         radius = torch.maximum(radius, torch.cdist(values(part).flatten(1).double(), anchors).amax(0))
-    return Diameter(max(best, float(radius[:2].max())), 2.0 * float(radius[2]), count)
+    return Diameter(max(best, float(radius[:2].max())), 2.0 * float(radius[2]), count, exact_up_to)
