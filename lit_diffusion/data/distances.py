@@ -42,6 +42,11 @@ class Diameter:
         )
 
 
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    # The direct form: |a|^2 + |b|^2 - 2ab would lose half the digits where a and b are close.
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def largest_distance(values: Callable[[Tensor], Tensor], count: int, exact_up_to: int = EXACT_UP_TO) -> Diameter:
     """The diameter of a data set in the Euclidean norm.
 
@@ -58,8 +63,7 @@ def largest_distance(values: Callable[[Tensor], Tensor], count: int, exact_up_to
     flat = torch.cat([values(part).flatten(1) for part in subset.split(_BLOCK)]).double()
     best, pair = 0.0, (0, 0)
     for start in range(0, len(flat), _BLOCK):
-        # The direct form: |a|^2 + |b|^2 - 2ab would lose half the digits where a and b are close.
-        distance = torch.cdist(flat[start : start + _BLOCK], flat[start:], compute_mode="donot_use_mm_for_euclid_dist")
+        distance = _distances(flat[start : start + _BLOCK], flat[start:])
         value, position = distance.flatten().max(0)
         if float(value) > best:
             row, column = divmod(int(position), distance.shape[1])
@@ -70,5 +74,5 @@ def largest_distance(values: Callable[[Tensor], Tensor], count: int, exact_up_to
     anchors = torch.cat((ends, ends.mean(0, keepdim=True)))
     radius = torch.zeros(3, dtype=torch.float64)
     for part in torch.arange(count).split(_BLOCK):
-        radius = torch.maximum(radius, torch.cdist(values(part).flatten(1).double(), anchors).amax(0))
+        radius = torch.maximum(radius, _distances(values(part).flatten(1).double(), anchors).amax(0))
     return Diameter(max(best, float(radius[:2].max())), 2.0 * float(radius[2]), count, exact_up_to)
