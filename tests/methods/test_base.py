@@ -1,0 +1,405 @@
+"""The one way from losses to weights, the clock it ticks, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny import digits_data, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
+
+from lit_diffusion.callbacks import EMA, Checkpoint
+from lit_diffusion.errors import UserError
+from lit_diffusion.methods import NCSN
+from lit_diffusion.randomness import keyed_normal
+
+
+class Watch(pl.Callback):
+    """Notes what each step left behind."""
+
+    def __init__(self, note):
+        self.note, self.notes = note, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.notes.append(self.note(trainer, pl_module))
+
+
+def spoil(method, *steps, value=math.nan):
+    """Give the losses of these steps (from 1) another value."""
+    loss = method.loss
+
+    def spoilt(batch, seed):
+        result = loss(batch, seed)
+        factor = value if method.clock.steps + 1 in steps and method.training else 1.0
+        return type(result)(result.per_sample * factor, result.t)
+
+    method.loss = spoilt
+    return method
+
+
+def sgd(rate):
+    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+
+
+# ---- accumulation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 8, 31])
+def test_micro_batches_change_nothing_but_memory(tmp_path, micro_batch_size):
+    whole, parts = ncsn(optimizer=sgd(1e-3)), ncsn(optimizer=sgd(1e-3))
+    norms = []
+    for method, size in ((whole, None), (parts, micro_batch_size)):
+        watch = Watch(lambda trainer, m: (float(m.last_loss), float(m.last_gradient_norm)))
+        fit(method, digits_data(micro_batch_size=size), tmp_path, callbacks=[watch])
+        norms.append(watch.notes)
+    assert norms[0] == [pytest.approx(note, rel=1e-5) for note in norms[1]]
+    assert len(norms[0]) == 3
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(parts)[name], atol=1e-6), name
+    assert max(shape[0] for shape in parts.denoiser.backbone.seen) == micro_batch_size
+    assert not same(weights(whole), weights(ncsn()))
+
+
+def test_the_loss_is_the_mean_over_the_batch(tmp_path):
+    method, data = ncsn(optimizer=sgd(0.0)), digits_data()
+    fit(method, data, tmp_path, 32)
+    raw = next(iter(data.train_dataloader()))
+    # The trainer's data module starts where the clock stands: images 32 .. 63.
+    batch = data.prepare(raw["value"], raw["label"], raw["index"], training=True)
+    expected = method.loss(batch, 0).per_sample.mean()
+    fit(method, data, tmp_path, 64)
+    assert float(method.last_loss) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+# ---- steps that are not finite -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_clock(tmp_path, value):
+    method, ema = spoil(ncsn(), 2, value=value), EMA([64])
+    watch = Watch(
+        lambda trainer, m: {
+            "weights": weights(m),
+            "ema": {k: v.clone() for k, v in ema.shadows[0].items()},
+            "moments": [s["exp_avg"].clone() for s in trainer.optimizers[0].state.values()],
+            "count": float(next(iter(trainer.optimizers[0].state.values()))["step"]),
+            "clock": (m.clock.images, m.clock.steps, m.skipped_steps, m.stepped),
+        }
+    )
+    fit(method, digits_data(), tmp_path, 96, callbacks=[ema, watch])
+    first, second, third = watch.notes
+    assert same(first["weights"], second["weights"])
+    assert same(first["ema"], second["ema"])
+    assert all(torch.equal(a, b) for a, b in zip(first["moments"], second["moments"], strict=True))
+    assert (first["count"], second["count"], third["count"]) == (1, 1, 2)
+    assert [note["clock"] for note in watch.notes] == [(32, 1, 0, True), (64, 2, 1, False), (96, 3, 1, True)]
+    assert not same(second["weights"], third["weights"])
+    assert not same(second["ema"], third["ema"])
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path):
+    method = ncsn()
+    calls = []
+    method.denoiser.backbone.first.weight.register_hook(
+        lambda gradient: (calls.append(1), gradient * (math.inf if len(calls) == 2 else 1.0))[1]
+    )
+    watch = Watch(lambda trainer, m: (weights(m), m.stepped, m.skipped_steps))
+    fit(method, digits_data(), tmp_path, 96, callbacks=[watch])
+    assert [(stepped, skipped) for _, stepped, skipped in watch.notes] == [(True, 0), (False, 1), (True, 1)]
+    assert same(watch.notes[0][0], watch.notes[1][0])
+
+
+def test_the_noise_goes_on_as_if_nothing_had_been_skipped(tmp_path):
+    seen = []
+    for steps in ((), (2,)):
+        method, indices = spoil(ncsn(), *steps), []
+        loss = method.loss
+        method.loss = lambda batch, seed, loss=loss, indices=indices: (indices.append(batch.index), loss(batch, seed))[
+            1
+        ]
+        fit(method, digits_data(), tmp_path, 96)
+        seen.append(torch.cat(indices).tolist())
+    assert seen[0] == seen[1] == list(range(96))
+
+
+def test_three_in_a_row_end_the_run_and_the_checkpoint_before_is_intact(tmp_path):
+    method = spoil(ncsn(), 2, 5, 6, 7)
+    logger = run_logger(tmp_path, method)
+    with pytest.raises(UserError, match=r"loss nan.*at step 7 \(224 images\), 3 times in a row") as caught:
+        fit(method, digits_data(), tmp_path, 640, callbacks=[Checkpoint(every_n_steps=4), EMA([64])], logger=logger)
+    assert "\n" not in str(caught.value)
+    assert method.skipped_steps == 4
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["lit_diffusion"]["images_seen"] == 128
+    everything = [*saved["state_dict"].values(), *saved["callbacks"]["EMA"]["shadows"][0].values()]
+    assert all(bool(torch.isfinite(value).all()) for value in everything)
+
+
+def test_two_in_a_row_do_not(tmp_path):
+    method = spoil(ncsn(), 1, 2, 4, 5)
+    fit(method, digits_data(), tmp_path, 192)
+    assert (method.clock.steps, method.skipped_steps) == (6, 4)
+
+
+# ---- learning rate, clipping, the end ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{"warmup_images": 128}, {"warmup_steps": 4}])
+def test_the_learning_rate_rises_linearly(tmp_path, keys):
+    method = ncsn(optimizer=sgd(8e-3), **keys)
+    watch = Watch(lambda trainer, m: trainer.optimizers[0].param_groups[0]["lr"])
+    fit(method, digits_data(), tmp_path, 192, callbacks=[watch])
+    assert watch.notes == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 8e-3, 8e-3])
+
+
+def test_without_a_warm_up_it_is_constant(tmp_path):
+    method = ncsn(optimizer=sgd(8e-3))
+    watch = Watch(lambda trainer, m: trainer.optimizers[0].param_groups[0]["lr"])
+    fit(method, digits_data(), tmp_path, 96, callbacks=[watch])
+    assert watch.notes == [8e-3] * 3
+
+
+def test_a_warm_up_is_taken_up_where_it_was_and_the_configured_rate_wins(tmp_path):
+    first = ncsn(optimizer=sgd(8e-3), warmup_steps=4)
+    fit(first, digits_data(), tmp_path, 64).save_checkpoint(tmp_path / "a.ckpt")
+    second = ncsn(optimizer=sgd(4e-3), warmup_steps=4)
+    watch = Watch(lambda trainer, m: trainer.optimizers[0].param_groups[0]["lr"])
+    fit(second, digits_data(), tmp_path, 160, callbacks=[watch], ckpt_path=tmp_path / "a.ckpt")
+    assert watch.notes == pytest.approx([3e-3, 4e-3, 4e-3])
+
+
+def test_the_gradient_is_clipped_to_a_norm(tmp_path):
+    steps = {}
+    for clip in (None, 0.5, 1e6):
+        method = ncsn(optimizer=sgd(1.0), gradient_clip=clip)
+        before = weights(method)
+        fit(method, digits_data(), tmp_path, 32)
+        steps[clip] = torch.cat([(value - before[name]).flatten() for name, value in weights(method).items()])
+        norm = float(method.last_gradient_norm)  # before it is clipped
+        assert norm > 5.0
+    assert float(steps[None].norm()) == pytest.approx(norm, rel=1e-4)
+    assert torch.equal(steps[1e6], steps[None])
+    assert float(steps[0.5].norm()) == pytest.approx(0.5, rel=1e-4)
+    assert float(torch.cosine_similarity(steps[0.5], steps[None], dim=0)) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("images", "seen"), [(32, 32), (96, 96), (97, 128)])
+def test_max_images_ends_the_run_at_the_first_step_that_reaches_it(tmp_path, images, seen):
+    method = ncsn()
+    made = fit(method, digits_data(), tmp_path, images)
+    assert method.clock.images == seen
+    assert method.clock.steps == made.global_step == seen // 32
+
+
+def test_max_steps_ends_it_too(tmp_path):
+    method = ncsn()
+    fit(method, digits_data(), tmp_path, None, max_steps=5)
+    assert method.clock.steps == 5
+
+
+def test_a_run_that_is_over_makes_no_further_step(tmp_path):
+    first = ncsn()
+    fit(first, digits_data(), tmp_path, 64).save_checkpoint(tmp_path / "a.ckpt")
+    second = ncsn(seed=3)
+    made = fit(second, digits_data(), tmp_path, 64, ckpt_path=tmp_path / "a.ckpt")
+    assert (second.clock.images, made.global_step) == (64, 2)
+    assert same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"warmup_images": 3, "warmup_steps": 4}, "warmup_images or warmup_steps"),
+        ({"warmup_images": -3}, "cannot be negative"),
+        ({"gradient_clip": 0.0}, "gradient_clip is 0"),
+        ({"gradient_clip": -1.0}, "gradient_clip is -1"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_when_the_method_is_built(keys, said):
+    with pytest.raises(UserError, match=said) as caught:
+        ncsn(**keys)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sampler_that_would_diverge_is_refused_before_the_training(tmp_path):
+    from lit_diffusion.samplers import AnnealedLangevin
+
+    method = ncsn(sampler=AnnealedLangevin(2, eta=0.04))
+    with pytest.raises(UserError, match=r"4 sigma\^2"):
+        fit(method, digits_data(), tmp_path)
+    assert method.clock.images == 0
+
+
+def test_other_data_modules_are_refused(tmp_path):
+    loader = torch.utils.data.DataLoader(torch.zeros(8, 1, 8, 8), batch_size=4)
+    with pytest.raises(UserError, match="lit_diffusion DataModule"):
+        trainer(tmp_path).fit(ncsn(), loader)
+
+
+# ---- resumption --------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
+    keys = {"warmup_images": 100, "gradient_clip": 20.0}
+    data = {"flip": True, "dequantise": True, "micro_batch_size": 20}
+
+    def method(seed=0):
+        return spoil(ncsn({"dropout": 0.3}, seed, **keys), 3)
+
+    straight = method()
+    fit(straight, digits_data(**data), tmp_path, 1920)  # into the second epoch
+    broken, stops = method(), [64, 96, 1824, 1920]
+    for number, stop in enumerate(stops):
+        last = tmp_path / f"{number - 1}.ckpt" if number else None
+        made = fit(broken, digits_data(**data), tmp_path, stop, ckpt_path=last)
+        made.save_checkpoint(tmp_path / f"{number}.ckpt")
+        broken = method(seed=number + 1)
+    ends = [torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"], straight.state_dict()]
+    assert same(*ends)
+
+
+def test_dropout_is_tied_to_the_images_and_to_the_seed(tmp_path):
+    outcomes = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        method = ncsn({"dropout": 0.5})
+        method.seed = seed
+        torch.manual_seed(noise)  # whatever was drawn before
+        fit(method, digits_data(), tmp_path, 32)
+        outcomes.append(weights(method))
+    assert same(outcomes[0], outcomes[1])
+    assert not same(outcomes[0], outcomes[2])
+
+
+def test_the_noise_of_image_n_is_keyed_by_n(tmp_path):
+    method = ncsn()
+    captured = {}
+    at = method.objective.at
+
+    def noted(denoiser, x0, t, eps, cond):
+        captured[method.clock.images] = eps
+        return at(denoiser, x0, t, eps, cond)
+
+    method.objective.at = noted
+    fit(method, digits_data(), tmp_path, 64).save_checkpoint(tmp_path / "a.ckpt")
+    later = ncsn()
+    later.objective.at = lambda denoiser, x0, t, eps, cond: (
+        captured.update(later=eps),
+        at(denoiser, x0, t, eps, cond),
+    )[1]
+    fit(later, digits_data(), tmp_path, 96, ckpt_path=tmp_path / "a.ckpt")
+    for start, eps in ((0, captured[0]), (32, captured[32]), (64, captured["later"])):
+        assert torch.equal(eps, keyed_normal(0, "noise", torch.arange(start, start + 32), (1, 8, 8)))
+
+
+# ---- held-out loss -----------------------------------------------------------------------------------------------
+
+
+def test_the_held_out_loss_is_an_average_over_images_with_noise_of_their_own(tmp_path):
+    values = []
+    for batch in (32, 7, 36):
+        method, data = ncsn(), digits_data(batch)
+        made = trainer(tmp_path, limit_val_batches=1.0)
+        (first,) = made.validate(method, datamodule=data, verbose=False)
+        (again,) = made.test(method, datamodule=data, verbose=False)
+        assert first["val/loss"] == again["test/loss"]
+        values.append(first["val/loss"])
+    assert values[0] == pytest.approx(values[1], rel=1e-6) == pytest.approx(values[2], rel=1e-6)
+    method.seed = 1
+    (other,) = made.validate(method, datamodule=data, verbose=False)
+    assert other["val/loss"] != values[0]
+
+
+def test_no_held_out_data_no_loss(tmp_path):
+    from tiny import digits
+
+    from lit_diffusion.datamodule import DataModule
+
+    method = ncsn()
+    made = fit(method, DataModule(digits(), 32, held_out_fraction=0.0), tmp_path, 64, limit_val_batches=1.0)
+    assert "val/loss" not in made.callback_metrics
+    assert method.clock.images == 64
+
+
+def test_validating_while_training_changes_no_weight(tmp_path):
+    ends = []
+    for keys in ({}, {"limit_val_batches": 1.0, "val_check_interval": 1}):
+        method = ncsn({"dropout": 0.3})
+        fit(method, digits_data(flip=True), tmp_path, 96, **keys)
+        ends.append(weights(method))
+    assert same(*ends)
+
+
+# ---- samples -----------------------------------------------------------------------------------------------------
+
+
+def test_generate_leaves_the_mode_as_it_was_and_needs_the_facts():
+    method = ncsn({"dropout": 0.5})
+    with pytest.raises(UserError, match=r"method\.facts = datamodule\.facts"):
+        method.generate(torch.arange(2), seed=0)
+    method.facts = digits_data().facts
+    for training in (True, False):
+        method.train(training)
+        first = method.generate(torch.arange(2), seed=0)
+        assert method.training is training
+        assert method.denoiser.backbone.dropout.training is training
+        assert torch.equal(first, method.generate(torch.arange(2), seed=0))  # no dropout while sampling
+    assert first.shape == (2, 1, 8, 8)
+    assert not first.requires_grad
+    assert method.sample_shape == (1, 8, 8)
+
+
+def test_encode_and_decode_are_the_identity_for_most():
+    method, x = ncsn(), torch.randn(3, 1, 8, 8)
+    z, nats = method.encode(x)
+    assert z is x
+    assert method.decode(z) is x
+    assert torch.equal(nats, torch.zeros(3))
+
+
+def test_points_train_and_sample_too(tmp_path):
+    method = toy_dsm()
+    fit(method, points_data(), tmp_path, 96, limit_val_batches=1.0)
+    assert method.generate(torch.arange(5), seed=0).shape == (5, 2)
+
+
+# ---- the Trainer's ways of running the backbone ------------------------------------------------------------------
+
+
+def test_compiling_in_place_keeps_the_names_and_the_numbers(tmp_path, monkeypatch):
+    compile_module = torch.nn.Module.compile
+    calls = []
+
+    def eager(self, *args, **kwargs):
+        calls.append(self)
+        compile_module(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    plain, compiled = ncsn(), ncsn()
+    fit(plain, digits_data(), tmp_path, 64)
+    fit(compiled, digits_data(), tmp_path, 64, compile=True)
+    assert calls == [compiled.denoiser.backbone]
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    for name, value in weights(plain).items():
+        assert torch.allclose(value, weights(compiled)[name], atol=1e-5), name
+
+
+def test_channels_last_is_a_layout_only(tmp_path):
+    plain, last = ncsn(), ncsn()
+    fit(plain, digits_data(), tmp_path, 64)
+    fit(last, digits_data(), tmp_path, 64, channels_last=True)
+    assert last.denoiser.backbone.first.weight.is_contiguous(memory_format=torch.channels_last)
+    for name, value in weights(plain).items():
+        assert torch.allclose(value, weights(last)[name], atol=1e-4), name
+
+
+# ---- auto --------------------------------------------------------------------------------------------------------
+
+
+def test_the_data_shape_is_found_where_it_is_left_to_the_data():
+    said = []
+    backbone = {"class_path": "UNet", "init_args": {"data_shape": "auto"}}
+    found = NCSN.resolve_auto({"backbone": backbone}, digits_data(), said.append)
+    assert found == {"backbone.init_args.data_shape": [1, 8, 8]}
+    backbone["init_args"]["data_shape"] = [1, 8, 8]
+    assert NCSN.resolve_auto({"backbone": backbone}, digits_data(), said.append) == {}

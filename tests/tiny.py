@@ -1,0 +1,133 @@
+"""Tiny methods, data and trainings in Python, without the command line: what several test files build on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.backbones import MLP
+from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.callbacks import Checkpoint, ProgressBar
+from lit_diffusion.data import Digits, GaussianMixturePoints
+from lit_diffusion.datamodule import DataModule
+from lit_diffusion.methods import DSM, NCSN, Method
+from lit_diffusion.run import RunLogger
+from lit_diffusion.samplers import AnnealedLangevin, Langevin
+from lit_diffusion.trainer import Trainer
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+digits = cache(Digits)
+
+
+class Convolutions(Backbone):
+    """Two convolutions, told of the level by a scale of the features; it records what it is given."""
+
+    def __init__(self, channels: int = 4, dropout: float = 0.0, num_classes: int | None = None) -> None:
+        super().__init__()
+        self.data_shape = (1, 8, 8)
+        self.num_classes = num_classes
+        self.first = nn.Conv2d(1, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, 1, 3, padding=1)
+        self.classes = None if num_classes is None else nn.Embedding(num_classes, channels)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("seven", torch.tensor([7919]))
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
+        self.seen.append(tuple(x.shape))
+        h = self.first(x) + c_noise.view(-1, 1, 1, 1)
+        if self.classes is not None:
+            h = h + self.classes(cond.label)[:, :, None, None]
+        return self.second(self.dropout(nn.functional.silu(h)))
+
+
+def ncsn(network: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> NCSN:
+    """A network on the digits; the same weights for the same seed."""
+    torch.manual_seed(seed)
+    keys = {
+        "sigma_max": 2.0,
+        "sigma_min": 0.1,
+        "levels": 3,
+        "parametrization": "score",
+        "noise_input": "log_sigma",
+        "sampler": AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True),
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        **keys,
+    }
+    return NCSN(Convolutions(**(network or {})), **keys)
+
+
+def toy_dsm(**keys: Any) -> DSM:
+    """A network on points in the plane."""
+    torch.manual_seed(0)
+    keys = {"sigma": 0.5, "sampler": Langevin(steps=3, eta=0.1), **keys}
+    return DSM(MLP((2,), width=16, depth=1, noise_features="none"), **keys)
+
+
+def digits_data(batch: int = 32, seed: int = 0, **keys: Any) -> DataModule:
+    """The digits, 36 of them held out."""
+    data = DataModule(digits(), batch, held_out_fraction=0.02, **keys)
+    data.seed = seed
+    return data
+
+
+def points_data(batch: int = 32, size: int = 2000, **keys: Any) -> DataModule:
+    """The two modes in the plane."""
+    return DataModule(GaussianMixturePoints(size=size), batch, **keys)
+
+
+def run_logger(folder: Path, method: Method, **keys: Any) -> RunLogger:
+    """A run's logger on a method's clock, in ``folder/run``."""
+    logger = RunLogger("tiny", run_dir=folder / "run", **keys)
+    logger.clock = method.clock
+    return logger
+
+
+def trainer(folder: Path, images: int | None = 96, callbacks: Any = (), logger: Any = False, **keys: Any) -> Trainer:
+    """A quiet Trainer on the CPU."""
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        keys["enable_checkpointing"] = False
+    return Trainer(
+        max_images=images,
+        accelerator="cpu",
+        devices=keys.pop("devices", 1),
+        callbacks=list(callbacks),
+        logger=logger,
+        default_root_dir=folder,
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=keys.pop("limit_val_batches", 0),
+        **keys,
+    )
+
+
+def fit(method: Method, data: DataModule, folder: Path, images: int | None = 96, **keys: Any) -> Trainer:
+    """Train; returns the Trainer."""
+    ckpt_path = keys.pop("ckpt_path", None)
+    made = trainer(folder, images, **keys)
+    made.fit(method, datamodule=data, ckpt_path=ckpt_path)
+    return made
+
+
+def weights(method: Method) -> dict[str, Tensor]:
+    """A copy of a method's parameters."""
+    return {name: p.detach().clone() for name, p in method.denoiser.named_parameters()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of weights are bit for bit the same."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind is None or line["event"] == kind]
