@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ def dispatch(arguments: Sequence[str]) -> None:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {command!r}; {hint}")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads wait for each other by spinning for milliseconds. On cores that another program uses too,
+        # that made a training step here ten times slower; a shorter spin costs nothing on idle ones. It must be said
+        # before torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Each command imports what it needs only once it is asked for.
     if command == "sample":
         from lit_diffusion.commands import sample
