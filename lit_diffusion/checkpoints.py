@@ -29,9 +29,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(
-            f"cannot read checkpoint {path}: truncated, or not a checkpoint ({str(error).splitlines()[0][:80]}); "
-            f"use an earlier one"
+            f"cannot read checkpoint {path}: truncated, or not a checkpoint ({reason}); use an earlier one"
         ) from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise UserError(f"{path} was not written by lit_diffusion; only its own checkpoints can be read")
