@@ -1,0 +1,172 @@
+"""A model comes back from its file alone; what is not such a file is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import digits_data, fit, run_logger, same, weights
+
+import lit_diffusion
+from lit_diffusion.callbacks import EMA, Checkpoint
+from lit_diffusion.checkpoints import build_method, checkpoint_config, load, read_checkpoint, require_fitting_weights
+from lit_diffusion.errors import UserError
+from lit_diffusion.formats import require_known_format
+from lit_diffusion.methods import NCSN
+
+MODEL = {
+    "class_path": "NCSN",
+    "init_args": {
+        "sigma_max": 2.0,
+        "sigma_min": 0.1,
+        "levels": 3,
+        "parametrization": "score",
+        "noise_input": "log_sigma",
+        "backbone": {
+            "class_path": "UNet",
+            "init_args": {
+                "data_shape": [1, 8, 8],
+                "channels": 8,
+                "mult": [1],
+                "blocks": 1,
+                "attention": [],
+                "middle_attention": False,
+            },
+        },
+        "sampler": {"class_path": "AnnealedLangevin", "init_args": {"steps_per_level": 2, "eta": 0.001}},
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A method, its averages and its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    method, ema = build_method(MODEL), EMA([64, 500], ramp=1.0)
+    method.run_config = {"model": MODEL}
+    fit(
+        method,
+        digits_data(value_range=(-1.0, 1.0)),
+        folder,
+        96,
+        callbacks=[ema, Checkpoint()],
+        logger=run_logger(folder, method),
+    )
+    return method, ema, folder / "run" / "checkpoints" / "last.ckpt"
+
+
+def test_a_method_is_built_from_its_section():
+    method = build_method(MODEL)
+    assert isinstance(method, NCSN)
+    assert method.denoiser.process.levels == 3
+    assert method.sampler.eta == 0.001
+    assert method.configure_optimizers().param_groups[0]["lr"] == 0.01
+    with pytest.raises(UserError, match="levelz"):
+        build_method({**MODEL, "init_args": {**MODEL["init_args"], "levelz": 3}})
+
+
+def test_load_gives_the_method_of_the_file(trained):
+    method, _, path = trained
+    loaded = load(path, weights="raw")
+    assert same(loaded.state_dict(), method.state_dict())
+    assert loaded.facts == method.facts
+    assert loaded.facts.value_range == (-1.0, 1.0)
+    assert (loaded.clock.images, loaded.clock.steps) == (96, 3)
+    assert loaded.run_config == {"model": MODEL}
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(loaded.generate(torch.arange(3), 1), method.generate(torch.arange(3), 1))
+
+
+@pytest.mark.parametrize(("asked", "position"), [(None, 0), ("ema", 0), ("ema:64", 0), ("ema:500", 1)])
+def test_load_takes_the_average_asked_for(trained, asked, position):
+    _, ema, path = trained
+    assert same(weights(load(path, asked)), ema.shadows[position])
+    assert not same(*ema.shadows)
+
+
+def test_load_without_averages_gives_the_raw_weights(trained, tmp_path):
+    method, _, path = trained
+    saved = torch.load(path, weights_only=True)
+    del saved["callbacks"]["EMA"]
+    torch.save(saved, tmp_path / "a.ckpt")
+    assert same(weights(load(tmp_path / "a.ckpt")), weights(method))
+    with pytest.raises(UserError, match=r"'ema' are not kept; choose one of raw$"):
+        load(tmp_path / "a.ckpt", "ema")
+
+
+def test_the_package_offers_load(trained):
+    assert isinstance(lit_diffusion.load(trained[2]), NCSN)
+
+
+def refusal(make) -> str:
+    with pytest.raises(UserError) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_files_that_are_none(trained, tmp_path):
+    path = tmp_path / "a.ckpt"
+    assert "does not exist" in refusal(lambda: read_checkpoint(path))
+    assert "does not exist" in refusal(lambda: read_checkpoint(tmp_path))
+    whole = trained[2].read_bytes()
+    for torn in (b"", b"PK\x03\x04", b"text\n", whole[:100], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(torn)
+        assert f"cannot read checkpoint {path}: truncated, or not a checkpoint" in refusal(
+            lambda: read_checkpoint(path)
+        )
+
+
+class Evil:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Evil, "ran", True))
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"lit_diffusion": Evil()}, tmp_path / "a.ckpt")
+    assert "not a checkpoint" in refusal(lambda: read_checkpoint(tmp_path / "a.ckpt"))
+    assert not Evil.ran
+
+
+def test_foreign_and_newer_files(trained, tmp_path):
+    path = tmp_path / "a.ckpt"
+    for foreign in ({"state_dict": {}}, [1, 2], torch.zeros(3)):
+        torch.save(foreign, path)
+        assert "was not written by lit_diffusion" in refusal(lambda: read_checkpoint(path))
+    saved = torch.load(trained[2], weights_only=True)
+    for version in (2, 0, None, "1"):
+        saved["lit_diffusion"]["format_version"] = version
+        torch.save(saved, path)
+        assert f"format_version {version!r}, this lit_diffusion reads 1" in refusal(lambda: read_checkpoint(path))
+    assert "what has format_version 3" in refusal(lambda: require_known_format(3, "what"))
+
+
+def test_a_run_of_python_code_has_no_configuration(trained, tmp_path):
+    saved = torch.load(trained[2], weights_only=True)
+    assert checkpoint_config(saved, "x") == {"model": MODEL}
+    saved["lit_diffusion"]["config"] = None
+    assert "holds no configuration" in refusal(lambda: checkpoint_config(saved, "a.ckpt"))
+
+
+def test_weights_of_another_model_are_refused_by_the_first_that_differs(trained):
+    method, _, path = trained
+    state = method.state_dict()
+    require_fitting_weights(method, state, path)
+    name = sorted(state)[3]
+    fewer = {key: value for key, value in state.items() if key != name}
+    assert f"the checkpoint has no {name}" in refusal(lambda: require_fitting_weights(method, fewer, path))
+    more = {**state, "denoiser.other": torch.zeros(2)}
+    assert "this model has no denoiser.other" in refusal(lambda: require_fitting_weights(method, more, path))
+    wider = {**state, name: torch.zeros(9, 9)}
+    line = refusal(lambda: require_fitting_weights(method, wider, path))
+    assert f"{name} is [9, 9] there and {list(state[name].shape)} here" in line
+
+
+def test_a_file_whose_weights_do_not_fit_its_own_configuration(trained, tmp_path):
+    saved = torch.load(trained[2], weights_only=True)
+    saved["lit_diffusion"]["config"]["model"]["init_args"]["backbone"]["init_args"]["channels"] = 16
+    torch.save(saved, tmp_path / "a.ckpt")
+    assert "does not fit this model" in refusal(lambda: load(tmp_path / "a.ckpt"))

@@ -1,0 +1,281 @@
+"""Two processes compute what one computes: the same losses, weights, averages and samples.
+
+The file is its own worker: two of it make up one group of gloo processes that runs every case.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import digits, digits_data, events, fit, ncsn, trainer, weights
+
+from lit_diffusion.callbacks import EMA, Checkpoint, Samples, Telemetry
+from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.datamodule import DataModule
+from lit_diffusion.errors import UserError
+from lit_diffusion.run import RunLogger
+
+NAMES = ("plain", "micro", "nan", "clipped")
+
+
+def run(folder: Path, name: str, many: dict, data: dict | None = None, images: int = 96, **keys):
+    """One training with everything that is written; returns what it ended with."""
+    method, ema = ncsn(**keys.pop("method", {})), EMA([64], ramp=1.0)
+    if "loss" in keys:
+        method.loss = keys.pop("loss")(method)
+    logger = RunLogger(name, root=folder)
+    logger.clock = method.clock
+    callbacks = [ema, Samples(count=4, film_columns=0), Telemetry(every_n_steps=1), Checkpoint(every_n_steps=1)]
+    made = fit(
+        method,
+        digits_data(**(data or {})),
+        folder,
+        images,
+        callbacks=callbacks,
+        logger=logger,
+        limit_val_batches=1.0,
+        **keys,
+        **many,
+    )
+    return {
+        "weights": weights(method),
+        "average": ema.shadows[0],
+        "loss": float(made.callback_metrics.get("val/loss", math.nan)),
+        "run_dir": str(logger.run_dir),
+        "run_id": logger.version,
+        "skipped": method.skipped_steps,
+        "local_loss": float(method.last_loss),
+        "norm": float(method.last_gradient_norm),
+    }
+
+
+def nan_on_the_last_process(method):
+    """The loss of image 63, the last of the second step, is not a number: only one process sees it."""
+    loss = method.loss
+
+    def spoilt(batch, seed):
+        result = loss(batch, seed)
+        if not method.training:
+            return result
+        return type(result)(torch.where(batch.index == 63, math.nan, result.per_sample), result.t)
+
+    return spoilt
+
+
+def unequal_shards(folder: Path, many: dict) -> dict:
+    """Seven held-out images, one a batch: four for one process and three for the other."""
+    held_out = InMemory(np.stack([digits().value(k) for k in range(7)]), levels=17)
+    data = DataModule(InMemory(digits()._values, levels=17), 2, held_out=held_out)
+    method = ncsn()
+    made = fit(method, data, folder, 4, limit_val_batches=1.0, val_check_interval=1, **many)
+    in_fit = float(made.callback_metrics["val/loss"])
+    (alone,) = trainer(folder, limit_val_batches=1.0, **many).validate(ncsn(), datamodule=data, verbose=False) or [{}]
+    return {"in_fit": in_fit, "alone": alone.get("val/loss", math.nan)}
+
+
+def predicted(folder: Path, many: dict) -> None:
+    method = ncsn(network={"num_classes": 10})
+    logger = RunLogger("predict", root=folder)
+    made = trainer(folder, callbacks=[Samples()], logger=logger, **many)
+    made.predict(method, datamodule=digits_data(8, predict_samples=7))
+
+
+def refused(folder: Path, many: dict) -> str:
+    """What each process says of a directory that holds a run."""
+    (folder / "taken").mkdir(exist_ok=True)
+    (folder / "taken" / "run_id").write_text("x")
+    method = ncsn()
+    try:
+        fit(method, digits_data(), folder, 32, logger=RunLogger("tiny", run_dir=folder / "taken"), **many)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def everything(folder: Path, many: dict) -> dict:
+    """All cases, on one process or on each of two."""
+    results = {
+        "plain": run(folder, "plain", many),
+        "micro": run(folder, "micro", many, {"micro_batch_size": 5, "flip": True, "dequantise": True}),
+        "nan": run(folder, "nan", many, loss=nan_on_the_last_process),
+        "clipped": run(folder, "clipped", many, method={"gradient_clip": 5.0, "warmup_steps": 3}),
+        "unequal": unequal_shards(folder, many),
+    }
+    # What one process began the other number of processes goes on with.
+    begun = ncsn()
+    if (folder / "begun.ckpt").exists():
+        results["continued"] = run(folder, "continued", many, ckpt_path=folder / "begun.ckpt")
+    else:
+        fit(begun, digits_data(), folder, 32, callbacks=[EMA([64], ramp=1.0)]).save_checkpoint(folder / "begun.ckpt")
+    predicted(folder, many)
+    results["refused"] = refused(folder, many)
+    return results
+
+
+def work(folder: Path) -> None:
+    """One of two processes."""
+    torch.set_num_threads(1)
+    results = everything(folder, {"devices": 2, "strategy": "ddp"})
+    torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """All cases on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, everything(folder, {})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, one):
+    """All cases on two: the folder and what each found."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "begun.ckpt").write_bytes((one[0] / "begun.ckpt").read_bytes())
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-4000:]
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def close(first, second, tolerance=1e-5):
+    return all(torch.allclose(value, second[name], atol=tolerance) for name, value in first.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_weights_and_averages_are_those_of_one_process(one, two, name):
+    single, (first, second) = one[1][name], (results[name] for results in two[1])
+    assert close(single["weights"], first["weights"])
+    assert close(single["average"], first["average"])
+    for kind in ("weights", "average"):
+        assert all(torch.equal(first[kind][key], second[kind][key]) for key in first[kind])
+    assert not close(single["weights"], weights(ncsn()), 1e-3)  # it moved
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_event_is_written_once_and_says_the_same(one, two, name):
+    (single,) = (one[0] / name).iterdir()
+    (shared,) = (two[0] / name).iterdir()  # one directory for both
+    expected, found = events(single), events(shared)
+    assert [(e["event"], e["step"], e["images"]) for e in found] == [
+        (e["event"], e["step"], e["images"]) for e in expected
+    ]
+    for mine, theirs in zip(expected, found, strict=True):
+        for key in ("loss", "gradient_norm", "learning_rate", "val/loss", "skipped_steps"):
+            if isinstance(mine.get(key), float | int):
+                assert theirs[key] == pytest.approx(mine[key], rel=1e-4), (mine, theirs)
+    assert len({results[name]["run_id"] for results in two[1]}) == 1
+    assert {results[name]["run_dir"] for results in two[1]} == {str(shared)}
+    assert [path.name for path in (shared / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert len(list((shared / "samples").iterdir())) == 1
+
+
+def test_the_processes_see_different_images(two):
+    assert two[1][0]["plain"]["local_loss"] != two[1][1]["plain"]["local_loss"]
+    assert two[1][0]["plain"]["norm"] == two[1][1]["plain"]["norm"]
+
+
+def test_a_nan_on_one_process_skips_the_step_on_both(one, two):
+    assert one[1]["nan"]["skipped"] == 1
+    assert [results["nan"]["skipped"] for results in two[1]] == [1, 1]
+
+
+def test_the_held_out_loss_counts_every_image_once(one, two):
+    single, shared = one[1]["unequal"], two[1][0]["unequal"]
+    assert shared["in_fit"] == pytest.approx(single["in_fit"], rel=1e-5)
+    assert shared["alone"] == pytest.approx(single["alone"], rel=1e-6)
+
+
+def test_a_run_of_one_process_is_continued_by_two(one, two):
+    assert close(one[1]["plain"]["weights"], two[1][0]["continued"]["weights"])
+    assert close(one[1]["plain"]["average"], two[1][0]["continued"]["average"])
+
+
+def test_predict_gives_the_same_samples(one, two):
+    images = []
+    for folder in (one[0], two[0]):
+        (path,) = folder.glob("predict/*/samples/predict.npz")
+        images.append(np.load(path)["arr_0"].astype(int))
+    assert images[0].shape == (7, 8, 8, 1)
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert len({image.tobytes() for image in images[0]}) == 7
+
+
+def test_a_refusal_of_the_first_process_reaches_the_other(one, two):
+    assert "already holds a run" in one[1]["refused"]
+    assert ["already holds a run" in results["refused"] for results in two[1]] == [True, True]
+
+
+def test_the_command_line_with_two_devices(tmp_path):
+    """It starts its second process itself; both agree on one directory."""
+    config = {
+        "model": {
+            "class_path": "NCSN",
+            "init_args": {
+                "levels": 3,
+                "sigma_min": 0.1,
+                "noise_input": "log_sigma",
+                "backbone": {
+                    "class_path": "UNet",
+                    "init_args": {"channels": 8, "mult": [1], "blocks": 1, "attention": [], "middle_attention": False},
+                },
+            },
+        },
+        "data": {"source": {"class_path": "Digits"}, "global_batch_size": 32, "held_out_fraction": 0.02},
+        "trainer": {"max_images": 64, "accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+        "samples": {"count": 0},
+        "wandb": {"mode": "disabled"},
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_diffusion", "fit", "--config", "two.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (tmp_path / "runs" / "two").iterdir()
+    assert [event["event"] for event in events(run_dir)] == ["start", "metrics", "end"]
+    assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["lit_diffusion"]["images_seen"] == 64
+    assert done.stdout.count("done: 64 images in 2 steps") == 1
