@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lit_diffusion.clock import Clock
@@ -117,8 +118,9 @@ class Dashboard:
             self._run = None
 
 
+@rank_zero_only
 def print_note(line: str) -> None:
-    """One line for the person at the terminal, outside the progress bar."""
+    """One line for the person at the terminal, outside the progress bar; of several processes the first says it."""
     from tqdm import tqdm
 
     tqdm.write(line)
@@ -329,6 +331,8 @@ def _require_known_events(run_dir: Path) -> None:
 def drop_lost_events(run_dir: Path, images_seen: int) -> int:
     """Move the events after a checkpoint, which a continued run makes again, to metrics.lost.jsonl.
 
+    Of several processes, which are not connected yet, only the first does it.
+
     Args:
         run_dir: of the run that is continued.
         images_seen: by the checkpoint.
@@ -339,6 +343,8 @@ def drop_lost_events(run_dir: Path, images_seen: int) -> int:
     Raises:
         UserError: if there are none, or of an unknown format; then nothing is touched.
     """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return 0
     _require_known_events(run_dir)
     path = run_dir / "metrics.jsonl"
     kept: list[str] = []

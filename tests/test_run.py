@@ -18,7 +18,7 @@ from tiny import digits_data, events, fit, ncsn, run_logger, trainer
 from lit_diffusion.callbacks import Telemetry
 from lit_diffusion.clock import Clock
 from lit_diffusion.errors import UserError
-from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, new_run_id, run_logger_of
+from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, new_run_id, print_note, run_logger_of
 
 
 def refusal(make) -> str:
@@ -216,6 +216,21 @@ def test_events_after_the_checkpoint_are_set_aside(tmp_path):
     assert kinds(path) == ["start", "a"]
     assert kinds(tmp_path / "metrics.lost.jsonl") == ["c", "d", "b", "e"]
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "metrics.lost.jsonl"]
+
+
+def test_of_several_processes_only_the_first_moves_them_and_speaks(tmp_path, monkeypatch, capsys):
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    path = written(tmp_path, [("a", 96)])
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert drop_lost_events(tmp_path, 64) == 0
+    print_note("hello")
+    assert kinds(path) == ["start", "a"]
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    assert drop_lost_events(tmp_path, 64) == 1
+    print_note("hello")
+    assert capsys.readouterr().out == "hello\n"
 
 
 def test_nothing_lost_nothing_touched(tmp_path):
