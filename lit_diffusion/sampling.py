@@ -8,27 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
 from lit_diffusion.samplers.base import Progress, Sampler
-
-
-def condition_for(method: Method, indices: Tensor, label: int | None) -> Condition | None:
-    """What samples ``indices`` ``[B]`` are conditioned on: a given class, else sample i has class ``i mod classes``.
-
-    Raises:
-        UserError: if a label is asked of a model that has none, or is out of range.
-    """
-    classes = method.denoiser.backbone.num_classes
-    if classes is None:
-        if label is not None:
-            raise UserError(f"label {label}: this model is not class-conditional; leave --label out")
-        return None
-    if label is not None and not 0 <= label < classes:
-        raise UserError(f"label {label}: this model's classes are 0 to {classes - 1}")
-    labels = indices % classes if label is None else torch.full_like(indices, label)
-    return Condition(label=labels.to(method.device))
 
 
 def generate_in_batches(
@@ -60,7 +42,7 @@ def generate_in_batches(
 
         for start in starts:
             indices = torch.arange(start, start + batch_size)
-            cond = condition_for(method, indices, label)
+            cond = method.condition(indices, label)
             x = method.generate(indices, seed, cond, sampler, on_step)[: count - start].cpu()
             if not torch.isfinite(x).all():
                 raise UserError(

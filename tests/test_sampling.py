@@ -10,7 +10,7 @@ from tiny import digits_data, ncsn, points_data, toy_dsm
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.samplers import AnnealedLangevin, Langevin
-from lit_diffusion.sampling import condition_for, generate_in_batches
+from lit_diffusion.sampling import generate_in_batches
 
 
 @pytest.fixture
@@ -111,20 +111,20 @@ def test_a_sampler_that_does_not_fit_is_refused_before_any_work(method):
 
 
 def test_without_classes_there_is_no_condition():
-    assert condition_for(ncsn(), torch.arange(4), None) is None
+    assert ncsn().condition(torch.arange(4), None) is None
     with pytest.raises(UserError, match="label 3: this model is not class-conditional") as caught:
-        condition_for(ncsn(), torch.arange(4), 3)
+        ncsn().condition(torch.arange(4), 3)
     assert "\n" not in str(caught.value)
 
 
 def test_all_classes_in_turn_or_one():
     method = ncsn(network={"num_classes": 10})
-    assert condition_for(method, torch.tensor([0, 9, 10, 25]), None).label.tolist() == [0, 9, 0, 5]
-    assert condition_for(method, torch.arange(3), 7).label.tolist() == [7, 7, 7]
-    assert condition_for(method, torch.arange(3), 0).label.dtype == torch.int64
+    assert method.condition(torch.tensor([0, 9, 10, 25]), None).label.tolist() == [0, 9, 0, 5]
+    assert method.condition(torch.arange(3), 7).label.tolist() == [7, 7, 7]
+    assert method.condition(torch.arange(3), 0).label.dtype == torch.int64
     for label in (-1, 10):
         with pytest.raises(UserError, match="classes are 0 to 9"):
-            condition_for(method, torch.arange(3), label)
+            method.condition(torch.arange(3), label)
 
 
 def test_labels_follow_the_samples_through_the_batches():

@@ -20,7 +20,6 @@ from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress
-from lit_diffusion.sampling import condition_for
 from lit_diffusion.trainer import callbacks_of
 
 FILM_ROWS = 16
@@ -117,7 +116,7 @@ class Samples(pl.Callback):
             return
         weights = self._weights(trainer)
         indices = torch.arange(self.count)
-        cond = condition_for(method, indices, label=None)
+        cond = method.condition(indices)
         film = _Film(self.film_columns)
         on_step = film if self.film_columns else None
         with _averages(trainer).applied(method, weights):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lit_diffusion.data.cache import fetch
+from lit_diffusion.data.download import fetch
 from lit_diffusion.errors import UserError
 
 USAGE = """usage: python -m lit_diffusion fetch data NAME

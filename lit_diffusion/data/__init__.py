@@ -1,7 +1,8 @@
 """Where images and points come from: one file per source."""
 
-from lit_diffusion.data.cache import data_root, fetch
+from lit_diffusion.data.cache import data_root
 from lit_diffusion.data.digits import Digits
+from lit_diffusion.data.download import fetch
 from lit_diffusion.data.folder import ImageFolder
 from lit_diffusion.data.huggingface import HuggingFace
 from lit_diffusion.data.in_memory import InMemory

@@ -37,9 +37,9 @@ class Method(pl.LightningModule):
     Args:
         denoiser: the model.
         sampler: the paper's own, used where none is asked for.
-        optimizer: from parameters to an optimiser.
-        warmup_images: the learning rate rises linearly over the first so many images; or
-        warmup_steps: over so many steps.
+        optimizer: optimiser class and arguments.
+        warmup_images: the learning rate rises linearly over so many images (or give warmup_steps).
+        warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images).
         gradient_clip: largest norm of the gradient, null for none.
     """
 
@@ -47,7 +47,7 @@ class Method(pl.LightningModule):
         self,
         denoiser: NetworkDenoiser,
         sampler: Sampler,
-        optimizer: OptimizerCallable,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         warmup_images: int | None = None,
         warmup_steps: int | None = None,
         gradient_clip: float | None = None,
@@ -143,6 +143,22 @@ class Method(pl.LightningModule):
             return self.decode((sampler or self.sampler).sample(self.denoiser, noise, cond, on_step))
         finally:
             self.train(was_training)
+
+    def condition(self, indices: Tensor, label: int | None = None) -> Condition | None:
+        """What samples ``indices`` ``[B]`` are conditioned on: a given class, else sample i has class i mod K.
+
+        Raises:
+            UserError: if a label is asked of a model that has none, or is out of range.
+        """
+        classes = self.denoiser.backbone.num_classes
+        if classes is None:
+            if label is not None:
+                raise UserError(f"label {label}: this model is not class-conditional; leave --label out")
+            return None
+        if label is not None and not 0 <= label < classes:
+            raise UserError(f"label {label}: this model's classes are 0 to {classes - 1}")
+        labels = indices % classes if label is None else torch.full_like(indices, label)
+        return Condition(label=labels.to(self.device))
 
     def require_facts(self) -> DataFacts:
         """The facts of the data.
@@ -302,9 +318,7 @@ class Method(pl.LightningModule):
 
     def predict_step(self, indices: Tensor, batch_idx: int) -> Tensor:
         """Samples number ``indices`` of the run's seed, of all classes in turn where there are any."""
-        from lit_diffusion.sampling import condition_for
-
-        return self.generate(indices, self.seed, condition_for(self, indices, label=None))
+        return self.generate(indices, self.seed, self.condition(indices))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

@@ -10,8 +10,7 @@ Vincent's denoising autoencoder, :math:`s = (W' \mathrm{sigmoid}(W \tilde x + b)
 
 from __future__ import annotations
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
+from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.datamodule import Batch
@@ -30,10 +29,7 @@ class DSM(Method):
         sigma: the noise level, in units of the normalised data.
         parametrization: what the network's output is: ``score`` (sigma times the score), ``raw_score``, ``x0``, ...
         sampler: default sampler, null for 1000 Langevin steps of eta = sigma^2 / 10 from the unit cube.
-        optimizer: optimiser class and arguments.
-        warmup_images: the learning rate rises linearly over so many images (or give warmup_steps).
-        warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images).
-        gradient_clip: largest norm of the gradient, null for none.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
     """
 
     def __init__(
@@ -42,18 +38,12 @@ class DSM(Method):
         sigma: float,
         parametrization: Parametrization = "score",
         sampler: Sampler | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-        warmup_images: int | None = None,
-        warmup_steps: int | None = None,
-        gradient_clip: float | None = None,
+        **training: Any,
     ) -> None:
         super().__init__(
             NetworkDenoiser(backbone, VE(sigma, sigma, levels=1), parametrization, "log_sigma"),
             sampler or Langevin(steps=1000, eta=0.1 * sigma**2),
-            optimizer,
-            warmup_images,
-            warmup_steps,
-            gradient_clip,
+            **training,
         )
         self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
 

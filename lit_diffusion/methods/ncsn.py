@@ -11,8 +11,7 @@ Train one network on all levels of a geometric sequence :math:`\sigma_1 > \dots 
 
 from __future__ import annotations
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
+from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.datamodule import Batch
@@ -37,10 +36,7 @@ class NCSN(Method):
         input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
         sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
         sampler: default sampler, null for annealed Langevin dynamics with the paper's constants.
-        optimizer: optimiser class and arguments.
-        warmup_images: the learning rate rises linearly over so many images (or give warmup_steps).
-        warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images).
-        gradient_clip: largest norm of the gradient, null for none.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
     """
 
     def __init__(
@@ -54,19 +50,13 @@ class NCSN(Method):
         input_scale: InputScale = "none",
         sigma_data: float = 0.5,
         sampler: Sampler | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-        warmup_images: int | None = None,
-        warmup_steps: int | None = None,
-        gradient_clip: float | None = None,
+        **training: Any,
     ) -> None:
         process = VE(sigma_min, sigma_max, levels)
         super().__init__(
             NetworkDenoiser(backbone, process, parametrization, noise_input, input_scale, sigma_data),
             sampler or AnnealedLangevin(),
-            optimizer,
-            warmup_images,
-            warmup_steps,
-            gradient_clip,
+            **training,
         )
         self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
 

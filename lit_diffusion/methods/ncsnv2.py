@@ -96,10 +96,8 @@ class NCSNv2(NCSN):
         input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
         sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
         sampler: default sampler, null for annealed Langevin dynamics with the keys above.
-        optimizer: optimiser class and arguments.
-        warmup_images: the learning rate rises linearly over so many images (or give warmup_steps).
-        warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images).
-        gradient_clip: largest norm of the gradient, null for none.
+        optimizer: optimiser class and arguments; the paper's is Adam at 1e-4.
+        **training: warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
     """
 
     def __init__(
@@ -117,9 +115,7 @@ class NCSNv2(NCSN):
         sigma_data: float = 0.5,
         sampler: Sampler | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
-        warmup_images: int | None = None,
-        warmup_steps: int | None = None,
-        gradient_clip: float | None = None,
+        **training: Any,
     ) -> None:
         if isinstance(sigma_max, str) or isinstance(levels, str) or isinstance(eta, str):
             raise UserError(
@@ -136,10 +132,8 @@ class NCSNv2(NCSN):
             input_scale,
             sigma_data,
             sampler or AnnealedLangevin(steps_per_level, eta, denoise, initial="uniform"),
-            optimizer,
-            warmup_images,
-            warmup_steps,
-            gradient_clip,
+            optimizer=optimizer,
+            **training,
         )
 
     @classmethod
