@@ -18,6 +18,7 @@ import torch
 import yaml
 from tiny import digits, digits_data, events, fit, ncsn, trainer, weights
 
+import lit_diffusion
 from lit_diffusion.callbacks import EMA, Checkpoint, Samples, Telemetry
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
@@ -148,9 +149,10 @@ def two(tmp_path_factory, one):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+    found_in = [str(Path(__file__).parent), str(Path(lit_diffusion.__file__).parent.parent)]
     shared = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([*found_in, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "TORCHELASTIC_RUN_ID": "test",
         "WORLD_SIZE": "2",
@@ -269,7 +271,7 @@ def test_the_command_line_with_two_devices(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lit_diffusion", "fit", "--config", "two.yaml"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lit_diffusion.__file__).parent.parent)},
         capture_output=True,
         text=True,
         timeout=120,
