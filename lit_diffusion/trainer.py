@@ -50,6 +50,10 @@ class Trainer(pl.Trainer):
             raise UserError("trainer.accumulate_grad_batches does nothing here; set data.micro_batch_size")
         if kwargs.get("max_epochs") not in (None, -1):
             raise UserError("trainer.max_epochs does nothing here: the clock is images seen; set trainer.max_images")
+        for key, neutral in (("limit_train_batches", 1.0), ("overfit_batches", 0.0)):
+            if kwargs.get(key) not in (None, neutral):
+                # Lightning would begin the endless epoch again: the same images with the same noise.
+                raise UserError(f"trainer.{key} would repeat the same images and noise; set trainer.max_images")
         strategy = kwargs.get("strategy", "auto")
         if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
             raise UserError("trainer.strategy fsdp is not supported; use ddp")

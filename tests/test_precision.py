@@ -150,6 +150,8 @@ def test_unknown_precisions_are_refused():
         ({"gradient_clip_algorithm": "norm"}, "gradient_clip_algorithm does nothing"),
         ({"accumulate_grad_batches": 2}, "micro_batch_size"),
         ({"max_epochs": 3}, "max_images"),
+        ({"limit_train_batches": 10}, "limit_train_batches would repeat"),
+        ({"overfit_batches": 1}, "overfit_batches would repeat"),
         ({"strategy": "fsdp"}, "fsdp"),
         ({"strategy": FSDPStrategy()}, "fsdp"),
         ({"precision": "64-true"}, "64-true"),
