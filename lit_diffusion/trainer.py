@@ -51,7 +51,8 @@ class Trainer(pl.Trainer):
         if kwargs.get("max_epochs") not in (None, -1):
             raise UserError("trainer.max_epochs does nothing here: the clock is images seen; set trainer.max_images")
         for key, neutral in (("limit_train_batches", 1.0), ("overfit_batches", 0.0)):
-            if kwargs.get(key) not in (None, neutral):
+            value = kwargs.get(key, neutral)
+            if value not in (None, neutral) or (type(value) is int and value > 0):  # 1 is one batch, 1.0 is all of them
                 # Lightning would begin the endless epoch again: the same images with the same noise.
                 raise UserError(f"trainer.{key} would repeat the same images and noise; set trainer.max_images")
         strategy = kwargs.get("strategy", "auto")

@@ -151,6 +151,7 @@ def test_unknown_precisions_are_refused():
         ({"accumulate_grad_batches": 2}, "micro_batch_size"),
         ({"max_epochs": 3}, "max_images"),
         ({"limit_train_batches": 10}, "limit_train_batches would repeat"),
+        ({"limit_train_batches": 1}, "limit_train_batches would repeat"),
         ({"overfit_batches": 1}, "overfit_batches would repeat"),
         ({"strategy": "fsdp"}, "fsdp"),
         ({"strategy": FSDPStrategy()}, "fsdp"),
@@ -164,7 +165,7 @@ def test_the_trainer_refuses_what_would_do_nothing(keys, said):
 
 
 def test_the_trainer_settles_what_the_project_rests_on():
-    made = Trainer(accelerator="cpu", logger=False, max_epochs=-1)
+    made = Trainer(accelerator="cpu", logger=False, max_epochs=-1, limit_train_batches=1.0, overfit_batches=0)
     assert made.max_epochs == -1
     assert made._accelerator_connector.use_distributed_sampler is False
     assert made.fit_loop.epoch_loop.val_loop.inference_mode is False
