@@ -98,6 +98,21 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_clock(tmp_path, value
     assert not same(second["ema"], third["ema"])
 
 
+def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tmp_path):
+    method = ncsn()
+    loss = method.loss
+
+    def shifted(batch, seed):
+        result = loss(batch, seed)
+        return type(result)(result.per_sample + (math.inf if method.clock.steps == 1 else 0.0), result.t)
+
+    method.loss = shifted
+    watch = Watch(lambda trainer, m: (weights(m), m.stepped, math.isfinite(float(m.last_gradient_norm))))
+    fit(method, digits_data(), tmp_path, 96, callbacks=[watch])
+    assert [(stepped, finite) for _, stepped, finite in watch.notes] == [(True, True), (False, True), (True, True)]
+    assert same(watch.notes[0][0], watch.notes[1][0])
+
+
 def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path):
     method = ncsn()
     calls = []
