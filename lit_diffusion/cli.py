@@ -327,7 +327,7 @@ def _run(arguments: Sequence[str]) -> CLI:
         trainer_class=Trainer,
         trainer_defaults=TRAINER_DEFAULTS,
         parser_class=Parser,
-        parser_kwargs={"parser_mode": "omegaconf+"},
+        parser_kwargs={"parser_mode": "omegaconf+", "prog": "python -m lit_diffusion"},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=_find_configs(arguments),
