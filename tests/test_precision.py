@@ -31,6 +31,7 @@ def dtypes(method):
         result = loss(batch, seed)
         seen["loss"].add(result.per_sample.dtype)
         seen["t"] = {result.t.dtype}
+        seen["autocast"] = {torch.is_autocast_enabled("cpu")}
         return result
 
     method.loss = noted
@@ -47,6 +48,7 @@ def test_only_the_backbone_computes_in_less(tmp_path, precision):
     full = {torch.float32}
     assert seen["into"] == seen["level"] == seen["out"] == seen["score"] == seen["loss"] == full
     assert seen["t"] == {torch.float64}
+    assert seen["autocast"] == {False}  # around the backbone, not around the step
     assert {p.dtype for p in method.parameters()} == full
     states = method.optimizers().optimizer.state.values()
     assert {value.dtype for state in states for value in state.values() if torch.is_tensor(value)} <= full

@@ -78,6 +78,9 @@ def test_the_directory_is_absolute_so_that_a_change_of_folder_loses_nothing(tmp_
     logger.record("b", {})
     assert [event["event"] for event in events(logger.run_dir)] == ["start", "a", "b"]
     assert logger.run_dir.is_absolute()
+    monkeypatch.chdir(tmp_path)
+    again = RunLogger("tiny", run_dir=logger.run_dir.relative_to(tmp_path), continues=True)
+    assert again.run_dir == logger.run_dir
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run_id"])

@@ -61,6 +61,27 @@ def test_micro_batches_change_nothing_but_memory(tmp_path, micro_batch_size):
     assert not same(weights(whole), weights(ncsn()))
 
 
+def test_only_the_last_part_is_averaged_over_the_processes(tmp_path, monkeypatch):
+    from contextlib import contextmanager
+
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    held, backwards = [False], []
+
+    @contextmanager
+    def block_backward_sync(self):
+        held[0] = True
+        yield
+        held[0] = False
+
+    monkeypatch.setattr(SingleDeviceStrategy, "block_backward_sync", block_backward_sync, raising=False)
+    method = ncsn()
+    backward = method.manual_backward
+    method.manual_backward = lambda loss: (backwards.append(held[0]), backward(loss))[1]
+    fit(method, digits_data(micro_batch_size=10), tmp_path, 64)
+    assert backwards == [True, True, True, False] * 2
+
+
 def test_the_loss_is_the_mean_over_the_batch(tmp_path):
     method, data = ncsn(optimizer=sgd(0.0)), digits_data()
     fit(method, data, tmp_path, 32)
@@ -286,6 +307,15 @@ def test_dropout_is_tied_to_the_images_and_to_the_seed(tmp_path):
     assert not same(outcomes[0], outcomes[2])
 
 
+def test_every_step_and_part_drops_others(tmp_path):
+    method, masks = ncsn({"dropout": 0.5}, optimizer=sgd(0.0)), []
+    dropout = method.denoiser.backbone.dropout
+    dropout.register_forward_hook(lambda module, args, out: masks.append((out == 0).flatten().tolist()))
+    fit(method, digits_data(micro_batch_size=16), tmp_path, 64)
+    assert len(masks) == 4
+    assert len({tuple(mask) for mask in masks}) == 4
+
+
 def test_the_noise_of_image_n_is_keyed_by_n(tmp_path):
     method = ncsn()
     captured = {}
@@ -323,6 +353,14 @@ def test_the_held_out_loss_is_an_average_over_images_with_noise_of_their_own(tmp
     method.seed = 1
     (other,) = made.validate(method, datamodule=data, verbose=False)
     assert other["val/loss"] != values[0]
+
+
+def test_each_validation_counts_its_own_images_only(tmp_path):
+    method, data = ncsn(), digits_data()
+    made = fit(method, data, tmp_path, 96, limit_val_batches=1.0, val_check_interval=1)
+    at_the_end = float(made.callback_metrics["val/loss"])
+    (alone,) = trainer(tmp_path, limit_val_batches=1.0).validate(method, datamodule=data, verbose=False)
+    assert at_the_end == pytest.approx(alone["val/loss"], rel=1e-6)
 
 
 def test_no_held_out_data_no_loss(tmp_path):
