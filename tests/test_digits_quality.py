@@ -6,11 +6,13 @@ the real digits, its confidence, the spread of classes, and the share of near co
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
@@ -67,8 +69,18 @@ def test_the_judge_tells_good_from_bad():
     assert collapsed["frechet_hidden"] > 0.4
 
 
+@pytest.fixture
+def all_cores():
+    """The fast tests run on one thread; this is the run that a user makes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("name", ["ncsn", "ncsnv2"])
 def test_the_default_run_gives_digits(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
