@@ -90,6 +90,21 @@ def test_the_error_is_relative_to_the_true_scores_square(tmp_path):
     assert torch.allclose(error, 0.01 * norm, rtol=1e-4)
 
 
+def test_the_expectation_is_over_the_smoothed_data(tmp_path):
+    """A score off by a constant c has the error |c|^2 / E|s|^2; the modes are far apart, so E|s|^2 = 2/(1 + sigma^2)."""
+    made, method = exact_model(tmp_path, VE(1.0, 1.0, levels=1))
+
+    class Shifted(ExactDenoiser):
+        def forward(self, x_t, t, cond=None):
+            prediction = super().forward(x_t, t, cond)
+            return type(prediction)(x_t, prediction.raw - 0.3, prediction.level, prediction.u, prediction.v)
+
+    method.denoiser = Shifted(method.denoiser.distribution, method.denoiser.process)
+    ScoreField().draw(made, method, "raw")
+    (event,) = events(tmp_path / "run", "score_error")
+    assert event["score_error"] == pytest.approx(2 * 0.3**2, rel=0.05)
+
+
 def test_the_error_is_taken_where_the_smoothed_data_are(tmp_path):
     """A score that is right near the modes and wrong elsewhere is right under the density, wrong over the square."""
     made, method = exact_model(tmp_path, VE(0.5, 0.5, levels=1))

@@ -174,8 +174,11 @@ def test_three_in_a_row_end_the_run_and_the_checkpoint_before_is_intact(tmp_path
 
 def test_two_in_a_row_do_not(tmp_path):
     method = spoil(ncsn(), 1, 2, 4, 5)
-    fit(method, digits_data(), tmp_path, 192)
+    fit(method, digits_data(), tmp_path, 192).save_checkpoint(tmp_path / "a.ckpt")
     assert (method.clock.steps, method.skipped_steps) == (6, 4)
+    later = spoil(ncsn(), 7)
+    fit(later, digits_data(), tmp_path, 256, ckpt_path=tmp_path / "a.ckpt")
+    assert (later.clock.steps, later.skipped_steps) == (8, 5)
 
 
 # ---- learning rate, clipping, the end ----------------------------------------------------------------------------
