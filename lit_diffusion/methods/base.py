@@ -19,7 +19,7 @@ from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
-from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION
+from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.objectives import DenoisingLoss
 from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.samplers.base import OnStep, Sampler
@@ -334,8 +334,13 @@ class Method(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Set the clock."""
-        state = checkpoint[CHECKPOINT_KEY]
+        """Set the clock.
+
+        Raises:
+            UserError: for a checkpoint of an unknown format version, or of another project.
+        """
+        state = checkpoint.get(CHECKPOINT_KEY, {})
+        require_known_format(state.get("format_version"), "the checkpoint")
         self.clock.images = state["images_seen"]
         self.clock.steps = state["steps"]
         self.skipped_steps = state["skipped_steps"]
