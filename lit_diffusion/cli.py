@@ -161,8 +161,8 @@ class CLI(LightningCLI):
     def _load_weights(self, method: Method, section: Namespace) -> None:
         if self.checkpoint is not None:
             require_fitting_weights(method, self.checkpoint["state_dict"], section.ckpt_path)
-            images = self.checkpoint[CHECKPOINT_KEY]["images_seen"]
-            print_note(f"checkpoint {section.ckpt_path}: {images} images seen")
+            method.on_load_checkpoint(self.checkpoint)  # Now, so that the first event of the run says where it starts.
+            print_note(f"checkpoint {section.ckpt_path}: {method.clock.images} images seen")
             self._print_differences(section)
         if section.init_from is not None:
             if self.checkpoint is not None:
