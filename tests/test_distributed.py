@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import digits, digits_data, events, fit, ncsn, trainer, weights
+from tiny import CONFIG, digits, digits_data, events, fit, ncsn, trainer, weights
 
 import lit_diffusion
 from lit_diffusion.callbacks import EMA, Checkpoint, Samples, Telemetry
@@ -249,24 +249,7 @@ def test_a_refusal_of_the_first_process_reaches_the_other(one, two):
 
 def test_the_command_line_with_two_devices(tmp_path):
     """It starts its second process itself; both agree on one directory."""
-    config = {
-        "model": {
-            "class_path": "NCSN",
-            "init_args": {
-                "levels": 3,
-                "sigma_min": 0.1,
-                "noise_input": "log_sigma",
-                "backbone": {
-                    "class_path": "UNet",
-                    "init_args": {"channels": 8, "mult": [1], "blocks": 1, "attention": [], "middle_attention": False},
-                },
-            },
-        },
-        "data": {"source": {"class_path": "Digits"}, "global_batch_size": 32, "held_out_fraction": 0.02},
-        "trainer": {"max_images": 64, "accelerator": "cpu", "devices": 2, "strategy": "ddp"},
-        "samples": {"count": 0},
-        "wandb": {"mode": "disabled"},
-    }
+    config = {**CONFIG, "trainer": {**CONFIG["trainer"], "devices": 2, "strategy": "ddp"}}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [sys.executable, "-m", "lit_diffusion", "fit", "--config", "two.yaml"],

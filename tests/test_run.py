@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
-from tiny import digits_data, events, fit, ncsn, run_logger, trainer
+from tiny import CONFIG, digits_data, events, fit, ncsn, run_logger, trainer
 
+from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Telemetry
 from lit_diffusion.clock import Clock
 from lit_diffusion.errors import UserError
@@ -267,6 +269,16 @@ def test_a_continued_run_keeps_its_id_and_what_is_there(tmp_path):
     assert [event["event"] for event in events(tmp_path)] == ["start", "a", "start", "b"]
     assert events(tmp_path, "start")[1]["resumed"] is True
     assert (tmp_path / "config.yaml").read_text() == "first: 1\n"
+
+
+def test_the_first_event_of_a_continued_run_says_where_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    fit_it = ["fit", "--config", "tiny.yaml", "--run_dir", "run"]
+    dispatch(fit_it)
+    dispatch([*fit_it, "--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_images", "128"])
+    starts = events(tmp_path / "run", "start")
+    assert [(start["images"], start["step"], start["resumed"]) for start in starts] == [(0, 0, False), (64, 2, True)]
 
 
 def test_metrics_of_an_unknown_format_are_refused_and_not_touched(tmp_path):

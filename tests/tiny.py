@@ -25,6 +25,26 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 digits = cache(Digits)
 
+CONFIG: dict[str, Any] = {
+    "model": {
+        "class_path": "NCSN",
+        "init_args": {
+            "levels": 3,
+            "sigma_min": 0.1,
+            "noise_input": "log_sigma",
+            "backbone": {
+                "class_path": "UNet",
+                "init_args": {"channels": 8, "mult": [1], "blocks": 1, "attention": [], "middle_attention": False},
+            },
+        },
+    },
+    "data": {"source": {"class_path": "Digits"}, "global_batch_size": 32, "held_out_fraction": 0.02},
+    "trainer": {"max_images": 64, "accelerator": "cpu", "devices": 1},
+    "samples": {"count": 0},
+    "wandb": {"mode": "disabled"},
+}
+"""For the command line."""
+
 
 class Convolutions(Backbone):
     """Two convolutions, told of the level by a scale of the features; it records what it is given."""

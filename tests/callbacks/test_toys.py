@@ -91,7 +91,7 @@ def test_the_error_is_relative_to_the_true_scores_square(tmp_path):
 
 
 def test_the_expectation_is_over_the_smoothed_data(tmp_path):
-    """A score off by a constant c has the error |c|^2 / E|s|^2; the modes are far apart, so E|s|^2 = 2/(1 + sigma^2)."""
+    """A score off by a constant c has the error |c|^2 / E|s|^2, and E|s|^2 = 2/(1 + sigma^2) for modes far apart."""
     made, method = exact_model(tmp_path, VE(1.0, 1.0, levels=1))
 
     class Shifted(ExactDenoiser):

@@ -298,6 +298,19 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     assert same(*ends)
 
 
+@pytest.mark.parametrize(("version", "said"), [(2, "format_version 2, this"), (None, "format_version None, this")])
+def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path, version, said):
+    fit(ncsn(), digits_data(), tmp_path, 32).save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    if version is None:
+        del saved["lit_diffusion"]
+    else:
+        saved["lit_diffusion"]["format_version"] = version
+    torch.save(saved, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=said):
+        fit(ncsn(), digits_data(), tmp_path, 64, ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_dropout_is_tied_to_the_images_and_to_the_seed(tmp_path):
     outcomes = []
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
