@@ -41,6 +41,9 @@ class Trainer(pl.Trainer):
         if max_images is not None and max_images < 1:
             raise UserError(f"trainer.max_images is {max_images}; give a positive number")
         self.max_images = max_images
+        limits = (max_images, kwargs.get("max_time"), kwargs.get("fast_dev_run") or None)
+        self.endless = all(limit is None for limit in limits) and kwargs.get("max_steps", -1) == -1
+        """Whether nothing would end a training; a method refuses to start one."""
         self.compile = compile
         self.channels_last = channels_last
         for key in ("gradient_clip_val", "gradient_clip_algorithm"):

@@ -24,7 +24,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end.
     """
 
-    def __init__(self, every_n_images: int | None = None, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_images: int | None = 100_000, every_n_steps: int | None = None) -> None:
         self.cadence = Cadence.of("checkpoint", every_n_images, every_n_steps)
         self.last: Path | None = None
         self._saved_at = -1

@@ -178,6 +178,8 @@ class Method(pl.LightningModule):
         if isinstance(datamodule, DataModule):
             self.facts = datamodule.facts
             self.clock.batch = datamodule.global_batch_size
+        if stage == "fit" and getattr(self.trainer, "endless", False):
+            raise UserError("a run needs an end: give trainer.max_images, trainer.max_steps or trainer.max_time")
         if stage in ("fit", "predict"):
             self.sampler.check(self.denoiser)  # Before the work: the first samples may be drawn at its end.
         self.denoiser.autocast_dtype = getattr(self.trainer, "autocast_dtype", None)

@@ -78,6 +78,7 @@ def test_main_returns_the_exit_code(monkeypatch, capsys):
         (lambda c: c["trainer"].update(precision="64-true"), ["precision", "bf16-mixed"]),
         (lambda c: c["trainer"].update(strategy="fsdp"), ["fsdp"]),
         (lambda c: c["trainer"].update(gradient_clip_val=1.0), ["gradient_clip"]),
+        (lambda c: c["trainer"].update(max_images=None), ["needs an end", "trainer.max_images"]),
         (lambda c: c["trainer"].update(max_images=0), ["trainer.max_images is 0"]),
         (
             lambda c: (
