@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from tiny import digits_data, fit, run_logger, same, weights
+from tiny import TINY, digits_data, fit, run_logger, same, weights
 
 import lit_diffusion
 from lit_diffusion.callbacks import EMA, Checkpoint
@@ -13,29 +15,8 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.formats import require_known_format
 from lit_diffusion.methods import NCSN
 
-MODEL = {
-    "class_path": "NCSN",
-    "init_args": {
-        "sigma_max": 2.0,
-        "sigma_min": 0.1,
-        "levels": 3,
-        "parametrization": "score",
-        "noise_input": "log_sigma",
-        "backbone": {
-            "class_path": "UNet",
-            "init_args": {
-                "data_shape": [1, 8, 8],
-                "channels": 8,
-                "mult": [1],
-                "blocks": 1,
-                "attention": [],
-                "middle_attention": False,
-            },
-        },
-        "sampler": {"class_path": "AnnealedLangevin", "init_args": {"steps_per_level": 2, "eta": 0.001}},
-        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
-    },
-}
+MODEL = copy.deepcopy(TINY["model"])
+MODEL["init_args"]["backbone"]["init_args"]["data_shape"] = [1, 8, 8]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,34 @@ CONFIG: dict[str, Any] = {
 }
 """For the command line."""
 
+TINY = {
+    "model": {
+        "class_path": "NCSN",
+        "init_args": {
+            "sigma_max": 2.0,
+            "sigma_min": 0.1,
+            "levels": 3,
+            "parametrization": "score",
+            "noise_input": "log_sigma",
+            "backbone": {
+                "class_path": "UNet",
+                "init_args": {"channels": 8, "mult": [1], "blocks": 1, "attention": [], "middle_attention": False},
+            },
+            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
+            "sampler": {
+                "class_path": "AnnealedLangevin",
+                "init_args": {"steps_per_level": 2, "eta": 0.001, "denoise": True},
+            },
+        },
+    },
+    "data": {"source": {"class_path": "Digits"}, "global_batch_size": 32, "held_out_fraction": 0.02},
+    "trainer": {"max_images": 128, "accelerator": "cpu", "devices": 1},
+    "ema": {"half_lives_images": [500, 2000]},
+    "samples": {"count": 4, "film_columns": 2},
+    "wandb": {"mode": "disabled"},
+}
+"""A run of seconds through the command line."""
+
 
 class Convolutions(Backbone):
     """Two convolutions, told of the level by a scale of the features; it records what it is given."""

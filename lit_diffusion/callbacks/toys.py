@@ -5,6 +5,7 @@ Both need data whose score is known: ``GaussianMixturePoints`` in two dimensions
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,7 +47,7 @@ def score_error(denoiser: Denoiser, exact: ExactDenoiser, x: Tensor, t: Tensor) 
     return (estimate - truth).square().sum(1), truth.square().sum(1)
 
 
-class _AtEnd(pl.Callback):
+class _AtEnd(pl.Callback, ABC):
     """Draws with the averaged weights once the training is over; what would fail then is refused in ``setup``."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -67,9 +68,9 @@ class _AtEnd(pl.Callback):
                 self.draw(trainer, pl_module, "ema")
         pl_module.train()
 
+    @abstractmethod
     def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:
         """Make the figure and record its numbers."""
-        raise NotImplementedError
 
 
 class ScoreField(_AtEnd):

@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import yaml
+from tiny import TINY
 
 from lit_diffusion.__main__ import dispatch
-
-TINY = {
-    "model": {
-        "class_path": "NCSN",
-        "init_args": {
-            "sigma_max": 2.0,
-            "sigma_min": 0.1,
-            "levels": 3,
-            "parametrization": "score",
-            "noise_input": "log_sigma",
-            "backbone": {
-                "class_path": "UNet",
-                "init_args": {"channels": 8, "mult": [1], "blocks": 1, "attention": [], "middle_attention": False},
-            },
-            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
-            "sampler": {
-                "class_path": "AnnealedLangevin",
-                "init_args": {"steps_per_level": 2, "eta": 0.001, "denoise": True},
-            },
-        },
-    },
-    "data": {"source": {"class_path": "Digits"}, "global_batch_size": 32, "held_out_fraction": 0.02},
-    "trainer": {"max_images": 128, "accelerator": "cpu", "devices": 1},
-    "ema": {"half_lives_images": [500, 2000]},
-    "samples": {"count": 4, "film_columns": 2},
-    "wandb": {"mode": "disabled"},
-}
 
 
 @pytest.fixture
@@ -64,9 +35,3 @@ def trained(tmp_path_factory):
     config.write_text(yaml.safe_dump(TINY))
     dispatch(["fit", "--config", str(config), "--run_dir", str(folder / "run")])
     return folder / "run"
-
-
-def events(run_dir: Path, kind: str | None = None) -> list[dict]:
-    """The events of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind is None or line["event"] == kind]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from PIL import Image
+from tiny import TINY
 
 from lit_diffusion.__main__ import as_one_line, dispatch, main
 from lit_diffusion.errors import UserError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, events
+from tiny import TINY, events
 
 import lit_diffusion
 from lit_diffusion.errors import UserError
