@@ -207,8 +207,8 @@ class RunLogger(Logger):
         """Nothing: config.yaml has them all."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """What modules log through Lightning."""
-        self.record("metrics", {key: value for key, value in metrics.items() if key != "epoch"})
+        """What modules log through Lightning: measured with the raw weights, since averages are applied explicitly."""
+        self.record("metrics", {**{key: value for key, value in metrics.items() if key != "epoch"}, "weights": "raw"})
 
     def finalize(self, status: str) -> None:
         """The last event of a fit, validate, test or predict, and the dashboard's end."""
