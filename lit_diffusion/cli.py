@@ -6,8 +6,8 @@ command line.
 
 from __future__ import annotations
 
+import importlib
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -262,7 +262,7 @@ def _short(path: Path) -> str:
 
 def _import(class_path: str) -> type[Method]:
     module, name = class_path.rsplit(".", 1)
-    found = getattr(sys.modules[module] if module in sys.modules else __import__(module, fromlist=[name]), name)
+    found = getattr(importlib.import_module(module), name)
     assert isinstance(found, type)
     assert issubclass(found, Method)
     return found

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone, Condition
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Level, Process, expand_like
 
 Parametrization = Literal["eps", "score", "raw_score", "x0", "v", "velocity", "edm", "mean"]
@@ -164,13 +164,9 @@ class NetworkDenoiser(Denoiser):
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("parametrization", parametrization, PARAMETRIZATIONS),
-            ("noise_input", noise_input, NOISE_INPUTS),
-            ("input_scale", input_scale, get_args(InputScale)),
-        ):
-            if value not in known:
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        require_choice("", "parametrization", parametrization, PARAMETRIZATIONS)
+        require_choice("", "noise_input", noise_input, NOISE_INPUTS)
+        require_choice("", "input_scale", input_scale, get_args(InputScale))
         self.backbone = backbone
         self.process = process
         self.parametrization = parametrization

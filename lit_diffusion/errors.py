@@ -1,4 +1,8 @@
-"""The two kinds of failure that a person should read as one line."""
+"""What a person should read as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
 
 
 class UserError(Exception):
@@ -7,3 +11,14 @@ class UserError(Exception):
     The message is one line: what is wrong, with the name and the value, and how to mend it. The command line prints it
     without a traceback and exits with code 2; in a notebook it is an ordinary exception.
     """
+
+
+def require_choice(owner: str, key: str, value: str, choices: Collection[str]) -> None:
+    """Refuse a word that is not among the choices; ``owner`` is named in front of the key, unless it is empty.
+
+    Raises:
+        UserError: naming the key, the value and the choices.
+    """
+    if value not in choices:
+        where = f"{owner}: " if owner else ""
+        raise UserError(f"{where}{key} is {value!r}; choose one of {', '.join(choices)}")

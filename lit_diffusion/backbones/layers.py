@@ -13,19 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_diffusion.errors import UserError
-
 Linear = TypeVar("Linear", bound="nn.Linear | nn.Conv2d")
-
-
-def require_choice(owner: str, key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not among the choices.
-
-    Raises:
-        UserError: naming the key, the value and the choices.
-    """
-    if value not in choices:
-        raise UserError(f"{owner}: {key} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def initialised(layer: Linear, zero: bool = False) -> Linear:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone, Condition, resolved_shape
 from lit_diffusion.backbones.embeddings import NoiseEmbedding, NoiseFeatures
-from lit_diffusion.backbones.layers import dense, require_choice
-from lit_diffusion.errors import UserError
+from lit_diffusion.backbones.layers import dense
+from lit_diffusion.errors import UserError, require_choice
 
 Activation = Literal["silu", "softplus", "tanh"]
 

@@ -20,10 +20,9 @@ from lit_diffusion.backbones.layers import (
     add_residual,
     conv3x3,
     dense,
-    require_choice,
 )
 from lit_diffusion.backbones.resampling import Resampling, downsampling, strided_conv, upsampling
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, require_choice
 
 Normalisation = Literal["group", "conditional_instance"]
 DecoderAttention = Literal["every", "last"]

@@ -21,6 +21,7 @@ from lit_diffusion.clock import in_images
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note
+from lit_diffusion.trainer import callbacks_of
 
 
 def named_averages(half_lives: list[int]) -> list[str]:
@@ -139,6 +140,11 @@ class EMA(pl.Callback):
         by_half_life = dict(zip(state_dict["half_lives"], state_dict["shadows"], strict=True))
         self.shadows = [dict(by_half_life.get(half_life, {})) for half_life in self.half_lives]
         self.updates = state_dict["updates"]
+
+
+def averages_of(trainer: pl.Trainer) -> EMA:
+    """The Trainer's own, or one that keeps none."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, EMA)), EMA())
 
 
 def load_average(method: Method, state: Mapping[str, Any] | None, weights: str) -> None:

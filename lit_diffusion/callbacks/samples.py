@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_diffusion.callbacks.ema import EMA, choose_average
+from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
@@ -20,7 +20,6 @@ from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress
-from lit_diffusion.trainer import callbacks_of
 
 FILM_ROWS = 16
 """A film strip has at most so many rows, evenly spaced over the levels."""
@@ -45,11 +44,6 @@ class _Film:
         frames = [frame for _, frame in self.frames]
         keep = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FILM_ROWS - 1)).round().astype(int))
         return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
-
-
-def _averages(trainer: pl.Trainer) -> EMA:
-    """The Trainer's own, or one that keeps none."""
-    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, EMA)), EMA())
 
 
 class Samples(pl.Callback):
@@ -88,10 +82,10 @@ class Samples(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse weights that are not kept before the work, not at the first picture."""
-        choose_average(_averages(trainer).half_lives, self._weights(trainer))
+        choose_average(averages_of(trainer).half_lives, self._weights(trainer))
 
     def _weights(self, trainer: pl.Trainer) -> str:
-        return self.weights if self.weights != "ema" or _averages(trainer).half_lives else "raw"
+        return self.weights if self.weights != "ema" or averages_of(trainer).half_lives else "raw"
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,7 +113,7 @@ class Samples(pl.Callback):
         cond = method.condition(indices)
         film = _Film(self.film_columns)
         on_step = film if self.film_columns else None
-        with _averages(trainer).applied(method, weights):
+        with averages_of(trainer).applied(method, weights):
             x = method.generate(indices, self.seed, cond, on_step=on_step)
         assert facts.value_range is not None
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
@@ -135,7 +129,7 @@ class Samples(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the model the weights that its samples are made with."""
         assert isinstance(pl_module, Method)
-        self._applied.enter_context(_averages(trainer).applied(pl_module, self._weights(trainer)))
+        self._applied.enter_context(averages_of(trainer).applied(pl_module, self._weights(trainer)))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give it back its own."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.callbacks.ema import EMA
+from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data import GaussianMixturePoints
 from lit_diffusion.denoisers import Denoiser
@@ -23,7 +23,6 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.run import run_logger_of
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
-from lit_diffusion.trainer import callbacks_of
 
 
 def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
@@ -59,13 +58,11 @@ class _AtEnd(pl.Callback, ABC):
         assert isinstance(pl_module, Method)
         if not trainer.is_global_zero or run_logger_of(trainer) is None:
             return
-        ema = next((callback for callback in callbacks_of(trainer) if isinstance(callback, EMA)), None)
+        averages = averages_of(trainer)
+        weights = "ema" if averages.half_lives else "raw"
         pl_module.eval()
-        if ema is None or not ema.half_lives:
-            self.draw(trainer, pl_module, "raw")
-        else:
-            with ema.applied(pl_module, "ema"):
-                self.draw(trainer, pl_module, "ema")
+        with averages.applied(pl_module, weights):
+            self.draw(trainer, pl_module, weights)
         pl_module.train()
 
     @abstractmethod

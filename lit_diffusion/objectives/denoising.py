@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import Denoiser
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import require_choice
 from lit_diffusion.processes import Level, Process
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
 
@@ -76,13 +76,9 @@ class DenoisingScoreMatching:
     """
 
     def __init__(self, time_law: TimeLaw, weight: Weight = "sigma2", reduction: Reduction = "half_sum") -> None:
-        for name, value, known in (
-            ("time_law", time_law, TIME_LAWS),
-            ("weight", weight, WEIGHTS),
-            ("reduction", reduction, get_args(Reduction)),
-        ):
-            if value not in known:
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+        require_choice("", "time_law", time_law, TIME_LAWS)
+        require_choice("", "weight", weight, WEIGHTS)
+        require_choice("", "reduction", reduction, get_args(Reduction))
         self.time_law = time_law
         self.weight = weight
         self.reduction = reduction

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import Denoiser
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers.base import Sampler, at_time
@@ -53,8 +53,7 @@ class _LangevinSampler(Sampler):
     """What plain and annealed dynamics share: where they start and how they move."""
 
     def __init__(self, initial: Initial, uniform_range: tuple[float, float]) -> None:
-        if initial not in ("uniform", "gaussian"):
-            raise UserError(f"initial is {initial!r}; choose 'uniform' or 'gaussian'")
+        require_choice("", "initial", initial, get_args(Initial))
         low, high = uniform_range
         if not low < high:
             raise UserError(f"uniform_range is [{low:g}, {high:g}]; the first must be below the second")
