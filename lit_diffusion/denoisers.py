@@ -43,13 +43,8 @@ def _mean(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Te
     """DDPM's posterior mean ``E[x_{t-1} | x_t, x_0] = on_x0 x_0 + on_xt x_t`` (Ho et al. 2020, eq. 7)."""
     if process.levels is None:
         raise UserError("parametrization 'mean' is DDPM's step to the level below: the process needs levels")
-    before = (level.t - 1.0 / process.levels).clamp(min=0.0)
-    ratio = torch.exp(2.0 * (process.log_alpha(level.t) - process.log_alpha(before)))  # alpha_t of DDPM
-    variance, variance_before = level.sigma**2, process.sigma(before) ** 2
-    # 1 - alpha_t where the process preserves variance, as DDPM's does.
-    on_x0 = process.alpha(before) * (variance - ratio * variance_before) / variance
-    on_xt = ratio.sqrt() * variance_before / variance
-    return on_x0 + on_xt * level.alpha, on_xt * level.sigma
+    step = process.transition((level.t - 1.0 / process.levels).clamp(min=0.0), level.t)
+    return step.on_x0 + step.on_xt * level.alpha, step.on_xt * level.sigma
 
 
 PARAMETRIZATIONS: dict[str, Callable[[Level, Process, float], tuple[Tensor, Tensor]]] = {
@@ -66,14 +61,23 @@ PARAMETRIZATIONS: dict[str, Callable[[Level, Process, float], tuple[Tensor, Tens
 ``F = score``, ``v`` Salimans and Ho's ``alpha eps - sigma x_0``, ``edm`` Karras et al. 2022, ``mean`` DDPM's posterior
 mean."""
 
+
+
+def _index(process: Process, level: Level) -> Tensor:
+    if process.levels is None:
+        raise UserError("noise_input 'index' needs a process with levels; continuous time has no index")
+    return level.t * process.levels - 1.0
+
+
 NOISE_INPUTS: dict[str, Callable[[Process, Level], Tensor]] = {
-    "index": lambda process, level: process.level_index(level.t),
+    "index": _index,
     "log_sigma": lambda process, level: torch.log(level.sigma / level.alpha),
     "quarter_log_sigma": lambda process, level: 0.25 * torch.log(level.sigma / level.alpha),
     "time": lambda process, level: level.t,
     "time_999": lambda process, level: 999.0 * level.t,
 }
-"""``c_noise`` by name: what the backbone is told of the noise level."""
+"""``c_noise`` by name: what the backbone is told of the noise level. ``index`` is DDPM's t - 1, 0 .. levels - 1 on the
+grid and interpolated between its points."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class Prediction:
         u: weight of x_0 in F, float64 ``[B]``.
         v: weight of eps in F, float64 ``[B]``.
         energy: ``E(x_t)`` with ``score = -grad E``, up to a constant: ``[B]``, None where the model has none.
+        variance_share: the learned reverse variance, as the share w of ``log beta`` in
+            ``log variance = w log beta + (1 - w) log beta_tilde`` (Nichol and Dhariwal 2021, eq. 15): ``[B, ...]`` like
+            ``x_t``, None where the variance is not learned.
     """
 
     x_t: Tensor
@@ -95,6 +102,7 @@ class Prediction:
     u: Tensor
     v: Tensor
     energy: Tensor | None = None
+    variance_share: Tensor | None = None
 
     def _view(self, p: Tensor, q: Tensor) -> Tensor:
         determinant = self.level.alpha * self.v - self.level.sigma * self.u
@@ -129,6 +137,11 @@ class Denoiser(nn.Module, ABC):
     """Anything that predicts the clean datum from a noisy one, on a process. Samplers see only this."""
 
     process: Process
+    learned_variance: bool = False
+    """Whether predictions say the reverse variance."""
+
+    on_grid_only: bool = False
+    """Whether it knows the grid's levels only, and no time between them."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
@@ -149,9 +162,11 @@ class NetworkDenoiser(Denoiser):
         input_scale: ``none`` feeds x_t as it is; ``unit_variance`` divides it by ``sqrt(alpha^2 sigma_data^2 +
             sigma^2)``, which trains better where sigma is large (always on for ``edm``).
         sigma_data: standard deviation of the normalised data, for ``edm`` and ``unit_variance``.
+        learned_variance: the second half of the network's output channels says the reverse variance.
 
     Raises:
-        UserError: for a name that is not in the tables, or one that asks for levels on a process that has none.
+        UserError: for a name that is not in the tables, one that asks for levels on a process that has none, or a
+            network whose output has another number of channels than that asks for.
     """
 
     def __init__(
@@ -162,6 +177,7 @@ class NetworkDenoiser(Denoiser):
         noise_input: NoiseInput,
         input_scale: InputScale = "none",
         sigma_data: float = 0.5,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
         require_choice("", "parametrization", parametrization, PARAMETRIZATIONS)
@@ -173,6 +189,15 @@ class NetworkDenoiser(Denoiser):
         self.noise_input = noise_input
         self.unit_variance = input_scale == "unit_variance" or parametrization == "edm"
         self.sigma_data = sigma_data
+        self.learned_variance = learned_variance
+        self.on_grid_only = backbone.level_indexed
+        if learned_variance or backbone.out_channels is not None:
+            channels = backbone.data_shape[0] * (2 if learned_variance else 1)
+            if backbone.out_channels != channels:
+                raise UserError(
+                    f"the backbone has out_channels {backbone.out_channels}; data of {backbone.data_shape[0]} channels "
+                    f"with{'' if learned_variance else 'out'} a learned variance need out_channels: {channels}"
+                )
         # A level index or a step below asks for a grid: find out now, not in the first step.
         end = process.level(torch.ones(1, dtype=torch.float64))
         PARAMETRIZATIONS[parametrization](end, process, sigma_data)
@@ -192,4 +217,8 @@ class NetworkDenoiser(Denoiser):
         x_in = x_in.to(next(self.backbone.parameters()).dtype)
         with torch.autocast(x_t.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             raw = self.backbone(x_in, c_noise, cond)
-        return Prediction(x_t, raw, level, u, v)
+        share = None
+        if self.learned_variance:
+            raw, told = raw.chunk(2, dim=1)
+            share = 0.5 * (told.to(x_t.dtype) + 1.0)
+        return Prediction(x_t, raw, level, u, v, variance_share=share)

@@ -29,6 +29,37 @@ def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True)
+class Transition:
+    r"""The steps between two times ``s < t``, float64 ``[B]`` each.
+
+    .. math::
+        q(x_t | x_s) &= N(a\, x_s, \beta I), \quad a = \alpha_t / \alpha_s, \quad
+        \beta = \sigma_t^2 - a^2 \sigma_s^2 \\
+        q(x_s | x_t, x_0) &= N(c_0 x_0 + c_t x_t, \tilde\beta I), \quad c_0 = \alpha_s \beta / \sigma_t^2, \quad
+        c_t = a \sigma_s^2 / \sigma_t^2, \quad \tilde\beta = \beta \sigma_s^2 / \sigma_t^2
+
+    On DDPM's grid these are its ``beta_t``, ``sqrt(alpha_t)`` and the posterior's mean and variance (Ho et al. 2020,
+    eqs. 2, 6 and 7).
+
+    Attributes:
+        scale: ``a``, of the mean of the forward step.
+        beta: variance of the forward step.
+        on_x0: ``c_0``.
+        on_xt: ``c_t``.
+        beta_tilde: variance of the posterior; 0 where s is 0.
+    """
+
+    scale: Tensor
+    beta: Tensor
+    on_x0: Tensor
+    on_xt: Tensor
+    beta_tilde: Tensor
+
+
 @dataclass(frozen=True)
 class Level:
     """The coefficients of a process at times ``[B]``, float64.
@@ -53,18 +84,21 @@ class Process(nn.Module, ABC):
 
     Args:
         levels: the number of grid points of a discrete method, None for continuous time.
-        t_min: the smallest time that training, SDE and ODE samplers visit in continuous time; on a grid it is the
-            first grid point. At t = 0 itself the score of data on a grid of grey levels is unbounded.
+        t_min: the smallest time of training and of likelihoods in continuous time; on a grid it is the first grid
+            point. At t = 0 itself the score of data on a grid of grey levels is unbounded.
+        t_min_sampling: the smallest time that SDE and ODE samplers visit; on a grid it is the first grid point.
     """
 
-    def __init__(self, levels: int | None = None, t_min: float = 1e-5) -> None:
+    def __init__(self, levels: int | None = None, t_min: float = 1e-5, t_min_sampling: float = 1e-5) -> None:
         super().__init__()
         if levels is not None and levels < 1:
             raise UserError(f"levels is {levels}; a process needs at least one noise level")
-        if not 0.0 < t_min < 1.0:
-            raise UserError(f"t_min is {t_min:g}; it must lie strictly between 0 and 1, where the score is finite")
+        for key, value in (("t_min", t_min), ("t_min_sampling", t_min_sampling)):
+            if not 0.0 < value < 1.0:
+                raise UserError(f"{key} is {value:g}; it must lie strictly between 0 and 1, where the score is finite")
         self.levels = levels
         self.t_min = t_min if levels is None else 1.0 / levels
+        self.t_min_sampling = t_min_sampling if levels is None else 1.0 / levels
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -87,9 +121,15 @@ class Process(nn.Module, ABC):
         """The inverse of :meth:`log_snr`."""
 
     @property
+    @abstractmethod
     def prior_std(self) -> float:
-        """Standard deviation of the prior ``N(0, prior_std^2 I)`` from which sampling starts: ``sigma(1)``."""
-        return float(self.sigma(torch.ones(1, dtype=torch.float64)))
+        """Standard deviation of the prior ``N(0, prior_std^2 I)`` from which sampling starts."""
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of the prior at ``[B, ...]``: float64 ``[B]``, in nats."""
+        scaled = x.flatten(1).to(torch.float64) / self.prior_std
+        dimension = scaled.shape[1]
+        return -0.5 * scaled.square().sum(1) - dimension * (0.5 * LOG_2PI + math.log(self.prior_std))
 
     def alpha(self, t: Tensor) -> Tensor:
         """``alpha(t)``, float64."""
@@ -134,6 +174,22 @@ class Process(nn.Module, ABC):
         alpha = self.alpha(t)
         return Level(t, alpha, self.sigma(t), alpha * self.dlog_alpha(t), self.dsigma(t))
 
+    def transition(self, s: Tensor, t: Tensor) -> Transition:
+        """What happens between times ``s < t``, ``[B]`` each; s may be 0."""
+        s, t = s.to(torch.float64), t.to(torch.float64)
+        alpha_s, alpha_t = self.alpha(s), self.alpha(t)
+        variance_s, variance_t = self.sigma(s) ** 2, self.sigma(t) ** 2
+        # SNR_t / SNR_s; the share of noise that is new is 1 minus it, taken without cancellation.
+        log_ratio = self.log_snr(t) - self.log_snr(s)
+        fresh = -torch.expm1(log_ratio)
+        return Transition(
+            scale=alpha_t / alpha_s,
+            beta=variance_t * fresh,
+            on_x0=alpha_s * fresh,
+            on_xt=alpha_t / alpha_s * variance_s / variance_t,
+            beta_tilde=variance_s * fresh,
+        )
+
     def perturb(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """``x_t = alpha(t) x_0 + sigma(t) eps``; x0 and eps ``[B, ...]``, t ``[B]``."""
         return expand_like(self.alpha(t), x0) * x0 + expand_like(self.sigma(t), x0) * eps
@@ -166,14 +222,22 @@ class VE(Process):
         sigma_min: the smallest level, in units of the normalised data.
         sigma_max: the largest level.
         levels: L of NCSN, or None for continuous time.
-        t_min: the smallest time of training and sampling in continuous time.
+        t_min: the smallest time of training and of likelihoods in continuous time.
+        t_min_sampling: the smallest time that SDE and ODE samplers visit in continuous time.
 
     Raises:
         UserError: unless ``0 < sigma_min < sigma_max`` (equal for a single level).
     """
 
-    def __init__(self, sigma_min: float, sigma_max: float, levels: int | None = None, t_min: float = 1e-5) -> None:
-        super().__init__(levels, t_min)
+    def __init__(
+        self,
+        sigma_min: float,
+        sigma_max: float,
+        levels: int | None = None,
+        t_min: float = 1e-5,
+        t_min_sampling: float = 1e-5,
+    ) -> None:
+        super().__init__(levels, t_min, t_min_sampling)
         single = levels == 1 and sigma_min == sigma_max
         if not (0.0 < sigma_min < sigma_max or (single and sigma_min > 0.0)):
             raise UserError(
@@ -186,6 +250,11 @@ class VE(Process):
         # d log sigma / dt: on a grid the L - 1 ratios span the time from 1/L to 1.
         stretch = 1.0 if levels is None else levels / max(levels - 1, 1)
         self.log_slope = stretch * math.log(sigma_max / sigma_min)
+
+    @property
+    def prior_std(self) -> float:
+        """``sigma_max``."""
+        return self.sigma_max
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """0: the mean is the data."""
@@ -220,15 +289,23 @@ class VP(Process):
     Args:
         beta_min: ``beta(0)``.
         beta_max: ``beta(1)``.
-        t_min: the smallest time of training and sampling.
+        t_min: the smallest time of training and of likelihoods.
+        t_min_sampling: the smallest time that SDE and ODE samplers visit.
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> None:
-        super().__init__(None, t_min)
+    def __init__(
+        self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5, t_min_sampling: float = 1e-3
+    ) -> None:
+        super().__init__(None, t_min, t_min_sampling)
         if not 0.0 < beta_min < beta_max:
             raise UserError(f"beta_min {beta_min:g} and beta_max {beta_max:g}: need 0 < beta_min < beta_max")
         self.beta_min = beta_min
         self.beta_max = beta_max
+
+    @property
+    def prior_std(self) -> float:
+        """1."""
+        return 1.0
 
     def beta(self, t: Tensor) -> Tensor:
         """``beta(t)``, the rate of the SDE."""
@@ -312,6 +389,11 @@ class Betas(Process):
         # At t = 0 the product is empty: log 1. Not persistent: a checkpoint holds the configuration that gives them.
         table = torch.cat((torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)))
         self.register_buffer("log_alpha_bar", table, persistent=False)
+
+    @property
+    def prior_std(self) -> float:
+        """1."""
+        return 1.0
 
     def _cell(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The left grid point of each time's cell and the position inside it in [0, 1]."""

@@ -36,6 +36,12 @@ class Backbone(nn.Module, ABC):
     """
 
     data_shape: Shape
+    out_channels: int | None = None
+    """Of the output, None for as many as the data have; twice as many where the network also says a variance."""
+
+    level_indexed: bool = False
+    """Whether ``c_noise`` is looked up in a table, so that only whole numbers mean anything."""
+
     higher_order: bool = False
     """True while second derivatives are wanted: attention in plain operations, see :meth:`set_higher_order`."""
 

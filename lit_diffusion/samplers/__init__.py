@@ -1,12 +1,40 @@
 """Samplers, and the one table of their short names."""
 
-from lit_diffusion.samplers.base import Progress, Sampler
+from lit_diffusion.samplers.ancestral import Ancestral
+from lit_diffusion.samplers.base import Move, Predictor, Progress, Sampler
+from lit_diffusion.samplers.ddim import DDIM
 from lit_diffusion.samplers.langevin import AnnealedLangevin, Langevin
+from lit_diffusion.samplers.ode import Euler, Heun, ProbabilityFlow
+from lit_diffusion.samplers.sde import EulerMaruyama, PredictorCorrector, ReverseDiffusion
 
 SAMPLERS: dict[str, type[Sampler]] = {
+    "ancestral": Ancestral,
     "annealed_langevin": AnnealedLangevin,
+    "ddim": DDIM,
+    "euler": Euler,
+    "euler_maruyama": EulerMaruyama,
+    "heun": Heun,
     "langevin": Langevin,
+    "ode": ProbabilityFlow,
+    "predictor_corrector": PredictorCorrector,
+    "reverse_diffusion": ReverseDiffusion,
 }
-"""Short names for the command line: ``sample --sampler langevin --sampler.steps 500``."""
+"""Short names for the command line: ``sample --sampler ddim --sampler.steps 20``."""
 
-__all__ = ["SAMPLERS", "AnnealedLangevin", "Langevin", "Progress", "Sampler"]
+__all__ = [
+    "DDIM",
+    "SAMPLERS",
+    "Ancestral",
+    "AnnealedLangevin",
+    "Euler",
+    "EulerMaruyama",
+    "Heun",
+    "Langevin",
+    "Move",
+    "Predictor",
+    "PredictorCorrector",
+    "ProbabilityFlow",
+    "Progress",
+    "ReverseDiffusion",
+    "Sampler",
+]

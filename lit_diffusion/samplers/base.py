@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import Denoiser, Prediction
+from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
 
@@ -21,8 +22,8 @@ class Progress:
     """Where a sampler is, for a progress bar or a trajectory.
 
     Attributes:
-        step: steps done.
-        total: steps in all.
+        step: steps done; of a solver that chooses its own steps, the percentage of the way.
+        total: steps in all; 100 there.
         t: the time of the step just done.
         x: the state after it, ``[B, ...]``.
     """
@@ -43,6 +44,8 @@ class CountedDenoiser(Denoiser):
         super().__init__()
         self.denoiser = denoiser
         self.process = denoiser.process
+        self.learned_variance = denoiser.learned_variance
+        self.on_grid_only = denoiser.on_grid_only
         self.evaluations = 0
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
@@ -70,8 +73,12 @@ class Sampler(ABC):
             UserError: with the reason.
         """
 
+    def caveat(self) -> str | None:
+        """What the protocol of its samples has to say beyond the sampler's keys, None for nothing."""
+        return None
+
     def start(self, process: Process, noise: SampleNoise) -> Tensor:
-        """The first state, by default from the prior ``N(0, sigma(1)^2 I)``."""
+        """The first state, by default from the prior ``N(0, prior_std^2 I)``."""
         return process.prior_std * noise.normal()
 
     @abstractmethod
@@ -82,13 +89,33 @@ class Sampler(ABC):
     def step(self, denoiser: Denoiser, x: Tensor, move: Any, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """The state after one step: ``[B, ...]`` like x."""
 
+    def length(self, process: Process) -> int:
+        """The ``total`` that a walk reports: how long a progress bar is."""
+        return len(self.plan(process))
+
     def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
         """What remains after the last step, by default nothing."""
         return x
 
+    def walk(
+        self, denoiser: Denoiser, x: Tensor, noise: SampleNoise, cond: Condition | None, on_step: OnStep | None
+    ) -> Tensor:
+        """All steps from a first state to the last one."""
+        plan = self.plan(denoiser.process)
+        for done, move in enumerate(plan, start=1):
+            x = self.step(denoiser, x, move, noise, cond)
+            if on_step is not None:
+                on_step(Progress(done, len(plan), move.t, x))
+        return x
+
     @torch.no_grad()
     def sample(
-        self, denoiser: Denoiser, noise: SampleNoise, cond: Condition | None = None, on_step: OnStep | None = None
+        self,
+        denoiser: Denoiser,
+        noise: SampleNoise,
+        cond: Condition | None = None,
+        on_step: OnStep | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Samples ``[B, *noise.shape]``.
 
@@ -97,21 +124,111 @@ class Sampler(ABC):
             noise: says which samples these are and gives each its own numbers.
             cond: the condition, ``[B]`` rows.
             on_step: called after every step.
+            start: the state to start from; None for one of the sampler's own, see :meth:`start`.
 
         Raises:
             UserError: where the sampler does not fit the denoiser.
         """
         self.check(denoiser)
         counted = CountedDenoiser(denoiser)
-        plan = self.plan(denoiser.process)
-        x = self.start(denoiser.process, noise)
-        for done, move in enumerate(plan, start=1):
-            x = self.step(counted, x, move, noise, cond)
-            if on_step is not None:
-                on_step(Progress(done, len(plan), move.t, x))
+        x = self.start(denoiser.process, noise) if start is None else start
+        x = self.walk(counted, x, noise, cond, on_step)
         x = self.finish(counted, x, cond)
         self.evaluations = counted.evaluations
         return x
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step from time ``t`` to an earlier time ``s < t``, nearer to the data."""
+
+    t: float
+    s: float
+
+
+Spacing = Literal["uniform", "quadratic"]
+
+
+def subsequence(process: Process, steps: int | None, spacing: Spacing = "uniform") -> list[float]:
+    """The times ``t_1 < .. < t_S = 1`` at which a walk of S steps evaluates the network; its last step ends at 0.
+
+    On a grid they are grid points, ``tau_i = round(L i / S)`` or ``round(L i^2 / S^2)``, moved up where two would
+    coincide (Song et al. 2021, DDIM, appendix D.2); in continuous time ``i / S`` or ``(i / S)^2``.
+
+    Args:
+        process: whose grid it is.
+        steps: S; None for the whole grid, 1000 in continuous time.
+        spacing: ``uniform`` or ``quadratic``, which has more of its steps near the data.
+
+    Raises:
+        UserError: for more steps than the grid has points.
+    """
+    count = steps or process.levels or 1000
+    fraction = torch.arange(1, count + 1, dtype=torch.float64) / count
+    if spacing == "quadratic":
+        fraction = fraction**2
+    if process.levels is None:
+        return fraction.clamp(min=process.t_min_sampling).tolist()
+    _require_points(process, count)
+    index = (fraction * process.levels).round()
+    step = torch.arange(1, count + 1, dtype=torch.float64)
+    return (((index - step).clamp(min=0.0).cummax(0).values + step) / process.levels).tolist()
+
+
+def to_the_smallest_time(process: Process, steps: int | None) -> list[float]:
+    """The times ``1 = t_0 > .. > t_S`` of a walk of S equal steps to the smallest time that samplers visit.
+
+    Raises:
+        UserError: for more steps than the grid has, whose points are the times on a grid.
+    """
+    end = process.t_min_sampling
+    if process.levels is None:
+        return torch.linspace(1.0, end, (steps or 1000) + 1, dtype=torch.float64).tolist()
+    count = steps or process.levels - 1
+    _require_points(process, count + 1)
+    return (torch.linspace(process.levels, 1, count + 1, dtype=torch.float64).round() / process.levels).tolist()
+
+
+def _require_points(process: Process, points: int) -> None:
+    assert process.levels is not None
+    if points > process.levels:
+        raise UserError(
+            f"steps: this walk visits {points} noise levels and the model has {process.levels}; ask for fewer steps"
+        )
+
+
+class Predictor(Sampler):
+    """A sampler that moves from one noise level to the next lower one, :class:`Move` by move.
+
+    Args:
+        steps: number of steps; null: every level of the model, or 1000 in continuous time.
+    """
+
+    def __init__(self, steps: int | None) -> None:
+        if steps is not None and steps < 1:
+            raise UserError(f"steps is {steps}; a sampler needs at least one, or null for every level of the model")
+        self.steps = steps
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse a model of one level, and more steps than the model has levels."""
+        if denoiser.process.levels == 1:
+            raise UserError(
+                "this model has one noise level: there is no way from noise to data through it; choose langevin"
+            )
+        self.plan(denoiser.process)
+
+    @abstractmethod
+    def plan(self, process: Process) -> list[Move]:
+        """The moves, in order."""
+
+
+def require_spacing(spacing: str) -> None:
+    """Refuse a word that no spacing has.
+
+    Raises:
+        UserError: with the words there are.
+    """
+    require_choice("", "spacing", spacing, get_args(Spacing))
 
 
 def at_time(x: Tensor, t: float) -> Tensor:

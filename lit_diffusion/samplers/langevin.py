@@ -18,9 +18,9 @@ from torch import Tensor
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.processes import Process
+from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import Sampler, at_time
+from lit_diffusion.samplers.base import Sampler, at_time, to_the_smallest_time
 
 Initial = Literal["uniform", "gaussian"]
 
@@ -33,8 +33,10 @@ class LangevinMove:
     eta: float
 
 
-def langevin_update(x: Tensor, score: Tensor, eta: float, z: Tensor) -> Tensor:
-    """``x + (eta/2) score + sqrt(eta) z``."""
+def langevin_update(x: Tensor, score: Tensor, eta: float | Tensor, z: Tensor) -> Tensor:
+    """``x + (eta/2) score + sqrt(eta) z``; eta one step for all rows or one for each, ``[B]``."""
+    if isinstance(eta, Tensor):
+        return x + expand_like(0.5 * eta, x) * score + expand_like(eta.sqrt(), x) * z
     return x + (0.5 * eta) * score + math.sqrt(eta) * z
 
 
@@ -158,8 +160,8 @@ class AnnealedLangevin(_LangevinSampler):
         denoise: end with one step of Tweedie's formula ``x + sigma_L^2 s`` (NCSNv2), which removes the last noise.
         initial: where chains start, ``uniform`` on ``uniform_range`` (both papers) or ``gaussian``, the prior.
         uniform_range: of a uniform start, in data units.
-        levels: how many levels to visit, evenly spaced in time; null: the process's own grid, which continuous time
-            does not have.
+        levels: how many levels to visit, evenly spaced in time and of the process's own grid where it has one; null:
+            that whole grid, which continuous time does not have.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class AnnealedLangevin(_LangevinSampler):
         """The levels' times, from noise to data."""
         if self.levels is None:
             return process.grid().flip(0)
-        return torch.linspace(1.0, process.t_min, self.levels, dtype=torch.float64)
+        return torch.tensor(to_the_smallest_time(process, self.levels - 1), dtype=torch.float64)
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse a step at which the chain diverges: it is the same fraction of sigma^2 at every level."""

@@ -1,0 +1,86 @@
+r"""Ancestral sampling: draw each state from the learned reverse chain.
+
+.. math::  x_s = c_0\, \hat x_0(x_t) + c_t x_t + \sqrt{v}\, z
+
+(Ho et al. 2020, algorithm 2; for variance-exploding processes Song et al. 2021, eq. 47.) On a subsequence of the levels
+the coefficients are those of the longer steps (Nichol and Dhariwal 2021, section 4).
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.processes import Process
+from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.reverse import ReverseVariance, require_variance, reverse_log_variance, reverse_mean
+from lit_diffusion.samplers.base import Move, Predictor, Spacing, at_time, require_spacing, subsequence
+
+Clip = tuple[float, float] | None
+
+
+def clipped(x0: Tensor, clip: Clip) -> Tensor:
+    """The predicted clean datum, kept in a range where one is given."""
+    return x0 if clip is None else x0.clamp(*clip)
+
+
+def require_range(clip: Clip) -> None:
+    """Refuse an empty range.
+
+    Raises:
+        UserError: saying so.
+    """
+    if clip is not None and not clip[0] < clip[1]:
+        raise UserError(f"clip_x0 is [{clip[0]:g}, {clip[1]:g}]; the first must be below the second, or null for none")
+
+
+class Ancestral(Predictor):
+    """Ancestral sampling of DDPM and of its counterpart for variance-exploding processes; the last step adds no noise.
+
+    Args:
+        steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
+        variance: of each step: ``beta``, that of the forward step; ``beta_tilde``, that of its posterior; ``learned``.
+        spacing: which levels a subsequence visits: ``uniform``, or ``quadratic`` with more of them near the data.
+        clip_x0: keep the predicted clean image in this range, usually the data's; null: leave it.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        variance: ReverseVariance = "beta",
+        spacing: Spacing = "uniform",
+        clip_x0: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(steps)
+        require_choice("", "variance", variance, get_args(ReverseVariance))
+        require_spacing(spacing)
+        require_range(clip_x0)
+        self.variance = variance
+        self.spacing = spacing
+        self.clip_x0 = clip_x0
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse a learned variance where none was learned, too."""
+        super().check(denoiser)
+        require_variance(self.variance, denoiser)
+
+    def plan(self, process: Process) -> list[Move]:
+        """From 1 down to 0."""
+        times = subsequence(process, self.steps, self.spacing)[::-1]
+        return [Move(t, s) for t, s in zip(times, [*times[1:], 0.0], strict=True)]
+
+    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+        """Draw from ``p(x_s | x_t)``; where s is 0 its mean."""
+        prediction = denoiser(x, at_time(x, move.t), cond)
+        s = at_time(x, move.s)
+        step = denoiser.process.transition(s, prediction.level.t)
+        x = reverse_mean(prediction, step, clipped(prediction.x0, self.clip_x0))
+        if move.s == 0.0:
+            return x
+        log_variance = reverse_log_variance(prediction, denoiser.process, step, s, self.variance)
+        return x + torch.exp(0.5 * log_variance).to(x.dtype) * noise.normal()

@@ -1,0 +1,115 @@
+r"""DDIM: the non-Markovian family whose members share DDPM's training (Song, Meng and Ermon 2021).
+
+.. math::  x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - v^2}\, \hat\epsilon + v z, \qquad
+           v = \eta \sqrt{\tilde\beta}
+
+(eqs. 12 and 16). ``eta = 0`` is deterministic, an Euler step of the probability-flow ODE in sigma / alpha, and can be
+walked backwards, from an image to its noise; ``eta = 1`` is DDPM's posterior.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.denoisers import Denoiser, Prediction
+from lit_diffusion.errors import UserError
+from lit_diffusion.processes import Process, expand_like
+from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.samplers.ancestral import clipped, require_range
+from lit_diffusion.samplers.base import (
+    CountedDenoiser,
+    Move,
+    OnStep,
+    Predictor,
+    Progress,
+    Spacing,
+    at_time,
+    require_spacing,
+    subsequence,
+)
+
+
+class DDIM(Predictor):
+    """DDIM on any subsequence of the levels.
+
+    Args:
+        steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
+        eta: 0 for the deterministic walk, 1 for DDPM's posterior, or in between.
+        spacing: which levels a subsequence visits: ``uniform``, or ``quadratic`` with more of them near the data (the
+            paper's for CIFAR-10).
+        clip_x0: keep the predicted clean image in this range, usually the data's; null: leave it, as the paper does.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = 50,
+        eta: float = 0.0,
+        spacing: Spacing = "uniform",
+        clip_x0: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(steps)
+        if not 0.0 <= eta <= 1.0:
+            raise UserError(f"DDIM's eta is {eta:g}; it lies between 0 (deterministic) and 1 (DDPM's posterior)")
+        require_spacing(spacing)
+        require_range(clip_x0)
+        self.eta = eta
+        self.spacing = spacing
+        self.clip_x0 = clip_x0
+
+    def plan(self, process: Process) -> list[Move]:
+        """From 1 down to 0."""
+        times = subsequence(process, self.steps, self.spacing)[::-1]
+        return [Move(t, s) for t, s in zip(times, [*times[1:], 0.0], strict=True)]
+
+    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+        """To ``x_s``."""
+        process = denoiser.process
+        prediction = denoiser(x, at_time(x, move.t), cond)
+        s = at_time(x, move.s)
+        if self.eta == 0.0 or move.s == 0.0:
+            return self._moved(prediction, process, s, s.new_zeros(()))
+        variance = self.eta**2 * process.transition(s, prediction.level.t).beta_tilde
+        return self._moved(prediction, process, s, variance) + expand_like(variance.sqrt(), x) * noise.normal()
+
+    def _moved(self, prediction: Prediction, process: Process, s: Tensor, variance: Tensor) -> Tensor:
+        """``alpha_s x0 + sqrt(sigma_s^2 - variance) eps``."""
+        x_t = prediction.x_t
+        direction = (process.sigma(s) ** 2 - variance).clamp(min=0.0).sqrt()
+        x0 = clipped(prediction.x0, self.clip_x0)
+        return expand_like(process.alpha(s), x_t) * x0 + expand_like(direction, x_t) * prediction.eps
+
+    @torch.no_grad()
+    def encode(
+        self, denoiser: Denoiser, x0: Tensor, cond: Condition | None = None, on_step: OnStep | None = None
+    ) -> Tensor:
+        """The noise from which the deterministic walk makes these images: ``[B, ...]`` like x0.
+
+        The walk's steps in reverse order, each with the prediction at its own start (Song, Meng and Ermon 2021, section
+        4.3); the first step, from a clean image, asks the network at the smallest level. ``sample(.., start=noise)`` is
+        the way back; the error of the round trip falls with the number of steps.
+
+        Raises:
+            UserError: where eta is not 0, and where the sampler does not fit the denoiser.
+        """
+        if self.eta != 0.0:
+            raise UserError(f"encoding needs the deterministic walk: set eta to 0 (it is {self.eta:g})")
+        self.check(denoiser)
+        counted = CountedDenoiser(denoiser)
+        process = denoiser.process
+        moves = self.plan(process)[::-1]
+        smallest = moves[0].t
+        x = x0
+        for done, move in enumerate(moves, start=1):
+            if move.s == 0.0:
+                x = expand_like(process.alpha(at_time(x, smallest)), x) * x
+            prediction = counted(x, at_time(x, max(move.s, smallest)), cond)
+            if move.s == 0.0:
+                x = x + expand_like(process.sigma(at_time(x, smallest)), x) * prediction.eps
+            else:
+                x = self._moved(prediction, process, at_time(x, move.t), prediction.level.t.new_zeros(()))
+            if on_step is not None:
+                on_step(Progress(done, len(moves), move.t, x))
+        self.evaluations = counted.evaluations
+        return x

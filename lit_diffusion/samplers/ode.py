@@ -1,0 +1,220 @@
+r"""The probability-flow ODE, whose solutions have the marginals of the SDE (Song et al. 2021, eq. 13).
+
+.. math::  \frac{dx}{dt} = f(t)\, x - \tfrac12 g(t)^2 s(x, t) = E[\alpha' x_0 + \sigma' \epsilon \mid x_t]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.errors import UserError
+from lit_diffusion.processes import Process
+from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.samplers.base import Move, OnStep, Progress, Sampler, at_time
+from lit_diffusion.samplers.sde import ToTheSmallestTime
+
+TIGHT = 1e-5
+"""Up to this tolerance samples made in different batches agree to a grey level."""
+
+
+class Euler(ToTheSmallestTime):
+    """Euler's method on the probability-flow ODE, order 1: ``x_s = x_t - (t - s) v(x_t, t)``.
+
+    Args:
+        steps: number of steps; null: every level of the model, or 1000 in continuous time.
+        denoise: end with the posterior mean at the smallest time, one more evaluation.
+    """
+
+    def __init__(self, steps: int | None = None, denoise: bool = False) -> None:
+        super().__init__(steps, denoise)
+
+    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+        """From t to s."""
+        return x + (move.s - move.t) * denoiser(x, at_time(x, move.t), cond).velocity
+
+
+class Heun(ToTheSmallestTime):
+    """Heun's method on the probability-flow ODE, order 2: the mean of the velocities at both ends of an Euler step.
+
+    Args:
+        steps: number of steps of two evaluations each; null: every level of the model, or 1000 in continuous time.
+        denoise: end with the posterior mean at the smallest time, one more evaluation.
+    """
+
+    def __init__(self, steps: int | None = None, denoise: bool = False) -> None:
+        super().__init__(steps, denoise)
+
+    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+        """From t to s."""
+        first = denoiser(x, at_time(x, move.t), cond).velocity
+        second = denoiser(x + (move.s - move.t) * first, at_time(x, move.s), cond).velocity
+        return x + (0.5 * (move.s - move.t)) * (first + second)
+
+
+def largest_row_norm(x: Tensor) -> Tensor:
+    """The largest root mean square of a row: with it a batch is solved as precisely as its hardest sample asks for."""
+    return x.flatten(1).square().mean(1).max().sqrt()
+
+
+def integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    begin: float,
+    end: float,
+    rtol: float,
+    atol: float,
+    on_accept: Callable[[float, Tensor], None] | None = None,
+    norm: Callable[[Tensor], Tensor] = largest_row_norm,
+) -> Tensor:
+    """The solution of ``dx/dt = velocity(t, x)`` at ``end``, by Dormand and Prince's method of order 5.
+
+    Args:
+        velocity: of the time (a scalar tensor) and the state.
+        x: the state at ``begin``, ``[B, ...]`` in float64.
+        begin: time.
+        end: time, before or after ``begin``.
+        rtol: relative tolerance of a step.
+        atol: absolute tolerance of a step.
+        on_accept: called with the time and the state at the beginning of every accepted step.
+        norm: of a step's error in units of its tolerance.
+
+    Raises:
+        UserError: if the solver's step vanishes: the model's output is not finite, or the problem too stiff.
+    """
+    from torchdiffeq import odeint
+
+    class Field(torch.nn.Module):
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            # The solver's first guess of a step may lie beyond the end, where the process need not be defined.
+            return velocity(t.clamp(min(begin, end), max(begin, end)), y)
+
+        def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+            if on_accept is not None:
+                on_accept(float(t0), y0)
+
+    times = torch.tensor([begin, end], dtype=torch.float64, device=x.device)
+    # It must step onto the end; otherwise it steps past it and interpolates.
+    options = {"norm": norm, "step_t": times[1:]}
+    try:
+        return odeint(Field(), x, times, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+    except AssertionError as error:
+        raise UserError(
+            f"the ODE solver gave up ({error}): the model's output is not finite, or the tolerances rtol {rtol:g} and "
+            f"atol {atol:g} are too tight for it; loosen them or use other weights"
+        ) from error
+
+
+def require_tolerances(rtol: float, atol: float) -> None:
+    """Refuse tolerances that are not positive.
+
+    Raises:
+        UserError: naming them.
+    """
+    if not (rtol > 0.0 and atol > 0.0):
+        raise UserError(f"rtol {rtol:g} and atol {atol:g} must be positive; 1e-5 is usual")
+
+
+def refuse_grid_only(denoiser: Denoiser, what: str) -> None:
+    """Refuse a network that knows no time between its levels.
+
+    Raises:
+        UserError: with what to choose instead.
+    """
+    if denoiser.process.levels == 1:
+        raise UserError(f"{what} needs a way from noise to data, and this model has one noise level; choose langevin")
+    if denoiser.on_grid_only:
+        raise UserError(
+            f"{what} asks the network at times between its {denoiser.process.levels} levels, of which it knows none "
+            f"(conditional_instance normalisation); choose a sampler that walks on the levels, e.g. ancestral or euler"
+        )
+
+
+class ProbabilityFlow(Sampler):
+    """The probability-flow ODE by Dormand and Prince's adaptive method (torchdiffeq), in float64.
+
+    A batch takes the steps that its hardest sample needs, so a sample depends on its company within the tolerance: not by
+    a grey level at 1e-5 or tighter.
+
+    Args:
+        rtol: relative tolerance of a step.
+        atol: absolute tolerance of a step.
+        denoise: end with the posterior mean at the smallest time, one more evaluation.
+        t_end: where to stop; null: the smallest sampling time of the process.
+    """
+
+    def __init__(
+        self, rtol: float = 1e-5, atol: float = 1e-5, denoise: bool = False, t_end: float | None = None
+    ) -> None:
+        require_tolerances(rtol, atol)
+        if t_end is not None and not 0.0 < t_end < 1.0:
+            raise UserError(f"t_end is {t_end:g}; it lies between 0 and 1")
+        self.rtol = rtol
+        self.atol = atol
+        self.denoise = denoise
+        self.t_end = t_end
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse a network that knows no time between its levels."""
+        refuse_grid_only(denoiser, "an adaptive solver")
+
+    def caveat(self) -> str | None:
+        """A loose tolerance lets samples depend on the batch that they were made in."""
+        if max(self.rtol, self.atol) <= TIGHT:
+            return None
+        return f"tolerances above {TIGHT:g}: samples may depend on their batch by more than a grey level"
+
+    def plan(self, process: Process) -> list[Move]:
+        """One move: the solver chooses the steps inside it."""
+        return [Move(1.0, process.t_min_sampling if self.t_end is None else self.t_end)]
+
+    def length(self, process: Process) -> int:
+        """Percent of the way."""
+        return 100
+
+    def walk(
+        self, denoiser: Denoiser, x: Tensor, noise: SampleNoise, cond: Condition | None, on_step: OnStep | None
+    ) -> Tensor:
+        """Solve, reporting whenever another percent of the way is done."""
+        (move,) = self.plan(denoiser.process)
+        reported = 0
+
+        def report(t: float, state: Tensor) -> None:
+            nonlocal reported
+            percent = min(100, int(100.0 * (move.t - t) / (move.t - move.s)))
+            if on_step is not None and percent > reported:
+                reported = percent
+                on_step(Progress(percent, 100, t, state))
+
+        x = self._solve(denoiser, x, move, cond, report)
+        if on_step is not None and reported < 100:
+            on_step(Progress(100, 100, move.s, x))
+        return x
+
+    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+        """The whole way from t to s."""
+        return self._solve(denoiser, x, move, cond, None)
+
+    def _solve(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        move: Move,
+        cond: Condition | None,
+        on_accept: Callable[[float, Tensor], None] | None,
+    ) -> Tensor:
+        def velocity(t: Tensor, state: Tensor) -> Tensor:
+            return denoiser(state, at_time(state, float(t)), cond).velocity
+
+        dtype = x.dtype
+        return integrate(velocity, x.double(), move.t, move.s, self.rtol, self.atol, on_accept).to(dtype)
+
+    def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
+        """The posterior mean, when ``denoise``."""
+        if not self.denoise:
+            return x
+        return denoiser(x, at_time(x, self.plan(denoiser.process)[0].s), cond).x0
