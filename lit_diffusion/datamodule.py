@@ -117,7 +117,8 @@ class DataModule(pl.LightningDataModule):
         held_out_fraction: of ``source`` kept for validation and test when ``held_out`` is null; the same images for
             every seed.
         flip: mirror half of the training images left to right.
-        dequantise: add uniform noise of one grey level, so that values fill the range.
+        dequantise: train on grey levels with uniform noise of one level, so that values fill the range; held-out images
+            have each level's middle value.
         micro_batch_size: the most images of one forward and backward pass in a process, the rest is accumulated; null:
             the process's whole share.
         num_workers: processes that load images, per training process; the order is the same for any number.
@@ -175,6 +176,7 @@ class DataModule(pl.LightningDataModule):
             levels=source.levels,
             value_range=None if source.levels is None else (float(value_range[0]), float(value_range[1])),
             num_classes=source.num_classes,
+            dequantised=dequantise and source.levels is not None,
         )
         if held_out is not None:
             self.train_indices = torch.arange(len(source))
@@ -277,18 +279,23 @@ class DataModule(pl.LightningDataModule):
     def normalise(self, value: Tensor, dequantise_index: Tensor | None = None) -> Tensor:
         """Grey levels to the value range, float32; points as they are.
 
+        ``v / (levels - 1)`` of the range; for a model of dequantised data ``(v + u) / levels``, where u is 1/2, the centre
+        of the level's bin.
+
         Args:
             value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
-            dequantise_index: with it ``(v + u) / levels``, u uniform and keyed by it; without ``v / (levels - 1)``.
+            dequantise_index: with it u is uniform, keyed by it.
         """
         if self.facts.levels is None or self.facts.value_range is None:
             return value.to(torch.float32)
         low, high = self.facts.value_range
-        if dequantise_index is None:
+        if not self.facts.dequantised:
             unit = value.to(torch.float32) / (self.facts.levels - 1)
         else:
-            uniform = keyed_uniform(self.seed, "dequantise", dequantise_index, tuple(value.shape[1:]))
-            unit = (value.to(torch.float32) + uniform) / self.facts.levels
+            u: Tensor | float = 0.5
+            if dequantise_index is not None:
+                u = keyed_uniform(self.seed, "dequantise", dequantise_index, tuple(value.shape[1:]))
+            unit = (value.to(torch.float32) + u) / self.facts.levels
         return low + (high - low) * unit
 
     def _check(self, value: Tensor) -> None:

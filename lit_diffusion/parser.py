@@ -52,9 +52,18 @@ def _families() -> dict[str, type]:
     from lit_diffusion.backbones.base import Backbone
     from lit_diffusion.data.source import Source
     from lit_diffusion.methods.base import Method
-    from lit_diffusion.samplers.base import Sampler
+    from lit_diffusion.processes import Process
+    from lit_diffusion.samplers.base import Predictor, Sampler
 
-    return {"model": Method, "backbone": Backbone, "sampler": Sampler, "source": Source, "held_out": Source}
+    return {
+        "model": Method,
+        "backbone": Backbone,
+        "process": Process,
+        "sampler": Sampler,
+        "predictor": Predictor,
+        "source": Source,
+        "held_out": Source,
+    }
 
 
 def _choices(base: type) -> list[str]:

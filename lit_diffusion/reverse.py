@@ -10,12 +10,12 @@ those of :class:`~lit_diffusion.processes.Transition`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lit_diffusion.data.facts import GreyLevels
 from lit_diffusion.denoisers import Denoiser, Prediction
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import LOG_2PI, Process, Transition, expand_like
@@ -95,21 +95,6 @@ def discretised_log_prob(x: Tensor, mean: Tensor, log_variance: Tensor, bin_widt
     upper, lower = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     return log_upper + torch.log(-torch.expm1((log_lower - log_upper).clamp(max=-1e-300)))
-
-
-@dataclass(frozen=True)
-class GreyLevels:
-    """Where the grey levels of normalised images lie.
-
-    Attributes:
-        low: value of the lowest level.
-        high: value of the highest.
-        width: distance of two neighbouring ones.
-    """
-
-    low: float
-    high: float
-    width: float
 
 
 def bound_term(

@@ -34,13 +34,14 @@ def generate_in_batches(
     sampler.check(method.denoiser)
     batch_size = min(batch_size, count)
     starts = range(0, count, batch_size)
-    total = len(sampler.plan(method.denoiser.process)) * len(starts)
-    with tqdm(total=total, unit=" steps", desc=f"sampling {count}", disable=not show_progress) as bar:
+    length = sampler.length(method.denoiser.process)
+    with tqdm(total=length * len(starts), unit=" steps", desc=f"sampling {count}", disable=not show_progress) as bar:
 
         def on_step(progress: Progress) -> None:
-            bar.update(1)
+            bar.update(begun + progress.step - bar.n)
 
-        for start in starts:
+        for number, start in enumerate(starts):
+            begun = number * length
             indices = torch.arange(start, start + batch_size)
             cond = method.condition(indices, label)
             x = method.generate(indices, seed, cond, sampler, on_step)[: count - start].cpu()

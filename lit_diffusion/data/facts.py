@@ -7,6 +7,21 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class GreyLevels:
+    """Where the grey levels of normalised images lie.
+
+    Attributes:
+        low: value of the lowest level.
+        high: value of the highest.
+        width: distance of two neighbouring ones.
+    """
+
+    low: float
+    high: float
+    width: float
+
+
+@dataclass(frozen=True)
 class DataFacts:
     """Facts of a data set, kept in every checkpoint.
 
@@ -16,6 +31,8 @@ class DataFacts:
         levels: grey levels of an image, None for points.
         value_range: what black and white are normalised to, None for points.
         num_classes: of the labels, None where there are none.
+        dequantised: whether a model of them is trained on grey levels with uniform noise, see
+            :meth:`~lit_diffusion.datamodule.DataModule.normalise`.
     """
 
     source: str
@@ -23,6 +40,18 @@ class DataFacts:
     levels: int | None
     value_range: tuple[float, float] | None
     num_classes: int | None
+    dequantised: bool = False
+
+    @property
+    def grey_levels(self) -> GreyLevels | None:
+        """Where the grey levels lie in the value range, None for points."""
+        if self.levels is None or self.value_range is None:
+            return None
+        low, high = self.value_range
+        if self.dequantised:
+            width = (high - low) / self.levels
+            return GreyLevels(low + 0.5 * width, high - 0.5 * width, width)
+        return GreyLevels(low, high, (high - low) / (self.levels - 1))
 
     @property
     def is_image(self) -> bool:
@@ -43,4 +72,5 @@ class DataFacts:
             levels=values["levels"],
             value_range=None if low_high is None else (low_high[0], low_high[1]),
             num_classes=values["num_classes"],
+            dequantised=values.get("dequantised", False),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -71,6 +71,9 @@ class Method(pl.LightningModule):
         """Whether the last training step changed the weights (False when its gradient was not finite)."""
         self.last_loss = torch.zeros(())
         self.last_gradient_norm = torch.zeros(())
+        self.last_times = torch.zeros(0, dtype=torch.float64)
+        self.last_losses = torch.zeros(0)
+        """The losses of this process's images in the last step, and the times of their noise."""
         self.skipped_steps = 0
         self._non_finite_in_a_row = 0
         self._configured: list[dict[str, Any]] = []
@@ -210,8 +213,24 @@ class Method(pl.LightningModule):
         # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
         torch.manual_seed(stream_key(self.seed, f"dropout/{self.global_rank}/{self.clock.images}") >> 1)
         parts = batch.split(self._datamodule.micro_batch_size)
-        rows = len(batch)
-        self.optimise((self.loss(part, self.seed).per_sample.sum() / rows for part in parts), len(parts))
+        made: list[DenoisingLoss] = []
+
+        def losses() -> Iterator[Tensor]:
+            for part in parts:
+                loss = self.loss(part, self.seed)
+                made.append(DenoisingLoss(loss.per_sample.detach(), loss.t, loss.at_level))
+                yield loss.per_sample.sum() / len(batch)
+
+        self.optimise(losses(), len(parts))
+        self.last_times = torch.cat([loss.t for loss in made])
+        self.last_losses = torch.cat([loss.at_level for loss in made])
+        if self.stepped:
+            # Processes hold consecutive rows of the global batch: put together they are in its order.
+            t, loss = self.all_gather((self.last_times, self.last_losses))
+            self.after_step(t.flatten(), loss.flatten())
+
+    def after_step(self, t: Tensor, loss: Tensor) -> None:  # noqa: B027 (most methods learn nothing from it)
+        """What a method learns from the losses at times ``t`` of a step over all processes, in the batch's order."""
 
     def optimise(self, losses: Iterable[Tensor], count: int) -> None:
         """The one way from losses to weights: accumulate, check, clip, step, tick.

@@ -1,5 +1,6 @@
 """What training minimises."""
 
 from lit_diffusion.objectives.denoising import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives.diffusion import DiffusionObjective, SecondMoments
 
-__all__ = ["DenoisingLoss", "DenoisingScoreMatching"]
+__all__ = ["DenoisingLoss", "DenoisingScoreMatching", "DiffusionObjective", "SecondMoments"]

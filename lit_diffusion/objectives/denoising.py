@@ -23,7 +23,7 @@ from lit_diffusion.errors import require_choice
 from lit_diffusion.processes import Level, Process
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
 
-TimeLaw = Literal["levels", "uniform"]
+TimeLaw = Literal["levels", "uniform", "importance"]
 Weight = Literal["sigma2", "one", "g2"]
 Reduction = Literal["half_sum", "mean"]
 
@@ -37,8 +37,38 @@ def _uniform(u: Tensor, process: Process) -> Tensor:
     return process.t_min + (1.0 - process.t_min) * u.to(torch.float64)
 
 
-TIME_LAWS: dict[str, Callable[[Tensor, Process], Tensor]] = {"levels": _levels, "uniform": _uniform}
-"""Times ``[B]`` from uniform numbers ``[B]``: ``levels`` picks a grid point, ``uniform`` any time from t_min to 1."""
+def _log_snr_ends(process: Process, device: torch.device) -> tuple[Tensor, Tensor]:
+    ends = process.log_snr(torch.tensor([process.t_min, 1.0], dtype=torch.float64, device=device))
+    return ends[0], ends[1]
+
+
+def _importance(u: Tensor, process: Process) -> Tensor:
+    start, end = _log_snr_ends(process, u.device)
+    return process.t_at_log_snr(start + (end - start) * u.to(torch.float64)).clamp(process.t_min, 1.0)
+
+
+TIME_LAWS: dict[str, Callable[[Tensor, Process], Tensor]] = {
+    "levels": _levels,
+    "uniform": _uniform,
+    "importance": _importance,
+}
+"""Times ``[B]`` from uniform numbers ``[B]``: ``levels`` picks a grid point, ``uniform`` any time from t_min to 1,
+``importance`` has the density ``p(t) ~ g^2 / sigma^2``, under which the likelihood weighting has the least variance (Song
+et al. 2021, "Maximum likelihood training", section 4.2). As ``g^2 / sigma^2 = -d log SNR / dt`` for every linear SDE, it is
+uniform in the log-SNR, and the inverse of its distribution function is the process's own ``t_at_log_snr``."""
+
+
+def _importance_density(t: Tensor, process: Process) -> Tensor:
+    start, end = _log_snr_ends(process, t.device)
+    return (1.0 - process.t_min) * (process.diffusion(t) / process.sigma(t)) ** 2 / (start - end)
+
+
+RELATIVE_DENSITIES: dict[str, Callable[[Tensor, Process], Tensor] | None] = {
+    "levels": None,
+    "uniform": None,
+    "importance": _importance_density,
+}
+"""The density of a law of t over that of the law whose expectation the loss is; None where it is that law itself."""
 
 WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
     "sigma2": lambda process, level: level.sigma**2,
@@ -46,7 +76,8 @@ WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
     "g2": lambda process, level: process.diffusion(level.t) ** 2,
 }
 """``lambda(t)``: ``sigma2`` makes all levels weigh alike (NCSN, DDPM's simple loss), ``one`` is plain score matching,
-``g2`` the likelihood weighting (Song et al. 2021, "Maximum likelihood training")."""
+``g2`` the likelihood weighting, with ``half_sum`` an upper bound of the negative log-likelihood in nats up to a constant
+(Song et al. 2021, "Maximum likelihood training", theorem 1)."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +87,13 @@ class DenoisingLoss:
     Attributes:
         per_sample: ``[B]``, float32, to be averaged over the global batch.
         t: the times drawn, float64 ``[B]``.
+        at_level: what to show as the loss at each image's own level, ``[B]``: ``per_sample`` without the factor that
+            makes up for an uneven law of t.
     """
 
     per_sample: Tensor
     t: Tensor
+    at_level: Tensor
 
 
 class DenoisingScoreMatching:
@@ -89,15 +123,20 @@ class DenoisingScoreMatching:
         """The loss of the images that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it."""
         t = TIME_LAWS[self.time_law](keyed_uniform(seed, "time", index), denoiser.process)
         eps = keyed_normal(seed, "noise", index, tuple(x0.shape[1:]), dtype=x0.dtype)
-        return self.at(denoiser, x0, t, eps, cond)
+        loss = self.at(denoiser, x0, t, eps, cond)
+        density = RELATIVE_DENSITIES[self.time_law]
+        if density is None:
+            return loss
+        return DenoisingLoss(loss.per_sample / density(t, denoiser.process).to(x0.dtype), t, loss.at_level)
 
     def at(
         self, denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, cond: Condition | None = None
     ) -> DenoisingLoss:
-        """The loss at given times ``[B]`` and noise."""
+        """The loss at given times ``[B]`` and noise, whatever the law of t."""
         prediction = denoiser(denoiser.process.perturb(x0, t, eps), t, cond)
         level = prediction.level
         error = (prediction.eps - eps).flatten(1).square()
         per_sample = 0.5 * error.sum(1) if self.reduction == "half_sum" else error.mean(1)
         weight = WEIGHTS[self.weight](denoiser.process, level) / level.sigma**2
-        return DenoisingLoss(per_sample * weight.to(per_sample.dtype), t)
+        weighted = per_sample * weight.to(per_sample.dtype)
+        return DenoisingLoss(weighted, t, weighted.detach())

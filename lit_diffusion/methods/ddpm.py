@@ -1,0 +1,95 @@
+r"""Denoising diffusion probabilistic models (Ho, Jain and Abbeel 2020), with the improvements of Nichol and Dhariwal 2021.
+
+.. math::  x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
+           \bar\alpha_t = \prod_{s \le t} (1 - \beta_s)
+
+(eq. 4). The network learns to predict the noise (eq. 14), or whatever ``parametrization`` says, and samples are drawn from
+the reverse chain (algorithm 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.denoisers import NetworkDenoiser, NoiseInput, Parametrization
+from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.methods.base import Method
+from lit_diffusion.objectives import DenoisingLoss, DiffusionObjective
+from lit_diffusion.objectives.diffusion import LevelLaw, LossName
+from lit_diffusion.processes import Betas, cosine_betas, linear_betas
+from lit_diffusion.reverse import ReverseVariance
+from lit_diffusion.samplers import Ancestral, Sampler
+
+Schedule = Literal["linear", "cosine"]
+
+
+class DDPM(Method):
+    """DDPM: a network that predicts the noise at any of T levels, sampled by ancestral sampling.
+
+    Args:
+        backbone: the network; a learned variance doubles its ``out_channels``, which the command line does by itself.
+        levels: T, the number of noise levels.
+        schedule: of the betas: ``linear`` from beta_1 to beta_T (DDPM) or ``cosine`` (Nichol and Dhariwal 2021, eq. 17).
+        beta_1: the first beta of the linear schedule.
+        beta_T: the last; with other than 1000 levels scale both by 1000 / levels.
+        parametrization: what the network's output is: ``eps`` (the paper), ``x0``, ``mean`` of the reverse step, ``v``, ...
+        noise_input: what it is told of the level: ``index``, t - 1, or another.
+        variance: of the reverse steps: ``beta``, ``beta_tilde`` (both the paper's), or ``learned`` between them in log space.
+        loss: ``simple`` (L_simple), ``bound`` (the variational bound in bits per dimension: with a fixed variance the
+            paper's weighted L) or ``hybrid`` (both; the bound trains the variance alone).
+        time_law: ``levels`` draws all levels alike, ``second_moment`` those with the larger losses more often.
+        sampler: default sampler, null for ancestral sampling on all levels with this variance.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        levels: int = 1000,
+        schedule: Schedule = "linear",
+        beta_1: float = 1e-4,
+        beta_T: float = 0.02,
+        parametrization: Parametrization = "eps",
+        noise_input: NoiseInput = "index",
+        variance: ReverseVariance = "beta",
+        loss: LossName = "simple",
+        time_law: LevelLaw = "levels",
+        sampler: Sampler | None = None,
+        **training: Any,
+    ) -> None:
+        require_choice("", "schedule", schedule, get_args(Schedule))
+        if levels < 2:
+            raise UserError(f"levels is {levels}; a diffusion needs at least 2 noise levels, the paper's has 1000")
+        betas = linear_betas(levels, beta_1, beta_T) if schedule == "linear" else cosine_betas(levels)
+        objective = DiffusionObjective(levels, loss, variance, time_law)
+        super().__init__(
+            NetworkDenoiser(
+                backbone, Betas(betas), parametrization, noise_input, learned_variance=variance == "learned"
+            ),
+            sampler or Ancestral(variance=variance),
+            **training,
+        )
+        self.objective = objective
+
+    @classmethod
+    def resolve_auto(cls, init_args: dict[str, Any], data: DataModule, say: Callable[[str], None]) -> dict[str, Any]:
+        """The output channels of a learned variance, too."""
+        found = super().resolve_auto(init_args, data, say)
+        backbone = (init_args.get("backbone") or {}).get("init_args", {})
+        if init_args.get("variance") == "learned" and "out_channels" in backbone and backbone["out_channels"] is None:
+            found["backbone.init_args.out_channels"] = 2 * data.facts.shape[0]
+        return found
+
+    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+        """The chosen loss of each image at a level of its own."""
+        facts = self.require_facts()
+        return self.objective(self.denoiser, batch.x, seed, batch.index, facts.grey_levels, batch.cond)
+
+    def after_step(self, t: Tensor, loss: Tensor) -> None:
+        """Let the law of the levels learn from the losses of the step that was made."""
+        self.objective.remember(t, loss)

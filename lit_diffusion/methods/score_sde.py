@@ -1,0 +1,66 @@
+r"""Score-based generative modelling through stochastic differential equations (Song et al. 2021).
+
+.. math::  L = E_t\, \lambda(t)\, \tfrac12 E \Big\| s_\theta(\alpha(t) x_0 + \sigma(t) \epsilon, t)
+           + \frac{\epsilon}{\sigma(t)} \Big\|^2
+
+(eq. 7) in continuous time, for the variance-exploding, variance-preserving and sub-variance-preserving SDEs; with
+``weight: g2`` the likelihood weighting of Song, Durkan, Murray and Ermon 2021.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.datamodule import Batch
+from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
+from lit_diffusion.methods.base import Method
+from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives.denoising import Reduction, TimeLaw, Weight
+from lit_diffusion.processes import Process
+from lit_diffusion.samplers import PredictorCorrector, Sampler
+
+
+class ScoreSDE(Method):
+    """Score-SDE: one network for all times, sampled by predictor-corrector, any SDE or ODE walk.
+
+    Args:
+        backbone: the network.
+        process: ``VE``, ``VP`` or ``SubVP`` and its constants; its ``t_min`` is the smallest time of training.
+        parametrization: what the network's output is: ``score`` (sigma times the score), ``eps`` (its negative), ...
+        noise_input: what it is told of the time: ``log_sigma`` (the paper's for VE, with Fourier features), ``time_999``
+            (its own for VP and sub-VP, with positional ones), ``time``, ...
+        input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
+        sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
+        time_law: of the training times: ``uniform`` from t_min to 1, or ``importance``, of density g^2/sigma^2 and made up
+            for by a weight: the same expected loss, with less variance where the weight is ``g2``.
+        weight: ``sigma2`` makes all times weigh alike, ``g2`` is the likelihood weighting.
+        reduction: over the dimensions of an image: ``half_sum`` (the paper's) or ``mean``.
+        sampler: default sampler, null for reverse diffusion with a Langevin corrector, 1000 steps each.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        process: Process,
+        parametrization: Parametrization = "score",
+        noise_input: NoiseInput = "log_sigma",
+        input_scale: InputScale = "none",
+        sigma_data: float = 0.5,
+        time_law: TimeLaw = "uniform",
+        weight: Weight = "sigma2",
+        reduction: Reduction = "half_sum",
+        sampler: Sampler | None = None,
+        **training: Any,
+    ) -> None:
+        super().__init__(
+            NetworkDenoiser(backbone, process, parametrization, noise_input, input_scale, sigma_data),
+            sampler or PredictorCorrector(),
+            **training,
+        )
+        self.objective = DenoisingScoreMatching(time_law, weight, reduction)
+
+    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+        """``lambda/2 |s + eps/sigma|^2`` of each image at a time of its own."""
+        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)
