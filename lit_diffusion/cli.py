@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffusion.data
 import lit_diffusion.methods  # noqa: F401 (short class names in YAML resolve once their modules are imported)
-from lit_diffusion.callbacks import EMA, Checkpoint, ProgressBar, Samples, Telemetry
+from lit_diffusion.callbacks import EMA, Checkpoint, Evaluation, NoiseLevels, ProgressBar, Samples, Telemetry
 from lit_diffusion.checkpoints import build_method, checkpoint_config, read_checkpoint, require_fitting_weights
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
@@ -92,6 +92,8 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Telemetry, "telemetry")
+        parser.add_lightning_class_args(NoiseLevels, "noise_levels")
+        parser.add_lightning_class_args(Evaluation, "eval")
         parser.add_class_arguments(Dashboard, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

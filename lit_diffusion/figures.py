@@ -1,7 +1,8 @@
-"""Figures of points in the plane: scatter plots, score fields. Matplotlib without a display, imported when used."""
+"""Figures: scatter plots, score fields, lines, bars. Matplotlib without a display, imported when used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,43 @@ def field_panel(axes: Any, grid: np.ndarray, vectors: np.ndarray, shade: np.ndar
     axes.quiver(grid[thin], grid[thin], vectors[thin, thin, 0], vectors[thin, thin, 1], width=0.004, color="0.2")
     axes.set_title(title, fontsize=9)
     axes.set_aspect("equal")
+
+
+def lines_panel(
+    axes: Any,
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> None:
+    """Named lines over common positions, with a mark at each."""
+    for name, y in lines.items():
+        axes.plot(x, y, marker="o", markersize=3, label=name)
+    if log_x:
+        axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
+
+
+def bars_panel(
+    axes: Any, labels: Sequence[str], heights: Sequence[float], x_label: str, y_label: str, title: str
+) -> None:
+    """A bar for each label."""
+    positions = range(len(labels))
+    axes.bar(positions, heights)
+    axes.set_xticks(positions, labels, rotation=90, fontsize=7)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=9)
 
 
 def scatter(points: np.ndarray, path: Path, title: str) -> None:

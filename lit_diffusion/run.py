@@ -174,6 +174,8 @@ class RunLogger(Logger):
         self.dashboard = dashboard
         self.clock = Clock()
         self.continues = continues
+        self.weights = "raw"
+        """What the model has at the moment; whoever gives it an average for a while says so here."""
         self._wanted = run_dir
         self._run_dir: Path | None = None
         self._run_id: str | None = None
@@ -207,8 +209,9 @@ class RunLogger(Logger):
         """Nothing: config.yaml has them all."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """What modules log through Lightning: measured with the raw weights, since averages are applied explicitly."""
-        self.record("metrics", {**{key: value for key, value in metrics.items() if key != "epoch"}, "weights": "raw"})
+        """What modules log through Lightning, with the weights that it was measured with."""
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        self.record("metrics", {**values, "weights": self.weights})
 
     def finalize(self, status: str) -> None:
         """The last event of a fit, validate, test or predict, and the dashboard's end."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.callbacks.ema import averages_of
+from lit_diffusion.callbacks.noise_levels import known_mixture, score_error
 from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
-from lit_diffusion.data import GaussianMixturePoints
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.figures import field_panel, new_figure, points_panel, render
@@ -31,19 +31,10 @@ def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
     Raises:
         UserError: if it is not a known mixture in the plane.
     """
-    source = getattr(getattr(trainer, "datamodule", None), "source", None)
-    if not isinstance(source, GaussianMixturePoints) or source.means.shape[1] != 2:
+    mixture = known_mixture(trainer)
+    if mixture is None or mixture.dimension != 2:
         raise UserError("this figure compares with the true score: it needs data.source GaussianMixturePoints in 2-D")
-    covariance = source.std**2 * torch.eye(2, dtype=torch.float64)
-    return GaussianMixture(source.weights, source.means, covariance.expand(len(source.means), 2, 2))
-
-
-def score_error(denoiser: Denoiser, exact: ExactDenoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of the estimated from the true score at each row, and the true one's squared norm: ``[B]``."""
-    with torch.no_grad():
-        truth = exact(x, t).score
-        estimate = denoiser(x, t).score
-    return (estimate - truth).square().sum(1), truth.square().sum(1)
+    return mixture
 
 
 class _AtEnd(pl.Callback, ABC):

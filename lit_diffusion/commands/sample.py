@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ def _parser() -> Parser:
 def _sampler_help() -> str:
     lines = ["", "samplers (--sampler NAME, or a class path; --sampler.KEY VALUE; default: the method's own):"]
     for name, sampler in SAMPLERS.items():
-        keys = ", ".join(f"{key}={p.default}" for key, p in inspect.signature(sampler).parameters.items())
+        defaults = {key: p.default for key, p in inspect.signature(sampler).parameters.items()}
+        keys = ", ".join(f"{key}={'null' if value is None else value}" for key, value in defaults.items())
         lines.append(f"  {name}: {keys}")
     return "\n".join(lines)
 
@@ -84,7 +86,7 @@ def split_sampler_arguments(arguments: Sequence[str]) -> tuple[list[str], str | 
         if option == "--sampler":
             name = value
         else:
-            keys[option.removeprefix("--sampler.").removeprefix("init_args.")] = value
+            keys[option.removeprefix("--sampler.").replace("init_args.", "")] = value
     return others, name, keys
 
 
@@ -96,32 +98,33 @@ def choose_sampler(default: Sampler, name: str | None, keys: dict[str, str]) -> 
     Raises:
         UserError: for an unknown name or key, or a value that does not fit.
     """
-    if name is None:
-        class_path = f"{type(default).__module__}.{type(default).__qualname__}"
-    elif name in SAMPLERS:
-        class_path = f"{SAMPLERS[name].__module__}.{SAMPLERS[name].__qualname__}"
-    elif "." in name:
-        class_path = name
-    else:
-        raise UserError(f"there is no sampler {name!r}; choose one of {', '.join(SAMPLERS)}, or give a class path")
+    own = described(default)
+    class_path = own["class_path"] if name is None else _class_path(name)
+    start = own if class_path == own["class_path"] else {"class_path": class_path}
     parser = Parser()
     parser.add_subclass_arguments(Sampler, "sampler")
-    init_args: dict[str, Any] = {}
-    if class_path == f"{type(default).__module__}.{type(default).__qualname__}":
-        init_args = {key: getattr(default, key) for key in inspect.signature(type(default)).parameters}
-    given = [f"--sampler={class_path}", *(f"--sampler.{key}={_as_yaml(value)}" for key, value in init_args.items())]
-    config = parser.parse_args([*given, *(f"--sampler.{key}={value}" for key, value in keys.items())])
+    # A sampler inside a sampler may be named as briefly as the one around it.
+    given = {key: _class_path(value) if value in SAMPLERS else value for key, value in keys.items()}
+    config = parser.parse_args([f"--sampler={json.dumps(start)}", *(f"--sampler.{k}={v}" for k, v in given.items())])
     with users_own_errors():
         chosen = parser.instantiate(config).sampler
     assert isinstance(chosen, Sampler)
     return chosen
 
 
-def _as_yaml(value: Any) -> str:
-    import yaml
+def described(sampler: Sampler) -> dict[str, Any]:
+    """A sampler as its class path and arguments, which it keeps as attributes of the same names."""
+    arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
+    plain = {key: described(value) if isinstance(value, Sampler) else value for key, value in arguments.items()}
+    return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
 
-    plain = list(value) if isinstance(value, tuple) else value
-    return str(yaml.safe_dump(plain, default_flow_style=True)).removesuffix("...\n").strip()
+
+def _class_path(name: str) -> str:
+    if name in SAMPLERS:
+        return f"{SAMPLERS[name].__module__}.{SAMPLERS[name].__qualname__}"
+    if "." in name:
+        return name
+    raise UserError(f"there is no sampler {name!r}; choose one of {', '.join(SAMPLERS)}, or give a class path")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -155,6 +158,8 @@ def main(arguments: Sequence[str]) -> None:
     else:
         write_points(torch.cat(list(batches)).numpy(), out, facts)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")
+    if caveat := sampler.caveat():
+        sys.stdout.write(f"note: {caveat}\n")
 
 
 def _require_writable(out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,8 +20,9 @@ from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
-from lit_diffusion.objectives import DenoisingLoss
+from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
 from lit_diffusion.randomness import SampleNoise, stream_key
+from lit_diffusion.reverse import ReverseVariance
 from lit_diffusion.samplers.base import OnStep, Sampler
 from lit_diffusion.trainer import callbacks_of
 
@@ -42,6 +43,9 @@ class Method(pl.LightningModule):
         warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images).
         gradient_clip: largest norm of the gradient, null for none.
     """
+
+    reverse_variance: ReverseVariance = "beta"
+    """Of the reverse chain whose variational bound ``test`` reports."""
 
     def __init__(
         self,
@@ -84,6 +88,11 @@ class Method(pl.LightningModule):
     @abstractmethod
     def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
         """The loss of each image of a batch; its randomness is keyed by ``seed`` and ``batch.index``."""
+
+    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> DenoisingLoss:
+        """The loss of each image at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
+        objective = cast(DenoisingScoreMatching, self.objective)
+        return objective.at(self.denoiser, batch.x, t, eps, batch.cond)
 
     @classmethod
     def resolve_auto(cls, init_args: dict[str, Any], data: DataModule, say: Callable[[str], None]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class DDPM(Method):
             **training,
         )
         self.objective = objective
+        self.reverse_variance = variance
 
     @classmethod
     def resolve_auto(cls, init_args: dict[str, Any], data: DataModule, say: Callable[[str], None]) -> dict[str, Any]:
@@ -89,6 +90,12 @@ class DDPM(Method):
         """The chosen loss of each image at a level of its own."""
         facts = self.require_facts()
         return self.objective(self.denoiser, batch.x, seed, batch.index, facts.grey_levels, batch.cond)
+
+    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> DenoisingLoss:
+        """The same at given times, which are those of the grid's levels, and noise."""
+        level = self.denoiser.process.level_index(t)
+        facts = self.require_facts()
+        return self.objective.at(self.denoiser, batch.x, level, eps, facts.grey_levels, batch.cond)
 
     def after_step(self, t: Tensor, loss: Tensor) -> None:
         """Let the law of the levels learn from the losses of the step that was made."""

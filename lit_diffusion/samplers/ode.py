@@ -5,7 +5,7 @@ r"""The probability-flow ODE, whose solutions have the marginals of the SDE (Son
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,24 +64,23 @@ def largest_row_norm(x: Tensor) -> Tensor:
 def integrate(
     velocity: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
-    begin: float,
-    end: float,
+    times: Sequence[float],
     rtol: float,
     atol: float,
     on_accept: Callable[[float, Tensor], None] | None = None,
-    norm: Callable[[Tensor], Tensor] = largest_row_norm,
 ) -> Tensor:
-    """The solution of ``dx/dt = velocity(t, x)`` at ``end``, by Dormand and Prince's method of order 5.
+    """The solution of ``dx/dt = velocity(t, x)`` at some times, by Dormand and Prince's method of order 5.
 
     Args:
         velocity: of the time (a scalar tensor) and the state.
-        x: the state at ``begin``, ``[B, ...]`` in float64.
-        begin: time.
-        end: time, before or after ``begin``.
+        x: the state at the first of the times, ``[B, ...]`` in float64.
+        times: rising or falling.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
         on_accept: called with the time and the state at the beginning of every accepted step.
-        norm: of a step's error in units of its tolerance.
+
+    Returns:
+        ``[len(times), B, ...]``.
 
     Raises:
         UserError: if the solver's step vanishes: the model's output is not finite, or the problem too stiff.
@@ -91,17 +90,17 @@ def integrate(
     class Field(torch.nn.Module):
         def forward(self, t: Tensor, y: Tensor) -> Tensor:
             # The solver's first guess of a step may lie beyond the end, where the process need not be defined.
-            return velocity(t.clamp(min(begin, end), max(begin, end)), y)
+            return velocity(t.clamp(min(times), max(times)), y)
 
         def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
             if on_accept is not None:
                 on_accept(float(t0), y0)
 
-    times = torch.tensor([begin, end], dtype=torch.float64, device=x.device)
-    # It must step onto the end; otherwise it steps past it and interpolates.
-    options = {"norm": norm, "step_t": times[1:]}
+    wanted = torch.tensor(times, dtype=torch.float64, device=x.device)
+    # It must step onto these times; otherwise it steps past them and interpolates.
+    options = {"norm": largest_row_norm, "step_t": wanted[1:]}
     try:
-        return odeint(Field(), x, times, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+        return odeint(Field(), x, wanted, rtol=rtol, atol=atol, method="dopri5", options=options)
     except AssertionError as error:
         raise UserError(
             f"the ODE solver gave up ({error}): the model's output is not finite, or the tolerances rtol {rtol:g} and "
@@ -211,7 +210,7 @@ class ProbabilityFlow(Sampler):
             return denoiser(state, at_time(state, float(t)), cond).velocity
 
         dtype = x.dtype
-        return integrate(velocity, x.double(), move.t, move.s, self.rtol, self.atol, on_accept).to(dtype)
+        return integrate(velocity, x.double(), (move.t, move.s), self.rtol, self.atol, on_accept)[-1].to(dtype)
 
     def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
         """The posterior mean, when ``denoise``."""

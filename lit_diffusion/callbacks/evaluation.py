@@ -1,0 +1,407 @@
+"""What ``test`` measures on held-out data, beside the training loss."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_diffusion.callbacks.ema import averages_of
+from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.figures import bars_panel, lines_panel, new_figure, render
+from lit_diffusion.images import to_uint8
+from lit_diffusion.likelihood import (
+    Probe,
+    Trace,
+    bits_per_dimension,
+    dequantised,
+    flow_log_prob,
+    variational_bound,
+)
+from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics import Moments, frechet_distance
+from lit_diffusion.randomness import SampleNoise, stream_key
+from lit_diffusion.reverse import ReverseVariance
+from lit_diffusion.run import RunLogger, print_note, run_logger_of
+from lit_diffusion.samplers.base import CountedDenoiser, at_time
+from lit_diffusion.samplers.ode import TIGHT, integrate, refuse_grid_only
+
+Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
+
+BREAKDOWN_BINS = 20
+"""Bars of the bound by noise level, each of equally many steps."""
+
+
+class _Mean:
+    """Mean and standard error of values that several processes hold."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """``[B]``."""
+        values = values.detach().to("cpu", torch.float64)
+        self.sums += torch.stack((torch.tensor(float(len(values)), dtype=torch.float64), values.sum(), (values**2).sum()))
+
+    def result(self, trainer: pl.Trainer) -> tuple[float, float, int]:
+        """Over all processes: mean, standard error, count."""
+        count, total, squares = _summed(trainer, self.sums).tolist()
+        mean = total / count
+        variance = max(0.0, squares / count - mean**2) * count / max(count - 1.0, 1.0)
+        return mean, math.sqrt(variance / count), int(count)
+
+
+def _summed(trainer: pl.Trainer, values: Tensor) -> Tensor:
+    """Added up over the processes; on a device without float64 the sums cross as they are."""
+    reduced = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")
+    assert isinstance(reduced, Tensor)
+    return reduced.to("cpu", torch.float64)
+
+
+class Evaluation(pl.Callback):
+    """Bits per dimension by the ODE and by the variational bound, and how both depend on the smallest time.
+
+    Everything that is measured is printed and written to metrics.jsonl, event ``test``, with its standard error over the
+    images and its protocol. Image i has the same noise whatever the batch and the number of processes.
+
+    Args:
+        metrics: any of ``bpd_ode``, ``bpd_bound``, ``smallest_time`` (a figure of bits per dimension by the ODE and Frechet
+            distance in pixels against the smallest time; minutes); null: the first two, where they fit the model.
+        weights: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``: what is measured.
+        seed: of the noise of dequantisation, of the probes and of the bound.
+        trace: of the ODE's divergence: ``hutchinson``, estimated, or ``exact``, for few dimensions.
+        probe: entries of Hutchinson's vectors: ``rademacher`` or ``gaussian``.
+        probes: how many of them an image.
+        rtol: relative tolerance of the ODE's solver.
+        atol: absolute tolerance of the ODE's solver.
+        t_min: the smallest time of the ODE; null: that of the process.
+        bound_steps: steps of the chain that is bounded; null: every level of the model, or 1000 in continuous time.
+        bound_sampled: evaluate so many of its terms an image, at random; null: all.
+        bound_variance: of its reverse steps: ``beta``, ``beta_tilde`` or ``learned``; null: the method's own.
+        smallest_times: of the figure.
+        samples: generated for its Frechet distance.
+    """
+
+    def __init__(
+        self,
+        metrics: list[Metric] | None = None,
+        weights: str = "ema",
+        seed: int = 0,
+        trace: Trace = "hutchinson",
+        probe: Probe = "rademacher",
+        probes: int = 1,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        t_min: float | None = None,
+        bound_steps: int | None = None,
+        bound_sampled: int | None = None,
+        bound_variance: ReverseVariance | None = None,
+        smallest_times: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+        samples: int = 1000,
+    ) -> None:
+        for metric in metrics or []:
+            require_choice("eval", "metrics", metric, get_args(Metric))
+        require_choice("eval", "trace", trace, get_args(Trace))
+        require_choice("eval", "probe", probe, get_args(Probe))
+        for key, value in (("probes", probes), ("bound_steps", bound_steps), ("bound_sampled", bound_sampled)):
+            if value is not None and value < 1:
+                raise UserError(f"eval.{key} is {value}; give a positive number")
+        if samples < 2:
+            raise UserError(f"eval.samples is {samples}; a Frechet distance needs at least 2")
+        for time in (*smallest_times, *(() if t_min is None else (t_min,))):
+            if not 0.0 < time < 1.0:
+                raise UserError(f"eval: a smallest time of {time:g} is not between 0 and 1")
+        self.metrics = metrics
+        self.weights = weights
+        self.seed = seed
+        self.trace: Trace = trace
+        self.probe: Probe = probe
+        self.probes = probes
+        self.rtol = rtol
+        self.atol = atol
+        self.t_min = t_min
+        self.bound_steps = bound_steps
+        self.bound_sampled = bound_sampled
+        self.bound_variance = bound_variance
+        self.smallest_times = tuple(sorted(set(smallest_times), reverse=True))
+        self.samples = samples
+        self._applied = ExitStack()
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out what can be measured before measuring any of it, and give the model the weights."""
+        assert isinstance(pl_module, Method)
+        averages = averages_of(trainer)
+        weights = self.weights if self.weights != "ema" or averages.half_lives else "raw"
+        self._applied.enter_context(averages.applied(pl_module, weights))
+        self._used_weights = weights
+        run = run_logger_of(trainer)
+        if run is not None:
+            run.weights = weights
+        self._chosen = self._fitting(pl_module)
+        self._reset()
+
+    def _fitting(self, method: Method) -> list[Metric]:
+        """Those asked for, each checked; by default those that fit, with a note for one that does not."""
+        wanted: list[Metric] = ["bpd_ode", "bpd_bound"] if self.metrics is None else list(self.metrics)
+        chosen: list[Metric] = []
+        for metric in wanted:
+            try:
+                if metric != "bpd_bound":
+                    refuse_grid_only(method.denoiser, metric)
+                elif method.denoiser.process.levels == 1:
+                    raise UserError("bpd_bound needs a chain of levels, and this model has one noise level")
+                if metric == "smallest_time" and method.denoiser.process.levels is not None:
+                    raise UserError("smallest_time: this model's smallest time is that of its first level")
+            except UserError as error:
+                if self.metrics is not None:
+                    raise
+                print_note(f"test: not measured: {error}")
+                continue
+            chosen.append(metric)
+        return chosen
+
+    def _reset(self) -> None:
+        self._ode, self._bound, self._prior, self._decoder, self._kl = (_Mean() for _ in range(5))
+        self._by_step: Tensor | None = None
+        self._times = torch.zeros(0)
+        self._by_time = [_Mean() for _ in self.smallest_times]
+        self._evaluations: list[int] = []
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure a batch."""
+        assert isinstance(pl_module, Method)
+        assert isinstance(batch, Batch)
+        name = f"batch {batch_idx + 1}"
+        if "bpd_ode" in self._chosen:
+            self._ode.add(self._bits_by_ode(trainer, pl_module, batch, self.t_min, f"{name}: ODE"))
+        if "bpd_bound" in self._chosen:
+            self._add_bound(trainer, pl_module, batch, f"{name}: bound")
+        if "smallest_time" in self._chosen:
+            for time, mean in zip(self.smallest_times, self._by_time, strict=True):
+                mean.add(self._bits_by_ode(trainer, pl_module, batch, time, f"{name}: ODE from {time:g}"))
+
+    def _noise(self, method: Method, batch: Batch) -> SampleNoise:
+        seed = stream_key(self.seed, "evaluation")
+        return SampleNoise(seed, batch.index, tuple(batch.x.shape[1:]))
+
+    def _bar(self, trainer: pl.Trainer, total: int, name: str) -> tqdm[Any]:
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        return tqdm(total=total, desc=name, leave=False, disable=not shown, unit="%" if total == 100 else " steps")
+
+    def _bits_by_ode(
+        self, trainer: pl.Trainer, method: Method, batch: Batch, t_min: float | None, name: str
+    ) -> Tensor:
+        """Bits per dimension ``[B]``."""
+        grey_levels = method.require_facts().grey_levels
+        noise = self._noise(method, batch)
+        start = method.denoiser.process.t_min if t_min is None else t_min
+        with self._bar(trainer, 100, name) as bar:
+
+            def on_time(t: float) -> None:
+                bar.update(int(100 * (t - start) / (1.0 - start)) - bar.n)
+
+            # Its cost in nats is that of the encoder, 0 where data are diffused as they are.
+            z, nats = method.encode(dequantised(batch.x, noise, grey_levels))
+            found = flow_log_prob(
+                method.denoiser,
+                z,
+                noise,
+                batch.cond,
+                self.trace,
+                self.probe,
+                self.probes,
+                self.rtol,
+                self.atol,
+                start,
+                on_time=on_time,
+            )
+        self._evaluations.append(found.evaluations)
+        return bits_per_dimension(found.log_prob - nats, batch.x[0].numel(), grey_levels)
+
+    def _variance(self, method: Method) -> ReverseVariance:
+        return method.reverse_variance if self.bound_variance is None else self.bound_variance
+
+    def _add_bound(self, trainer: pl.Trainer, method: Method, batch: Batch, name: str) -> None:
+        dimension = batch.x[0].numel()
+        with self._bar(trainer, 1, name) as bar:
+
+            def on_step(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            bound = variational_bound(
+                method.denoiser,
+                batch.x,
+                self._noise(method, batch),
+                self._variance(method),
+                method.require_facts().grey_levels,
+                batch.cond,
+                self.bound_steps,
+                self.bound_sampled,
+                on_step,
+            )
+        scale = 1.0 / (dimension * math.log(2.0))
+        self._bound.add(bound.total * scale)
+        self._prior.add(bound.prior * scale)
+        self._decoder.add(bound.decoder * scale)
+        self._kl.add(bound.kl * scale)
+        by_step = (bound.steps * scale).sum(0).cpu()
+        self._by_step = by_step if self._by_step is None else self._by_step + by_step
+        self._times = bound.times.cpu()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring the processes' shares together, print, record and draw; give the model its own weights back."""
+        assert isinstance(pl_module, Method)
+        run = run_logger_of(trainer)
+        if self._chosen:
+            print_note(f"test with weights {self._used_weights}:")
+        ode = self._report_ode(trainer, run) if "bpd_ode" in self._chosen else None
+        bound = self._report_bound(trainer, pl_module, run) if "bpd_bound" in self._chosen else None
+        if ode is not None and bound is not None:
+            print_note(
+                f"  difference             {bound - ode:+.4f}: the ODE and the chain are two models that share a network, "
+                f"neither number bounds the other"
+            )
+        if "smallest_time" in self._chosen:
+            self._report_smallest_time(trainer, pl_module, run)
+        self._close(run)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the model its own weights back."""
+        self._close(run_logger_of(trainer))
+
+    def _close(self, run: RunLogger | None) -> None:
+        self._applied.close()
+        if run is not None:
+            run.weights = "raw"
+
+    # ---- reports -----------------------------------------------------------------------------------------------
+
+    @property
+    def _protocol(self) -> dict[str, Any]:
+        return {"weights": self._used_weights, "seed": self.seed}
+
+    @property
+    def _ode_protocol(self) -> dict[str, Any]:
+        trace = self.trace if self.trace == "exact" else f"hutchinson, {self.probes} {self.probe}"
+        tolerance = max(self.rtol, self.atol)
+        loose = {} if tolerance <= TIGHT else {"caveat": f"tolerance {tolerance:g}: batches may matter"}
+        return {**self._protocol, "trace": trace, "rtol": self.rtol, "atol": self.atol, **loose}
+
+    def _report_ode(self, trainer: pl.Trainer, run: RunLogger | None) -> float:
+        mean, error, count = self._ode.result(trainer)
+        low, high = min(self._evaluations), max(self._evaluations)
+        evaluations = f"{low}" if low == high else f"{low} to {high}"
+        values = {"bpd_ode": mean, "bpd_ode_error": error, "images": count, **self._ode_protocol, "t_min": self.t_min}
+        if run is not None:
+            run.record("test", values)
+        print_note(
+            f"  bits/dim by the ODE    {mean:.4f} +- {error:.4f}  ({count} held-out data, trace {values['trace']}, "
+            f"tolerance {max(self.rtol, self.atol):g}, {evaluations} evaluations)"
+        )
+        return mean
+
+    def _report_bound(self, trainer: pl.Trainer, method: Method, run: RunLogger | None) -> float:
+        mean, error, count = self._bound.result(trainer)
+        parts = {
+            name: part.result(trainer)[0]
+            for name, part in (("prior", self._prior), ("kl", self._kl), ("decoder", self._decoder))
+        }
+        assert self._by_step is not None
+        by_step = _summed(trainer, self._by_step) / count
+        variance = self._variance(method)
+        values = {"bpd_bound": mean, "bpd_bound_error": error, "images": count, **self._protocol}
+        values |= {f"bpd_bound_{name}": value for name, value in parts.items()}
+        values |= {"steps": len(by_step), "sampled": self.bound_sampled, "variance": variance}
+        print_note(
+            f"  bits/dim by the bound  {mean:.4f} +- {error:.4f}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
+            f"decoder {parts['decoder']:.4f}; {len(by_step)} steps, variance {variance})"
+        )
+        # The decoder's step is not one of the KL terms: it has its own number.
+        groups = torch.arange(1, len(by_step)).tensor_split(min(BREAKDOWN_BINS, len(by_step) - 1))
+        bits = [float(by_step[group].sum()) for group in groups]
+        ends = [(float(self._times[group[0]]), float(self._times[group[-1]])) for group in groups]
+        if run is not None:
+            run.record("test", {**values, "kl_by_time": bits, "times": [list(pair) for pair in ends]})
+            figure, axes = new_figure(1, 1, side=4.5)
+            log_snr = method.denoiser.process.log_snr(torch.tensor([sum(pair) / 2 for pair in ends]).double())
+            labels = [f"{value:.1f}" for value in log_snr.tolist()]
+            bars_panel(axes[0, 0], labels, bits, "log SNR", "bits/dim", f"the bound's KL: {parts['kl']:.3f} bits/dim")
+            run.picture("bound-by-noise-level", render(figure), "the variational bound by noise level", self._protocol)
+        return mean
+
+    # ---- bits per dimension and Frechet distance against the smallest time ---------------------------------------
+
+    def _report_smallest_time(self, trainer: pl.Trainer, method: Method, run: RunLogger | None) -> None:
+        bits = [mean.result(trainer)[0] for mean in self._by_time]
+        facts = method.require_facts()
+        distances = self._frechet_by_time(trainer, method) if facts.is_image else None
+        times = list(self.smallest_times)
+        for position, time in enumerate(times):
+            distance = "" if distances is None else f", fd/pixels-{self.samples} {distances[position]:.4f}"
+            print_note(f"  smallest time {time:<8g} bits/dim by the ODE {bits[position]:.4f}{distance}")
+        if run is None:
+            return
+        values = {"smallest_times": times, "bpd_ode": bits, **self._ode_protocol}
+        if distances is not None:
+            values[f"fd/pixels-{self.samples}"] = distances
+        run.record("smallest_time", values)
+        figure, axes = new_figure(1, 1 if distances is None else 2, side=4.0)
+        lines_panel(axes[0, 0], times, {"ODE": bits}, "smallest time", "bits/dim", "held-out data", log_x=True)
+        if distances is not None:
+            title = f"{self.samples} samples, pixels"
+            lines_panel(axes[0, 1], times, {"ODE": distances}, "smallest time", "Frechet distance", title, log_x=True)
+        run.picture("smallest-time", render(figure), "bits per dimension and Frechet distance", self._ode_protocol)
+
+    @torch.no_grad()
+    def _frechet_by_time(self, trainer: pl.Trainer, method: Method) -> list[float]:
+        """Of samples of the ODE, stopped at each of the times of one and the same solution."""
+        facts, process = method.require_facts(), method.denoiser.process
+        assert facts.value_range is not None
+        dimension = math.prod(facts.shape)
+
+        def pixels(x: Tensor) -> Tensor:
+            assert facts.value_range is not None
+            return torch.from_numpy(to_uint8(x, facts.value_range)).flatten(1).double() / 255.0
+
+        made = [Moments(dimension) for _ in self.smallest_times]
+        denoiser = CountedDenoiser(method.denoiser)
+        mine = torch.arange(self.samples)[trainer.global_rank :: trainer.world_size]
+        parts = mine.split(250)
+        with self._bar(trainer, len(parts), "samples for the figure") as bar:
+            for indices in parts:
+                noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape)
+                cond = method.condition(indices)
+
+                def velocity(t: Tensor, x: Tensor, cond: Any = cond) -> Tensor:
+                    return denoiser(x, at_time(x, float(t)), cond).velocity
+
+                x = (process.prior_std * noise.normal()).double()
+                states = integrate(velocity, x, (1.0, *self.smallest_times), self.rtol, self.atol)[1:]
+                for moments, state in zip(made, states, strict=True):
+                    moments.add(pixels(method.decode(state.float())))
+                bar.update(1)
+        for moments in made:
+            moments.sums = _summed(trainer, moments.sums)
+        real = Moments(dimension)
+        datamodule = getattr(trainer, "datamodule", None)
+        assert isinstance(datamodule, DataModule)
+        for indices in torch.arange(len(datamodule.train_indices)).split(1000):
+            real.add(pixels(datamodule.training_values(indices)))
+        return [frechet_distance(moments, real) for moments in made]

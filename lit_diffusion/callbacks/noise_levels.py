@@ -1,0 +1,132 @@
+"""What training looks like at each noise level: loss, gradient norm and, where the true score is known, its error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_diffusion.clock import Cadence
+from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
+from lit_diffusion.data import GaussianMixturePoints
+from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.errors import UserError
+from lit_diffusion.figures import lines_panel, new_figure, render
+from lit_diffusion.methods.base import Method
+from lit_diffusion.randomness import keyed_normal
+from lit_diffusion.run import run_logger_of
+
+
+def known_mixture(trainer: pl.Trainer) -> GaussianMixture | None:
+    """The law of the data that are trained on, None where it is not known."""
+    source = getattr(getattr(trainer, "datamodule", None), "source", None)
+    if not isinstance(source, GaussianMixturePoints):
+        return None
+    dimension = source.means.shape[1]
+    covariance = source.std**2 * torch.eye(dimension, dtype=torch.float64)
+    return GaussianMixture(source.weights, source.means, covariance.expand(len(source.means), dimension, dimension))
+
+
+def score_error(denoiser: Any, exact: ExactDenoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance of the estimated from the true score at each row, and the true one's squared norm: ``[B]``."""
+    with torch.no_grad():
+        truth = exact(x, t).score
+        estimate = denoiser(x, t).score
+    return (estimate - truth).square().sum(1), truth.square().sum(1)
+
+
+class NoiseLevels(pl.Callback):
+    """Draws loss, gradient norm and score error against the noise level, with the raw weights, and records them.
+
+    The figures are of the same training images with the same noise every time: event ``noise_levels`` in metrics.jsonl.
+    The score's error is ``E |s - s*|^2 / E |s*|^2``, for data whose score is known (``GaussianMixturePoints``).
+
+    Args:
+        every_n_images: how often, in images seen; null: at the end only.
+        every_n_steps: how often, in steps; null: not by steps.
+        levels: how many noise levels, evenly spaced in time; 0 for none of this.
+        images: training images that the figures are averages over.
+    """
+
+    def __init__(
+        self,
+        every_n_images: int | None = None,
+        every_n_steps: int | None = None,
+        levels: int = 10,
+        images: int = 128,
+    ) -> None:
+        if levels < 0 or images < 1:
+            raise UserError(f"noise_levels.levels {levels} cannot be negative, and images {images} must be positive")
+        self.cadence = Cadence.of("noise_levels", every_n_images, every_n_steps)
+        self.levels = levels
+        self.images = images
+        self._drawn_at = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw when due."""
+        assert isinstance(pl_module, Method)
+        if self.cadence.due(pl_module.clock):
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the end."""
+        assert isinstance(pl_module, Method)
+        if self._drawn_at != pl_module.clock.images:
+            self.draw(trainer, pl_module)
+
+    def times(self, method: Method) -> Tensor:
+        """The times of the noise levels, rising: float64 ``[levels]``, fewer where the grid has fewer."""
+        process = method.denoiser.process
+        if process.levels is None:
+            return torch.linspace(process.t_min, 1.0, self.levels, dtype=torch.float64)
+        grid = process.grid()
+        count = min(self.levels, len(grid))
+        return grid[torch.linspace(0, len(grid) - 1, count).round().long()]
+
+    def draw(self, trainer: pl.Trainer, method: Method) -> None:
+        """Measure on process 0, which holds all the weights, and save the picture."""
+        run, data = run_logger_of(trainer), getattr(trainer, "datamodule", None)
+        self._drawn_at = method.clock.images
+        if run is None or self.levels == 0 or not trainer.is_global_zero or not isinstance(data, DataModule):
+            return
+        indices = torch.arange(min(self.images, len(data.train_indices)))
+        x = data.training_values(indices).to(method.device)
+        index = indices.to(method.device)
+        batch = Batch(x, index, method.condition(indices))
+        eps = keyed_normal(method.seed, "noise levels", index, tuple(x.shape[1:]))
+        times = self.times(method)
+        mixture = known_mixture(trainer)
+        exact = None if mixture is None else ExactDenoiser(mixture, method.denoiser.process)
+        parameters = [p for p in method.denoiser.parameters() if p.requires_grad]
+        losses, norms, errors = [], [], []
+        was_training = method.training
+        method.eval()
+        for time in times.tolist():
+            t = torch.full((len(x),), time, dtype=torch.float64, device=method.device)
+            loss = method.loss_at(batch, t, eps).per_sample.mean()
+            # Not backward: the gradients are nobody's business, least of all other processes'.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            losses.append(float(loss))
+            norms.append(float(torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt()))
+            if exact is not None:
+                x_t = method.denoiser.process.perturb(x, t, eps)
+                error, norm = score_error(method.denoiser, exact, x_t, t)
+                errors.append(float(error.mean() / norm.mean()))
+        method.train(was_training)
+        level = method.denoiser.process.level(times)
+        ratio = (level.sigma / level.alpha).tolist()
+        values = {"times": times.tolist(), "sigma_over_alpha": ratio, "loss": losses, "gradient_norm": norms}
+        panels = {"loss": losses, "gradient norm": norms}
+        if errors:
+            values["score_error"] = panels["relative squared score error"] = errors
+        run.record("noise_levels", values)
+        figure, axes = new_figure(1, len(panels), side=3.6)
+        for axis, (name, y) in zip(axes[0], panels.items(), strict=True):
+            lines_panel(axis, ratio, {name: y}, "sigma / alpha", name, name, log_x=True, log_y=min(y) > 0.0)
+        caption = f"by noise level at {method.clock.images} images, raw weights, {len(x)} training images"
+        figure.suptitle(caption, fontsize=9)
+        run.picture("noise-levels", render(figure), caption, {"weights": "raw"})

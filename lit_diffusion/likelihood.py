@@ -1,0 +1,245 @@
+r"""Likelihoods: exact by the probability-flow ODE, and the variational bound of the reverse chain.
+
+.. math::  \log p_{t_0}(x) = \log p_1(x_1) + \int_{t_0}^1 \mathrm{tr}\, \frac{\partial v}{\partial x}\, dt
+
+along the ODE ``dx/dt = v(x, t)`` from ``x`` at ``t_0`` to ``x_1`` (Song et al. 2021, eq. 39), and
+
+.. math::
+    -\log p(x_0) \le KL(q(x_1 | x_0) \| p(x_1)) + \sum_{s > 0} KL(q(x_s | x_t, x_0) \| p(x_s | x_t))
+    - E \log p(x_0 | x_{t_1})
+
+over the steps of an ancestral walk (Ho et al. 2020, eq. 5). The two are likelihoods of two different models, of the ODE and
+of the chain, that share a network: neither number bounds the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Condition
+from lit_diffusion.data.facts import GreyLevels
+from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.errors import UserError
+from lit_diffusion.processes import expand_like
+from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.reverse import ReverseVariance, bound_term, gaussian_kl, require_variance
+from lit_diffusion.samplers.base import CountedDenoiser, at_time, subsequence
+from lit_diffusion.samplers.ode import integrate, refuse_grid_only, require_tolerances
+
+Trace = Literal["hutchinson", "exact"]
+Probe = Literal["rademacher", "gaussian"]
+
+LARGEST_EXACT = 256
+"""Dimensions up to which an exact trace, of one backward pass each, is taken on."""
+
+
+def bits_per_dimension(log_prob: Tensor, dimension: int, grey_levels: GreyLevels | None = None) -> Tensor:
+    """``-log2 p / D``: of densities in nats ``[B]``, over bins of one grey level where there are any."""
+    log_volume = 0.0 if grey_levels is None else dimension * math.log(grey_levels.width)
+    return -(log_prob + log_volume) / (dimension * math.log(2.0))
+
+
+def dequantised(x: Tensor, noise: SampleNoise, grey_levels: GreyLevels | None) -> Tensor:
+    """Grey levels spread uniformly over their bins, ``x + (u - 1/2) width``; points as they are.
+
+    The expected log-density of the result is a lower bound of the grey levels' log-probability (Theis et al. 2016, eq. 3).
+    """
+    return x if grey_levels is None else x + (noise.uniform() - 0.5) * grey_levels.width
+
+
+@dataclass(frozen=True)
+class FlowLikelihood:
+    """The ODE's log-density of a batch and what it is made of, float64.
+
+    Attributes:
+        log_prob: ``log p_{t_0}(x)`` in nats, ``[B]``.
+        terminal: ``log p_1(x_1)``, ``[B]``.
+        trace: the integral of the velocity's divergence, ``[B]``.
+        x_1: where the ODE takes the data, ``[B, ...]``.
+        evaluations: network evaluations, each with its backward passes.
+    """
+
+    log_prob: Tensor
+    terminal: Tensor
+    trace: Tensor
+    x_1: Tensor
+    evaluations: int
+
+
+def flow_log_prob(
+    denoiser: Denoiser,
+    x: Tensor,
+    noise: SampleNoise,
+    cond: Condition | None = None,
+    trace: Trace = "hutchinson",
+    probe: Probe = "rademacher",
+    probes: int = 1,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    t_min: float | None = None,
+    terminal_log_prob: Callable[[Tensor], Tensor] | None = None,
+    on_time: Callable[[float], None] | None = None,
+) -> FlowLikelihood:
+    """The log-density of data under the probability-flow ODE, in float64.
+
+    Args:
+        denoiser: the model.
+        x: data ``[B, ...]``, taken to be at ``t_min``.
+        noise: gives each datum its probes.
+        cond: the condition, ``[B]`` rows.
+        trace: ``exact``, one backward pass a dimension, or ``hutchinson``: ``E[e' J e]``, unbiased, with the same probes e
+            all along the way (Hutchinson 1990; Grathwohl et al. 2019).
+        probe: ``rademacher``, entries of -1 and 1, which has the least variance, or ``gaussian``.
+        probes: how many, averaged.
+        rtol: relative tolerance of the solver.
+        atol: absolute tolerance of the solver.
+        t_min: where the data are; None for the smallest time of the process.
+        terminal_log_prob: ``log p_1`` of ``[B, ...]``; None for the process's prior.
+        on_time: called with the time whenever a step of the solver is done.
+
+    Raises:
+        UserError: for a network that knows no time between its levels, an exact trace in too many dimensions, or a solver
+            that fails.
+    """
+    refuse_grid_only(denoiser, "the ODE's likelihood")
+    require_tolerances(rtol, atol)
+    shape, dimension = x.shape, x[0].numel()
+    if trace == "exact" and dimension > LARGEST_EXACT:
+        raise UserError(f"trace: exact takes {dimension} backward passes an evaluation; choose hutchinson")
+    counted = CountedDenoiser(denoiser)
+    vectors: list[Tensor] = []
+    if trace == "hutchinson":
+        for _ in range(probes):
+            vector = noise.normal() if probe == "gaussian" else torch.where(noise.uniform() < 0.5, -1.0, 1.0)
+            vectors.append(vector.view(shape).to(torch.float64))
+
+    def slope(t: Tensor, state: Tensor) -> Tensor:
+        with torch.enable_grad():
+            position = state[:, :dimension].reshape(shape).detach().requires_grad_()
+            velocity = counted(position, at_time(position, float(t)), cond).velocity
+            if trace == "exact":
+                flat = velocity.flatten(1)
+                divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+                for k in range(dimension):
+                    (row,) = torch.autograd.grad(flat[:, k].sum(), position, retain_graph=k + 1 < dimension)
+                    divergence += row.flatten(1)[:, k]
+            else:
+                products = []
+                for k, vector in enumerate(vectors):
+                    (row,) = torch.autograd.grad(
+                        (velocity * vector).sum(), position, retain_graph=k + 1 < len(vectors)
+                    )
+                    products.append((row * vector).flatten(1).sum(1))
+                divergence = torch.stack(products).mean(0)
+        return torch.cat((velocity.detach().flatten(1), divergence[:, None]), dim=1)
+
+    begin = torch.cat((x.flatten(1).double(), torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)), dim=1)
+    start = denoiser.process.t_min if t_min is None else t_min
+
+    def on_accept(t: float, state: Tensor) -> None:
+        if on_time is not None:
+            on_time(t)
+
+    end = integrate(slope, begin, (start, 1.0), rtol, atol, on_accept)[-1]
+    x_1 = end[:, :dimension].view(shape)
+    terminal = denoiser.process.prior_log_prob(x_1) if terminal_log_prob is None else terminal_log_prob(x_1)
+    return FlowLikelihood(terminal + end[:, -1], terminal, end[:, -1], x_1, counted.evaluations)
+
+
+@dataclass(frozen=True)
+class VariationalBound:
+    """The bound of ``-log p(x_0)`` of a batch, by its parts, in nats, float64.
+
+    Attributes:
+        prior: ``KL(q(x_1 | x_0) || p(x_1))``, ``[B]``.
+        steps: of each step of the walk, ``[B, S]``: first the decoder's, then the KL of the others, from the least noise to
+            the most.
+        times: at which each step starts, float64 ``[S]``.
+    """
+
+    prior: Tensor
+    steps: Tensor
+    times: Tensor
+
+    @property
+    def decoder(self) -> Tensor:
+        """``-E log p(x_0 | x_{t_1})``, ``[B]``."""
+        return self.steps[:, 0]
+
+    @property
+    def kl(self) -> Tensor:
+        """The sum over all steps but the decoder's, ``[B]``."""
+        return self.steps[:, 1:].sum(1)
+
+    @property
+    def total(self) -> Tensor:
+        """``[B]``."""
+        return self.prior + self.steps.sum(1)
+
+
+@torch.no_grad()
+def variational_bound(
+    denoiser: Denoiser,
+    x0: Tensor,
+    noise: SampleNoise,
+    variance: ReverseVariance,
+    grey_levels: GreyLevels | None = None,
+    cond: Condition | None = None,
+    steps: int | None = None,
+    sampled: int | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> VariationalBound:
+    """The variational bound of the chain that ancestral sampling with ``steps`` uniform steps draws from.
+
+    Each expectation over the noise is taken with one draw an image: the sum is unbiased.
+
+    Args:
+        denoiser: the model.
+        x0: data ``[B, ...]``; grey levels at the centres of their bins.
+        noise: gives each datum its own numbers.
+        variance: of the reverse steps.
+        grey_levels: of the data; None for points, whose decoder is a density.
+        cond: the condition, ``[B]`` rows.
+        steps: S; None for every level of the model, 1000 in continuous time.
+        sampled: evaluate only so many of the S - 1 KL terms for each datum, evenly spread with a random offset, and weigh
+            them up: unbiased, and noisier; None: all of them.
+        on_step: called with the number of terms done and to do.
+
+    Raises:
+        UserError: for a variance that the model has not, or a model with one noise level.
+    """
+    require_variance(variance, denoiser)
+    process = denoiser.process
+    if process.levels == 1:
+        raise UserError("the variational bound needs a chain of levels, and this model has one noise level")
+    times = torch.tensor(subsequence(process, steps), dtype=torch.float64, device=x0.device)
+    count = len(times)
+    ends = torch.cat((times.new_zeros(1), times[:-1]))
+    one = at_time(x0, 1.0)
+    alpha, sigma = expand_like(process.alpha(one), x0.double()), expand_like(process.sigma(one), x0.double())
+    prior_log_variance = torch.tensor(2.0 * math.log(process.prior_std), dtype=torch.float64, device=x0.device)
+    prior = gaussian_kl(alpha * x0.double(), 2.0 * sigma.log(), prior_log_variance.new_zeros(()), prior_log_variance)
+    terms = torch.zeros(len(x0), count, dtype=torch.float64, device=x0.device)
+    whole = sampled is None or sampled >= count - 1
+    draws = count - 1 if whole or sampled is None else sampled
+    offset = noise.uniform(()).to(torch.float64)
+    rows = torch.arange(len(x0), device=x0.device)
+    for draw in range(draws + 1):
+        if draw == 0 or whole:
+            index, weight = torch.full_like(rows, draw), 1.0
+        else:
+            index = 1 + ((draw - 1 + offset) * (count - 1) / draws).long().clamp(max=count - 2)
+            weight = (count - 1) / draws
+        t = times[index]
+        x_t = process.perturb(x0, t, noise.normal().to(x0.dtype))
+        term = bound_term(denoiser(x_t, t, cond), process, x0, ends[index], variance, grey_levels)
+        terms[rows, index] += weight * term
+        if on_step is not None:
+            on_step(draw + 1, draws + 1)
+    return VariationalBound(prior.flatten(1).sum(1), terms, times)
