@@ -13,9 +13,10 @@ from lit_diffusion.errors import UserError
 COMMANDS = {
     "fit": "train a method: fit --config experiments/ncsn.yaml",
     "validate": "the loss on held-out data: validate --ckpt_path FILE",
-    "test": "the full protocol on held-out data: test --ckpt_path FILE",
+    "test": "bits per dimension on held-out data, by the ODE and by the bound: test --ckpt_path FILE",
     "predict": "samples through the Trainer, on all its processes, into the run's directory: predict --ckpt_path FILE",
     "sample": "images from a checkpoint: sample --ckpt_path FILE --num_samples N --out samples.npz",
+    "interpolate": "a picture of what lies between samples: interpolate --ckpt_path FILE --out picture.png",
     "fetch": "download data or weights, the only command that does: fetch data NAME",
 }
 
@@ -65,6 +66,10 @@ def dispatch(arguments: Sequence[str]) -> None:
         from lit_diffusion.commands import sample
 
         sample.main(rest)
+    elif command == "interpolate":
+        from lit_diffusion.commands import interpolate
+
+        interpolate.main(rest)
     elif command == "fetch":
         from lit_diffusion.commands import fetch
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_diffusion.callbacks.ema import choose_average, load_average
 from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.formats import CHECKPOINT_KEY, require_known_format
 from lit_diffusion.methods.base import Method
@@ -68,6 +69,23 @@ def build_method(model: dict[str, Any]) -> Method:
         method = parser.instantiate(config).model
     assert isinstance(method, Method)
     return method
+
+
+def build_datamodule(data: dict[str, Any]) -> DataModule:
+    """Instantiate the data of a resolved configuration's ``data`` section.
+
+    Raises:
+        UserError: if they are not where the section says, or the section does not fit the classes of this version.
+    """
+    import lit_diffusion.data  # noqa: F401 (short class names resolve once their modules are imported)
+
+    parser = Parser()
+    parser.add_class_arguments(DataModule, "data")
+    config = parser.parse_object({"data": data})
+    with users_own_errors():
+        datamodule = parser.instantiate(config).data
+    assert isinstance(datamodule, DataModule)
+    return datamodule
 
 
 def require_fitting_weights(method: Method, state_dict: dict[str, Tensor], path: str | Path) -> None:

@@ -279,8 +279,8 @@ class DataModule(pl.LightningDataModule):
     def normalise(self, value: Tensor, dequantise_index: Tensor | None = None) -> Tensor:
         """Grey levels to the value range, float32; points as they are.
 
-        ``v / (levels - 1)`` of the range; for a model of dequantised data ``(v + u) / levels``, where u is 1/2, the centre
-        of the level's bin.
+        ``v / (levels - 1)`` of the range; for a model of dequantised data ``(v + u) / levels``, where u is 1/2, the
+        centre of the level's bin.
 
         Args:
             value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
@@ -316,9 +316,15 @@ class DataModule(pl.LightningDataModule):
             )
         self._checked = True
 
-    # ---- what a method asks of the data before it is built -----------------------------------------------------
+    # ---- single data, for what looks at them before or beside a training ----------------------------------------
 
     def training_values(self, indices: Tensor) -> Tensor:
         """Normalised training data number ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
-        values = [self.source.value(int(self.train_indices[i])) for i in indices]
-        return self.normalise(torch.from_numpy(np.stack(values)))
+        return self._values(self.source, self.train_indices[indices])
+
+    def held_out_values(self, indices: Tensor) -> Tensor:
+        """Normalised held-out data number ``indices`` of ``held_out_indices``: float32 ``[B, ...]``."""
+        return self._values(self.held_out_source, self.held_out_indices[indices])
+
+    def _values(self, source: Source, indices: Tensor) -> Tensor:
+        return self.normalise(torch.from_numpy(np.stack([source.value(int(i)) for i in indices])))

@@ -62,7 +62,6 @@ PARAMETRIZATIONS: dict[str, Callable[[Level, Process, float], tuple[Tensor, Tens
 mean."""
 
 
-
 def _index(process: Process, level: Level) -> Tensor:
     if process.levels is None:
         raise UserError("noise_input 'index' needs a process with levels; continuous time has no index")

@@ -8,8 +8,8 @@ along the ODE ``dx/dt = v(x, t)`` from ``x`` at ``t_0`` to ``x_1`` (Song et al. 
     -\log p(x_0) \le KL(q(x_1 | x_0) \| p(x_1)) + \sum_{s > 0} KL(q(x_s | x_t, x_0) \| p(x_s | x_t))
     - E \log p(x_0 | x_{t_1})
 
-over the steps of an ancestral walk (Ho et al. 2020, eq. 5). The two are likelihoods of two different models, of the ODE and
-of the chain, that share a network: neither number bounds the other.
+over the steps of an ancestral walk (Ho et al. 2020, eq. 5). The two are likelihoods of two different models, of the
+ODE and of the chain, that share a network: neither number bounds the other.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def bits_per_dimension(log_prob: Tensor, dimension: int, grey_levels: GreyLevels
 def dequantised(x: Tensor, noise: SampleNoise, grey_levels: GreyLevels | None) -> Tensor:
     """Grey levels spread uniformly over their bins, ``x + (u - 1/2) width``; points as they are.
 
-    The expected log-density of the result is a lower bound of the grey levels' log-probability (Theis et al. 2016, eq. 3).
+    The expected log-density of the result is a lower bound of the grey levels' log-probability (Theis et al. 2016,
+    eq. 3).
     """
     return x if grey_levels is None else x + (noise.uniform() - 0.5) * grey_levels.width
 
@@ -93,8 +94,8 @@ def flow_log_prob(
         x: data ``[B, ...]``, taken to be at ``t_min``.
         noise: gives each datum its probes.
         cond: the condition, ``[B]`` rows.
-        trace: ``exact``, one backward pass a dimension, or ``hutchinson``: ``E[e' J e]``, unbiased, with the same probes e
-            all along the way (Hutchinson 1990; Grathwohl et al. 2019).
+        trace: ``exact``, one backward pass a dimension, or ``hutchinson``: ``E[e' J e]``, unbiased, with the same
+            probes e all along the way (Hutchinson 1990; Grathwohl et al. 2019).
         probe: ``rademacher``, entries of -1 and 1, which has the least variance, or ``gaussian``.
         probes: how many, averaged.
         rtol: relative tolerance of the solver.
@@ -104,8 +105,8 @@ def flow_log_prob(
         on_time: called with the time whenever a step of the solver is done.
 
     Raises:
-        UserError: for a network that knows no time between its levels, an exact trace in too many dimensions, or a solver
-            that fails.
+        UserError: for a network that knows no time between its levels, an exact trace in too many dimensions, or a
+            solver that fails.
     """
     refuse_grid_only(denoiser, "the ODE's likelihood")
     require_tolerances(rtol, atol)
@@ -132,9 +133,7 @@ def flow_log_prob(
             else:
                 products = []
                 for k, vector in enumerate(vectors):
-                    (row,) = torch.autograd.grad(
-                        (velocity * vector).sum(), position, retain_graph=k + 1 < len(vectors)
-                    )
+                    (row,) = torch.autograd.grad((velocity * vector).sum(), position, retain_graph=k + 1 < len(vectors))
                     products.append((row * vector).flatten(1).sum(1))
                 divergence = torch.stack(products).mean(0)
         return torch.cat((velocity.detach().flatten(1), divergence[:, None]), dim=1)
@@ -158,8 +157,8 @@ class VariationalBound:
 
     Attributes:
         prior: ``KL(q(x_1 | x_0) || p(x_1))``, ``[B]``.
-        steps: of each step of the walk, ``[B, S]``: first the decoder's, then the KL of the others, from the least noise to
-            the most.
+        steps: of each step of the walk, ``[B, S]``: first the decoder's, then the KL of the others, from the least
+            noise to the most.
         times: at which each step starts, float64 ``[S]``.
     """
 
@@ -207,8 +206,8 @@ def variational_bound(
         grey_levels: of the data; None for points, whose decoder is a density.
         cond: the condition, ``[B]`` rows.
         steps: S; None for every level of the model, 1000 in continuous time.
-        sampled: evaluate only so many of the S - 1 KL terms for each datum, evenly spread with a random offset, and weigh
-            them up: unbiased, and noisier; None: all of them.
+        sampled: evaluate only so many of the S - 1 KL terms for each datum, evenly spread with a random offset, and
+            weigh them up: unbiased, and noisier; None: all of them.
         on_step: called with the number of terms done and to do.
 
     Raises:

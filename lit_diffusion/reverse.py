@@ -4,8 +4,8 @@ r"""The reverse chain ``p(x_s | x_t)``: what ancestral sampling draws from and t
     p(x_s | x_t) = N\big(c_0\, \hat x_0(x_t) + c_t x_t,\; v I\big), \qquad
     v \in \{\beta,\; \tilde\beta,\; \beta^{w} \tilde\beta^{1-w}\}
 
-(Ho et al. 2020, section 3.2; the last is learned: Nichol and Dhariwal 2021, eq. 15). ``c_0``, ``c_t`` and the variances are
-those of :class:`~lit_diffusion.processes.Transition`.
+(Ho et al. 2020, section 3.2; the last is learned: Nichol and Dhariwal 2021, eq. 15). ``c_0``, ``c_t`` and the
+variances are those of :class:`~lit_diffusion.processes.Transition`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_lo
     return 0.5 * (torch.expm1(difference) - difference + (mean - other_mean) ** 2 * torch.exp(-other_log_variance))
 
 
-def discretised_log_prob(x: Tensor, mean: Tensor, log_variance: Tensor, bin_width: float, low: float, high: float) -> Tensor:
+def discretised_log_prob(
+    x: Tensor, mean: Tensor, log_variance: Tensor, bin_width: float, low: float, high: float
+) -> Tensor:
     r"""Log-probability of a grey level under a Gaussian, in nats: ``[B, ...]``, float64.
 
     .. math::  \log \int_{x - w/2}^{x + w/2} N(y; m, v)\, dy

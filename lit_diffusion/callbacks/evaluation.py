@@ -47,7 +47,9 @@ class _Mean:
     def add(self, values: Tensor) -> None:
         """``[B]``."""
         values = values.detach().to("cpu", torch.float64)
-        self.sums += torch.stack((torch.tensor(float(len(values)), dtype=torch.float64), values.sum(), (values**2).sum()))
+        self.sums += torch.stack(
+            (torch.tensor(float(len(values)), dtype=torch.float64), values.sum(), (values**2).sum())
+        )
 
     def result(self, trainer: pl.Trainer) -> tuple[float, float, int]:
         """Over all processes: mean, standard error, count."""
@@ -67,12 +69,13 @@ def _summed(trainer: pl.Trainer, values: Tensor) -> Tensor:
 class Evaluation(pl.Callback):
     """Bits per dimension by the ODE and by the variational bound, and how both depend on the smallest time.
 
-    Everything that is measured is printed and written to metrics.jsonl, event ``test``, with its standard error over the
-    images and its protocol. Image i has the same noise whatever the batch and the number of processes.
+    Everything that is measured is printed and written to metrics.jsonl, event ``test``, with its standard error over
+    the images and its protocol. Image i has the same noise whatever the batch and the number of processes.
 
     Args:
-        metrics: any of ``bpd_ode``, ``bpd_bound``, ``smallest_time`` (a figure of bits per dimension by the ODE and Frechet
-            distance in pixels against the smallest time; minutes); null: the first two, where they fit the model.
+        metrics: any of ``bpd_ode``, ``bpd_bound``, ``smallest_time`` (a figure of bits per dimension by the ODE and
+            Frechet distance in pixels against the smallest time; minutes); null: the first two, where they fit the
+            model.
         weights: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``: what is measured.
         seed: of the noise of dequantisation, of the probes and of the bound.
         trace: of the ODE's divergence: ``hutchinson``, estimated, or ``exact``, for few dimensions.
@@ -204,9 +207,7 @@ class Evaluation(pl.Callback):
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         return tqdm(total=total, desc=name, leave=False, disable=not shown, unit="%" if total == 100 else " steps")
 
-    def _bits_by_ode(
-        self, trainer: pl.Trainer, method: Method, batch: Batch, t_min: float | None, name: str
-    ) -> Tensor:
+    def _bits_by_ode(self, trainer: pl.Trainer, method: Method, batch: Batch, t_min: float | None, name: str) -> Tensor:
         """Bits per dimension ``[B]``."""
         grey_levels = method.require_facts().grey_levels
         noise = self._noise(method, batch)
@@ -275,8 +276,8 @@ class Evaluation(pl.Callback):
         bound = self._report_bound(trainer, pl_module, run) if "bpd_bound" in self._chosen else None
         if ode is not None and bound is not None:
             print_note(
-                f"  difference             {bound - ode:+.4f}: the ODE and the chain are two models that share a network, "
-                f"neither number bounds the other"
+                f"  difference             {bound - ode:+.4f}: the ODE and the chain are two models that share a "
+                f"network, neither number bounds the other"
             )
         if "smallest_time" in self._chosen:
             self._report_smallest_time(trainer, pl_module, run)

@@ -111,7 +111,9 @@ class NoiseLevels(pl.Callback):
             # Not backward: the gradients are nobody's business, least of all other processes'.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             losses.append(float(loss))
-            norms.append(float(torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt()))
+            norms.append(
+                float(torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt())
+            )
             if exact is not None:
                 x_t = method.denoiser.process.perturb(x, t, eps)
                 error, norm = score_error(method.denoiser, exact, x_t, t)

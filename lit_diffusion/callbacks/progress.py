@@ -71,8 +71,12 @@ class ProgressBar(TQDMProgressBar):
             self._images.close()
 
 
+LOSS_BINS = 10
+"""Equal parts of [0, 1] whose losses are told apart: ``loss@0.05`` is of the noise levels with t below 0.1."""
+
+
 class Telemetry(pl.Callback):
-    """Writes loss, gradient norm, learning rate and images/s to metrics.jsonl and the dashboard.
+    """Writes loss, gradient norm, learning rate and images/s to metrics.jsonl and the dashboard, and the loss by time.
 
     Args:
         every_n_images: how often, in images seen; null: not by images.
@@ -82,12 +86,14 @@ class Telemetry(pl.Callback):
     def __init__(self, every_n_images: int | None = None, every_n_steps: int | None = 50) -> None:
         self.cadence = Cadence.of("telemetry", every_n_images, every_n_steps)
         self._sums: list[torch.Tensor] = []
+        self._by_time = torch.zeros(2, LOSS_BINS, dtype=torch.float64)
         self._since = 0.0
         self._images = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the watch."""
         self._sums.clear()
+        self._by_time = torch.zeros(2, LOSS_BINS, dtype=torch.float64, device=pl_module.device)
         self._since, self._images = time.perf_counter(), 0
 
     def on_train_batch_end(
@@ -97,6 +103,10 @@ class Telemetry(pl.Callback):
         assert isinstance(pl_module, Method)
         if pl_module.stepped:
             self._sums.append(torch.stack((pl_module.last_loss, pl_module.last_gradient_norm)))
+            bins = (pl_module.last_times * LOSS_BINS).ceil().long().clamp(1, LOSS_BINS) - 1
+            losses = pl_module.last_losses.to(self._by_time.dtype)
+            self._by_time[0].index_add_(0, bins, losses)
+            self._by_time[1].index_add_(0, bins, torch.ones_like(losses))
         self._images += pl_module.clock.batch
         if not self.cadence.due(pl_module.clock):
             return
@@ -105,6 +115,7 @@ class Telemetry(pl.Callback):
             loss, norm = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean").tolist()
         else:
             loss = norm = float("nan")
+        totals, counts = trainer.strategy.reduce(self._by_time, reduce_op="sum").tolist()
         if run is not None:
             elapsed = time.perf_counter() - self._since
             run.record(
@@ -115,6 +126,11 @@ class Telemetry(pl.Callback):
                     "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
                     "images_per_second": round(self._images / elapsed, 1),
                     "skipped_steps": pl_module.skipped_steps,
+                    **{
+                        f"loss@{(k + 0.5) / LOSS_BINS:.2f}": totals[k] / counts[k]
+                        for k in range(LOSS_BINS)
+                        if counts[k] > 0
+                    },
                 },
             )
         self.on_train_start(trainer, pl_module)

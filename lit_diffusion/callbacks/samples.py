@@ -117,7 +117,11 @@ class Samples(pl.Callback):
             x = method.generate(indices, self.seed, cond, on_step=on_step)
         assert facts.value_range is not None
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
-        values: dict[str, Any] = {"weights": weights, "seed": self.seed, "network_evaluations": method.sampler.evaluations}
+        values: dict[str, Any] = {
+            "weights": weights,
+            "seed": self.seed,
+            "network_evaluations": method.sampler.evaluations,
+        }
         if caveat := method.sampler.caveat():
             values["caveat"] = caveat
         if not torch.isfinite(x).all():

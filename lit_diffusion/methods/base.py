@@ -238,7 +238,7 @@ class Method(pl.LightningModule):
             t, loss = self.all_gather((self.last_times, self.last_losses))
             self.after_step(t.flatten(), loss.flatten())
 
-    def after_step(self, t: Tensor, loss: Tensor) -> None:  # noqa: B027 (most methods learn nothing from it)
+    def after_step(self, t: Tensor, loss: Tensor) -> None:
         """What a method learns from the losses at times ``t`` of a step over all processes, in the batch's order."""
 
     def optimise(self, losses: Iterable[Tensor], count: int) -> None:

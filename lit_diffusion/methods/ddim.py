@@ -1,7 +1,7 @@
 """Denoising diffusion implicit models (Song, Meng and Ermon 2021): DDPM's training, another walk back.
 
-The losses of the whole family of non-Markovian processes with DDPM's marginals are DDPM's own up to weights (theorem 1), so
-a network trained as DDPM samples under any member: see :class:`lit_diffusion.samplers.DDIM`.
+The losses of the whole family of non-Markovian processes with DDPM's marginals are DDPM's own up to weights (theorem
+1), so a network trained as DDPM samples under any member: see :class:`lit_diffusion.samplers.DDIM`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-r"""Denoising diffusion probabilistic models (Ho, Jain and Abbeel 2020), with the improvements of Nichol and Dhariwal 2021.
+r"""Denoising diffusion probabilistic models (Ho, Jain and Abbeel 2020), improved as by Nichol and Dhariwal 2021.
 
 .. math::  x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
            \bar\alpha_t = \prod_{s \le t} (1 - \beta_s)
 
-(eq. 4). The network learns to predict the noise (eq. 14), or whatever ``parametrization`` says, and samples are drawn from
-the reverse chain (algorithm 2).
+(eq. 4). The network learns to predict the noise (eq. 14), or whatever ``parametrization`` says, and samples are drawn
+from the reverse chain (algorithm 2).
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ class DDPM(Method):
     Args:
         backbone: the network; a learned variance doubles its ``out_channels``, which the command line does by itself.
         levels: T, the number of noise levels.
-        schedule: of the betas: ``linear`` from beta_1 to beta_T (DDPM) or ``cosine`` (Nichol and Dhariwal 2021, eq. 17).
+        schedule: of the betas: ``linear`` from beta_1 to beta_T (DDPM) or ``cosine`` (Nichol and Dhariwal 2021, eq.
+            17).
         beta_1: the first beta of the linear schedule.
         beta_T: the last; with other than 1000 levels scale both by 1000 / levels.
-        parametrization: what the network's output is: ``eps`` (the paper), ``x0``, ``mean`` of the reverse step, ``v``, ...
+        parametrization: what the network's output is: ``eps`` (the paper), ``x0``, ``mean`` of the reverse step,
+            ``v``, ...
         noise_input: what it is told of the level: ``index``, t - 1, or another.
-        variance: of the reverse steps: ``beta``, ``beta_tilde`` (both the paper's), or ``learned`` between them in log space.
+        variance: of the reverse steps: ``beta``, ``beta_tilde`` (both the paper's), or ``learned`` between them in
+            log space.
         loss: ``simple`` (L_simple), ``bound`` (the variational bound in bits per dimension: with a fixed variance the
             paper's weighted L) or ``hybrid`` (both; the bound trains the variance alone).
         time_law: ``levels`` draws all levels alike, ``second_moment`` those with the larger losses more often.

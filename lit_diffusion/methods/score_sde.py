@@ -28,12 +28,12 @@ class ScoreSDE(Method):
         backbone: the network.
         process: ``VE``, ``VP`` or ``SubVP`` and its constants; its ``t_min`` is the smallest time of training.
         parametrization: what the network's output is: ``score`` (sigma times the score), ``eps`` (its negative), ...
-        noise_input: what it is told of the time: ``log_sigma`` (the paper's for VE, with Fourier features), ``time_999``
-            (its own for VP and sub-VP, with positional ones), ``time``, ...
+        noise_input: what it is told of the time: ``log_sigma`` (the paper's for VE, with Fourier features),
+            ``time_999`` (its own for VP and sub-VP, with positional ones), ``time``, ...
         input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
         sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
-        time_law: of the training times: ``uniform`` from t_min to 1, or ``importance``, of density g^2/sigma^2 and made up
-            for by a weight: the same expected loss, with less variance where the weight is ``g2``.
+        time_law: of the training times: ``uniform`` from t_min to 1, or ``importance``, of density g^2/sigma^2 and
+            made up for by a weight: the same expected loss, with less variance where the weight is ``g2``.
         weight: ``sigma2`` makes all times weigh alike, ``g2`` is the likelihood weighting.
         reduction: over the dimensions of an image: ``half_sum`` (the paper's) or ``mean``.
         sampler: default sampler, null for reverse diffusion with a Langevin corrector, 1000 steps each.

@@ -53,9 +53,10 @@ TIME_LAWS: dict[str, Callable[[Tensor, Process], Tensor]] = {
     "importance": _importance,
 }
 """Times ``[B]`` from uniform numbers ``[B]``: ``levels`` picks a grid point, ``uniform`` any time from t_min to 1,
-``importance`` has the density ``p(t) ~ g^2 / sigma^2``, under which the likelihood weighting has the least variance (Song
-et al. 2021, "Maximum likelihood training", section 4.2). As ``g^2 / sigma^2 = -d log SNR / dt`` for every linear SDE, it is
-uniform in the log-SNR, and the inverse of its distribution function is the process's own ``t_at_log_snr``."""
+``importance`` has the density ``p(t) ~ g^2 / sigma^2``, under which the likelihood weighting has the least variance
+(Song et al. 2021, "Maximum likelihood training", section 4.2). As ``g^2 / sigma^2 = -d log SNR / dt`` for every
+linear SDE, it is uniform in the log-SNR, and the inverse of its distribution function is the process's own
+``t_at_log_snr``."""
 
 
 def _importance_density(t: Tensor, process: Process) -> Tensor:
@@ -76,8 +77,8 @@ WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
     "g2": lambda process, level: process.diffusion(level.t) ** 2,
 }
 """``lambda(t)``: ``sigma2`` makes all levels weigh alike (NCSN, DDPM's simple loss), ``one`` is plain score matching,
-``g2`` the likelihood weighting, with ``half_sum`` an upper bound of the negative log-likelihood in nats up to a constant
-(Song et al. 2021, "Maximum likelihood training", theorem 1)."""
+``g2`` the likelihood weighting, with ``half_sum`` an upper bound of the negative log-likelihood in nats up to a
+constant (Song et al. 2021, "Maximum likelihood training", theorem 1)."""
 
 
 @dataclass(frozen=True)

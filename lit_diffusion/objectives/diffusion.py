@@ -8,8 +8,8 @@ r"""DDPM's objectives: the simple loss, the variational bound, and their hybrid.
 
 (Ho et al. 2020, eqs. 5, 12 and 14; Nichol and Dhariwal 2021, eq. 16, where L_vlb does not move the mean). F is what the
 network predicts: the noise in DDPM. With a fixed variance ``L_{t-1}`` is DDPM's weighted loss
-``beta^2 / (2 sigma^2 alpha (1 - abar)) |eps - eps_theta|^2``. The prior's term has no parameters and is left out here; see
-:mod:`lit_diffusion.likelihood`.
+``beta^2 / (2 sigma^2 alpha (1 - abar)) |eps - eps_theta|^2``. The prior's term has no parameters and is left out
+here; see :mod:`lit_diffusion.likelihood`.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def refuse_grid_only(denoiser: Denoiser, what: str) -> None:
 class ProbabilityFlow(Sampler):
     """The probability-flow ODE by Dormand and Prince's adaptive method (torchdiffeq), in float64.
 
-    A batch takes the steps that its hardest sample needs, so a sample depends on its company within the tolerance: not by
-    a grey level at 1e-5 or tighter.
+    A batch takes the steps that its hardest sample needs, so a sample depends on its company within the tolerance:
+    not by a grey level at 1e-5 or tighter.
 
     Args:
         rtol: relative tolerance of a step.

@@ -2,14 +2,15 @@ r"""The reverse-time SDE, discretised, and predictor-corrector sampling (Song et
 
 .. math::  dx = \big(f(t)\, x - g(t)^2 s(x, t)\big)\, dt + g(t)\, d\bar w
 
-(eq. 6, after Anderson 1982), walked from t = 1 to the process's smallest sampling time; what noise is left there one last
-evaluation takes off by Tweedie's formula (``denoise``), as Jolicoeur-Martineau et al. 2021 advise.
+(eq. 6, after Anderson 1982), walked from t = 1 to the process's smallest sampling time; what noise is left there one
+last evaluation takes off by Tweedie's formula (``denoise``), as Jolicoeur-Martineau et al. 2021 advise.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class ToTheSmallestTime(Predictor):
     def plan(self, process: Process) -> list[Move]:
         """Equal steps from 1 to the smallest time of sampling."""
         times = to_the_smallest_time(process, self.steps)
-        return [Move(t, s) for t, s in zip(times[:-1], times[1:], strict=True)]
+        return [Move(t, s) for t, s in pairwise(times)]
 
     def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
         """The posterior mean, when ``denoise``."""
@@ -103,8 +104,9 @@ class PredictorCorrector(Predictor):
                \epsilon = 2 a^2 \Big(r \frac{|z|}{|s|}\Big)^2
 
     (algorithms 4 and 5) with the signal-to-noise ratio r and ``a = alpha_t / alpha_s`` of the predictor's step: 1 where
-    the variance explodes, the root of DDPM's ``alpha_i`` where it is preserved. The norms are each sample's own, not the
-    batch's mean, so that a sample does not depend on its company.
+    the variance explodes, the root of DDPM's ``alpha_i`` where it is preserved. The norms are each sample's own, not
+    the batch's mean, so that a sample does not depend on its company; where a score happens to be nearly 0, as it may
+    in few dimensions, the step stays at ``epsilon = sigma^2``, below which the chain cannot overshoot.
 
     Args:
         predictor: any sampler that moves from level to level: reverse diffusion, ancestral, Euler-Maruyama, DDIM, ...;

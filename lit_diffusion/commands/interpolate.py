@@ -1,0 +1,107 @@
+"""``interpolate``: a picture of what lies between samples, or between real images, in the noise of the DDIM walk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.checkpoints import build_datamodule, checkpoint_config, read_checkpoint
+from lit_diffusion.commands.options import (
+    add_model_options,
+    choose_sampler,
+    load_model,
+    require_positive,
+    require_writable,
+    split_sampler_arguments,
+)
+from lit_diffusion.errors import UserError
+from lit_diffusion.images import image_grid, save_png, to_uint8
+from lit_diffusion.interpolation import interpolate
+from lit_diffusion.methods.base import Method
+from lit_diffusion.parser import Parser
+from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.samplers import DDIM
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m lit_diffusion interpolate",
+        description="A picture of what lies between pairs of samples, or of held-out images, by the DDIM walk.",
+    )
+    add_model_options(parser)
+    parser.add_argument("--out", type=str, required=True, help="NAME.png: one row a pair.")
+    parser.add_argument(
+        "--between",
+        type=Literal["samples", "images"],
+        default="samples",
+        help="samples: between two draws of noise; images: held-out images of the run's data, encoded to noise first, "
+        "shown at both ends of their row.",
+    )
+    parser.add_argument("--pairs", type=int, default=8, help="Rows of the picture.")
+    parser.add_argument("--columns", type=int, default=11, help="Points on the way, both ends included.")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    others, name, keys = split_sampler_arguments(arguments)
+    parser = _parser()
+    if any(argument in ("-h", "--help") for argument in others):
+        parser.print_help()
+        print("\nThe walk is DDIM's, by default in 50 steps: --sampler.steps 200")  # noqa: T201 (this is its output)
+        return
+    options = parser.parse_args(others)
+    require_positive(options, "pairs", "columns")
+    if options.columns < 2:
+        raise UserError("--columns is 1; the way has two ends")
+    out = Path(options.out)
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+    require_writable(out)
+    method = load_model(options)
+    facts = method.require_facts()
+    if not facts.is_image or facts.value_range is None:
+        raise UserError("interpolate draws images; this model was trained on points")
+    default = method.sampler if isinstance(method.sampler, DDIM) else DDIM()
+    sampler = choose_sampler(default, name, keys)
+    if not isinstance(sampler, DDIM) or sampler.eta != 0.0:
+        raise UserError("interpolation needs the deterministic walk: --sampler ddim with eta 0")
+    sampler.check(method.denoiser)
+    pairs = options.pairs
+    cond = method.condition(torch.arange(pairs))
+    if options.between == "samples":
+        noise = SampleNoise(options.seed, torch.arange(2 * pairs, device=method.device), method.sample_shape)
+        both = sampler.start(method.denoiser.process, noise)
+        made = interpolate(method, both[:pairs], both[pairs:], options.columns, sampler, cond)
+    else:
+        x = _held_out(method, options.ckpt_path, 2 * pairs)
+        first, second = (
+            sampler.encode(method.denoiser, method.encode(part)[0], cond) for part in (x[:pairs], x[pairs:])
+        )
+        made = interpolate(method, first, second, options.columns, sampler, cond)
+        error = (torch.cat((made[:, 0], made[:, -1])) - x).square().mean().sqrt()
+        made = torch.cat((x[:pairs, None], made, x[pairs:, None]), dim=1)
+        sys.stdout.write(
+            f"encoded and decoded images differ from themselves by {float(error):.4g} (root mean square)\n"
+        )
+    if not torch.isfinite(made).all():
+        raise UserError("the walk diverged (NaN or infinity): use other weights")
+    save_png(image_grid(to_uint8(made.flatten(0, 1), facts.value_range), made.shape[1]), out)
+    sys.stdout.write(
+        f"wrote {pairs} rows of {made.shape[1]} images to {out} ({sampler.evaluations} evaluations each)\n"
+    )
+
+
+def _held_out(method: Method, ckpt_path: str, count: int) -> Tensor:
+    """The first held-out images of the run's data, normalised: ``[count, ...]`` on the method's device."""
+    data = build_datamodule(checkpoint_config(read_checkpoint(ckpt_path), ckpt_path)["data"])
+    if len(data.held_out_indices) < count:
+        raise UserError(
+            f"the run's data have {len(data.held_out_indices)} held-out images, {count} are needed; give fewer --pairs"
+        )
+    return data.held_out_values(torch.arange(count)).to(method.device)

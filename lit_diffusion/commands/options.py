@@ -1,0 +1,150 @@
+"""What the commands that sample from a checkpoint share: the model, the sampler and where results go."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from lit_diffusion.checkpoints import load
+from lit_diffusion.errors import UserError
+from lit_diffusion.methods.base import Method
+from lit_diffusion.parser import Parser, users_own_errors
+from lit_diffusion.precision import PrecisionName, autocast_dtype
+from lit_diffusion.samplers import SAMPLERS, Sampler
+
+
+def add_model_options(parser: Parser) -> None:
+    """The checkpoint, its weights and how they run."""
+    parser.add_argument(
+        "--ckpt_path", type=str, required=True, help="Checkpoint, e.g. <run_dir>/checkpoints/last.ckpt."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the samples.")
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="raw, ema or ema:HALF_LIFE; default: ema where it is kept."
+    )
+    parser.add_argument("--precision", type=PrecisionName, default="32-true", help="Of the backbone.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def load_model(options: Namespace) -> Method:
+    """The method that :func:`add_model_options` ask for, on its device.
+
+    Raises:
+        UserError: for a checkpoint, weights or a device that cannot be used.
+    """
+    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        method = load(options.ckpt_path, options.weights, device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    method.denoiser.autocast_dtype = autocast_dtype(options.precision)
+    return method
+
+
+def require_positive(options: Namespace, *keys: str) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for key in keys:
+        if options[key] < 1:
+            raise UserError(f"--{key} is {options[key]}; give a positive number")
+
+
+def sampler_help() -> str:
+    """The samplers and their keys, for ``--help``."""
+    lines = ["", "samplers (--sampler NAME, or a class path; --sampler.KEY VALUE; default: the method's own):"]
+    for name, sampler in SAMPLERS.items():
+        defaults = {key: p.default for key, p in inspect.signature(sampler).parameters.items()}
+        keys = ", ".join(f"{key}={'null' if value is None else value}" for key, value in defaults.items())
+        lines.append(f"  {name}: {keys}")
+    return "\n".join(lines)
+
+
+def split_sampler_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None, dict[str, str]]:
+    """Take ``--sampler NAME`` and ``--sampler.KEY VALUE`` out of a command line.
+
+    Returns:
+        The other arguments, the name or None, and the keys with their values as typed.
+
+    Raises:
+        UserError: if one of them has no value.
+    """
+    others: list[str] = []
+    name: str | None = None
+    keys: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option != "--sampler" and not option.startswith("--sampler."):
+            others.append(argument)
+            continue
+        if not equals:
+            value = next(rest, "")
+        if not value or (not equals and value.startswith("--")):
+            raise UserError(f"{option} needs a value, e.g. --sampler langevin --sampler.steps 500")
+        if option == "--sampler":
+            name = value
+        else:
+            keys[option.removeprefix("--sampler.").replace("init_args.", "")] = value
+    return others, name, keys
+
+
+def choose_sampler(default: Sampler, name: str | None, keys: dict[str, str]) -> Sampler:
+    """The sampler that the command line asks for.
+
+    Keys that are not given are the method's own where the class is the method's, else the class's defaults.
+
+    Raises:
+        UserError: for an unknown name or key, or a value that does not fit.
+    """
+    own = described(default)
+    class_path = own["class_path"] if name is None else _class_path(name)
+    start = own if class_path == own["class_path"] else {"class_path": class_path}
+    parser = Parser()
+    parser.add_subclass_arguments(Sampler, "sampler")
+    # A sampler inside a sampler may be named as briefly as the one around it.
+    given = {key: _class_path(value) if value in SAMPLERS else value for key, value in keys.items()}
+    config = parser.parse_args([f"--sampler={json.dumps(start)}", *(f"--sampler.{k}={v}" for k, v in given.items())])
+    with users_own_errors():
+        chosen = parser.instantiate(config).sampler
+    assert isinstance(chosen, Sampler)
+    return chosen
+
+
+def described(sampler: Sampler) -> dict[str, Any]:
+    """A sampler as its class path and arguments, which it keeps as attributes of the same names."""
+    arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
+    plain = {key: described(value) if isinstance(value, Sampler) else value for key, value in arguments.items()}
+    return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
+
+
+def _class_path(name: str) -> str:
+    if name in SAMPLERS:
+        return f"{SAMPLERS[name].__module__}.{SAMPLERS[name].__qualname__}"
+    if "." in name:
+        return name
+    raise UserError(f"there is no sampler {name!r}; choose one of {', '.join(SAMPLERS)}, or give a class path")
+
+
+def require_writable(out: Path) -> None:
+    """Find out before the work, not after it.
+
+    Raises:
+        UserError: if there is no folder to write to.
+    """
+    folder = out if out.suffix not in (".npz", ".png") else out.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".lit_diffusion_probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
