@@ -120,10 +120,10 @@ def flow_log_prob(
             vector = noise.normal() if probe == "gaussian" else torch.where(noise.uniform() < 0.5, -1.0, 1.0)
             vectors.append(vector.view(shape).to(torch.float64))
 
-    def slope(t: Tensor, state: Tensor) -> Tensor:
+    def slope(t: float, state: Tensor) -> Tensor:
         with torch.enable_grad():
             position = state[:, :dimension].reshape(shape).detach().requires_grad_()
-            velocity = counted(position, at_time(position, float(t)), cond).velocity
+            velocity = counted(position, at_time(position, t), cond).velocity
             if trace == "exact":
                 flat = velocity.flatten(1)
                 divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -145,7 +145,7 @@ def flow_log_prob(
         if on_time is not None:
             on_time(t)
 
-    end = integrate(slope, begin, (start, 1.0), rtol, atol, on_accept)[-1]
+    end = integrate(denoiser.process, slope, begin, (start, 1.0), rtol, atol, on_accept)[-1]
     x_1 = end[:, :dimension].view(shape)
     terminal = denoiser.process.prior_log_prob(x_1) if terminal_log_prob is None else terminal_log_prob(x_1)
     return FlowLikelihood(terminal + end[:, -1], terminal, end[:, -1], x_1, counted.evaluations)

@@ -390,11 +390,11 @@ class Evaluation(pl.Callback):
                 noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape)
                 cond = method.condition(indices)
 
-                def velocity(t: Tensor, x: Tensor, cond: Any = cond) -> Tensor:
-                    return denoiser(x, at_time(x, float(t)), cond).velocity
+                def velocity(t: float, x: Tensor, cond: Any = cond) -> Tensor:
+                    return denoiser(x, at_time(x, t), cond).velocity
 
                 x = (process.prior_std * noise.normal()).double()
-                states = integrate(velocity, x, (1.0, *self.smallest_times), self.rtol, self.atol)[1:]
+                states = integrate(process, velocity, x, (1.0, *self.smallest_times), self.rtol, self.atol)[1:]
                 for moments, state in zip(made, states, strict=True):
                     moments.add(pixels(method.decode(state.float())))
                 bar.update(1)

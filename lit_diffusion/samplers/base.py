@@ -153,7 +153,8 @@ def subsequence(process: Process, steps: int | None, spacing: Spacing = "uniform
     """The times ``t_1 < .. < t_S = 1`` at which a walk of S steps evaluates the network; its last step ends at 0.
 
     On a grid they are grid points, ``tau_i = round(L i / S)`` or ``round(L i^2 / S^2)``, moved up where two would
-    coincide (Song et al. 2021, DDIM, appendix D.2); in continuous time ``i / S`` or ``(i / S)^2``.
+    coincide (Song et al. 2021, DDIM, appendix D.2); in continuous time ``i / S`` or ``(i / S)^2``, shrunk towards 1
+    where the first would be below the smallest time that samplers visit.
 
     Args:
         process: whose grid it is.
@@ -168,7 +169,10 @@ def subsequence(process: Process, steps: int | None, spacing: Spacing = "uniform
     if spacing == "quadratic":
         fraction = fraction**2
     if process.levels is None:
-        return fraction.clamp(min=process.t_min_sampling).tolist()
+        first, end = float(fraction[0]), process.t_min_sampling
+        if first < end:
+            fraction = 1.0 - (1.0 - fraction) * ((1.0 - end) / (1.0 - first))
+        return fraction.tolist()
     _require_points(process, count)
     index = (fraction * process.levels).round()
     step = torch.arange(1, count + 1, dtype=torch.float64)

@@ -62,17 +62,23 @@ def largest_row_norm(x: Tensor) -> Tensor:
 
 
 def integrate(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    process: Process,
+    velocity: Callable[[float, Tensor], Tensor],
     x: Tensor,
     times: Sequence[float],
     rtol: float,
     atol: float,
     on_accept: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
-    """The solution of ``dx/dt = velocity(t, x)`` at some times, by Dormand and Prince's method of order 5.
+    r"""The solution of ``dx/dt = velocity(t, x)`` at some times, by Dormand and Prince's method of order 5.
+
+    The solver's own variable is ``u = log(sigma / alpha)``, in which it sees ``velocity / (du/dt)``. In t the velocity of
+    a process that is given by betas jumps at every level, which no error estimate foresees, and that of a
+    variance-preserving one is singular at 0; in u both are smooth.
 
     Args:
-        velocity: of the time (a scalar tensor) and the state.
+        process: whose times they are.
+        velocity: of the time and the state.
         x: the state at the first of the times, ``[B, ...]`` in float64.
         times: rising or falling.
         rtol: relative tolerance of a step.
@@ -87,16 +93,24 @@ def integrate(
     """
     from torchdiffeq import odeint
 
+    earliest, latest = min(times), max(times)
+    wanted = -0.5 * process.log_snr(torch.tensor(times, dtype=torch.float64, device=x.device))
+
+    def time_of(u: Tensor) -> Tensor:
+        # The solver's first guess of a step may lie beyond the end, where the process need not be defined.
+        return process.t_at_log_snr(-2.0 * u).clamp(earliest, latest)
+
     class Field(torch.nn.Module):
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:
-            # The solver's first guess of a step may lie beyond the end, where the process need not be defined.
-            return velocity(t.clamp(min(times), max(times)), y)
+        def forward(self, u: Tensor, y: Tensor) -> Tensor:
+            t = time_of(u)
+            level = process.level(t)
+            rate = level.dsigma / level.sigma - level.dalpha / level.alpha
+            return velocity(float(t), y) / rate
 
-        def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        def callback_accept_step(self, u: Tensor, y: Tensor, du: Tensor) -> None:
             if on_accept is not None:
-                on_accept(float(t0), y0)
+                on_accept(float(time_of(u)), y)
 
-    wanted = torch.tensor(times, dtype=torch.float64, device=x.device)
     # It must step onto these times; otherwise it steps past them and interpolates.
     options = {"norm": largest_row_norm, "step_t": wanted[1:]}
     try:
@@ -206,11 +220,11 @@ class ProbabilityFlow(Sampler):
         cond: Condition | None,
         on_accept: Callable[[float, Tensor], None] | None,
     ) -> Tensor:
-        def velocity(t: Tensor, state: Tensor) -> Tensor:
-            return denoiser(state, at_time(state, float(t)), cond).velocity
+        def velocity(t: float, state: Tensor) -> Tensor:
+            return denoiser(state, at_time(state, t), cond).velocity
 
-        dtype = x.dtype
-        return integrate(velocity, x.double(), (move.t, move.s), self.rtol, self.atol, on_accept)[-1].to(dtype)
+        times = (move.t, move.s)
+        return integrate(denoiser.process, velocity, x.double(), times, self.rtol, self.atol, on_accept)[-1].to(x.dtype)
 
     def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
         """The posterior mean, when ``denoise``."""
