@@ -10,6 +10,7 @@ import torch
 from tiny import digits, digits_data, points_data
 
 from lit_diffusion.backbones.base import Condition
+from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import Batch, DataModule, TrainingOrder
 from lit_diffusion.errors import UserError
@@ -191,7 +192,21 @@ def test_dequantised_values_fill_their_grey_level_and_are_keyed_by_the_image():
     assert torch.equal(again, x[7:9])
     assert not torch.equal(x[7], x[8])
     held_out = data.prepare(value[:1], label[:1], index[:1], training=False).x
-    assert torch.allclose(held_out, value[:1] / 16.0)
+    assert torch.allclose(held_out, (value[:1] + 0.5) / 17)  # the middle of each level's bin
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+@pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0)])
+def test_the_facts_say_where_the_grey_levels_lie(dequantise, value_range):
+    data = digits_data(dequantise=dequantise, value_range=value_range)
+    values = data.normalise(torch.arange(17, dtype=torch.uint8))
+    lie = data.facts.grey_levels
+    assert torch.allclose(values, lie.low + lie.width * torch.arange(17))
+    assert float(values[-1]) == pytest.approx(lie.high)
+    bins = (lie.low - lie.width / 2, lie.high + lie.width / 2)
+    assert bins == pytest.approx(value_range) if dequantise else (lie.low, lie.high) == value_range
+    assert points_data().facts.grey_levels is None
+    assert DataFacts.from_plain(data.facts.plain()) == data.facts
 
 
 def test_flips_are_keyed_by_the_number_in_the_run():

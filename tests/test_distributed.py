@@ -10,13 +10,14 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import CONFIG, digits, digits_data, events, fit, ncsn, trainer, weights
+from tiny import CONFIG, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
 
 import lit_diffusion
 from lit_diffusion.callbacks import EMA, Checkpoint, Samples, Telemetry
@@ -25,12 +26,12 @@ from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.run import RunLogger
 
-NAMES = ("plain", "micro", "nan", "clipped")
+NAMES = ("plain", "micro", "nan", "clipped", "second_moment")
 
 
 def run(folder: Path, name: str, many: dict, data: dict | None = None, images: int = 96, **keys):
     """One training with everything that is written; returns what it ended with."""
-    method, ema = ncsn(**keys.pop("method", {})), EMA([64], ramp=1.0)
+    method, ema = keys.pop("make", ncsn)(**keys.pop("method", {})), EMA([64], ramp=1.0)
     if "loss" in keys:
         method.loss = keys.pop("loss")(method)
     logger = RunLogger(name, root=folder)
@@ -56,6 +57,7 @@ def run(folder: Path, name: str, many: dict, data: dict | None = None, images: i
         "skipped": method.skipped_steps,
         "local_loss": float(method.last_loss),
         "norm": float(method.last_gradient_norm),
+        "remembered": {name: value for name, value in method.state_dict().items() if "second_moments" in name},
     }
 
 
@@ -67,7 +69,7 @@ def nan_on_the_last_process(method):
         result = loss(batch, seed)
         if not method.training:
             return result
-        return type(result)(torch.where(batch.index == 63, math.nan, result.per_sample), result.t)
+        return replace(result, per_sample=torch.where(batch.index == 63, math.nan, result.per_sample))
 
     return spoilt
 
@@ -109,6 +111,10 @@ def everything(folder: Path, many: dict) -> dict:
         "micro": run(folder, "micro", many, {"micro_batch_size": 5, "flip": True, "dequantise": True}),
         "nan": run(folder, "nan", many, loss=nan_on_the_last_process),
         "clipped": run(folder, "clipped", many, method={"gradient_clip": 5.0, "warmup_steps": 3}),
+        # Four levels: the law is uneven from the second step on.
+        "second_moment": run(
+            folder, "second_moment", many, make=ddpm, method={"time_law": "second_moment", "levels": 4}
+        ),
         "unequal": unequal_shards(folder, many),
     }
     # What one process began the other number of processes goes on with.
@@ -190,7 +196,7 @@ def test_the_weights_and_averages_are_those_of_one_process(one, two, name):
     assert close(single["average"], first["average"])
     for kind in ("weights", "average"):
         assert all(torch.equal(first[kind][key], second[kind][key]) for key in first[kind])
-    assert not close(single["weights"], weights(ncsn()), 1e-3)  # it moved
+    assert not close(single["weights"], weights(ddpm() if name == "second_moment" else ncsn()), 1e-3)  # it moved
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -209,6 +215,16 @@ def test_every_event_is_written_once_and_says_the_same(one, two, name):
     assert {results[name]["run_dir"] for results in two[1]} == {str(shared)}
     assert [path.name for path in (shared / "checkpoints").iterdir()] == ["last.ckpt"]
     assert len(list((shared / "samples").iterdir())) == 1
+
+
+def test_the_law_of_the_levels_remembers_the_losses_of_all_processes_in_the_batchs_order(one, two):
+    single, *others = (results["second_moment"]["remembered"] for results in (one[1], *two[1]))
+    for remembered in others:
+        for name, value in single.items():
+            assert torch.allclose(value, remembered[name], rtol=1e-4), name
+    assert all(torch.equal(value, others[1][name]) for name, value in others[0].items())
+    assert int(single["objective.second_moments.counts"].sum()) == 96
+    assert int(single["objective.second_moments.counts"].min()) >= 10
 
 
 def test_the_processes_see_different_images(two):
@@ -261,6 +277,6 @@ def test_the_command_line_with_two_devices(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs" / "two").iterdir()
-    assert [event["event"] for event in events(run_dir)] == ["start", "metrics", "end"]
+    assert [event["event"] for event in events(run_dir)] == ["start", "metrics", "noise_levels", "picture", "end"]
     assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["lit_diffusion"]["images_seen"] == 64
     assert done.stdout.count("done: 64 images in 2 steps") == 1

@@ -71,7 +71,7 @@ def test_another_smallest_time_is_another_density(process):
     denoiser = ExactDenoiser(MIXTURE, process)
     found = flow_log_prob(denoiser, x, noise_of(50), trace="exact", t_min=0.2, terminal_log_prob=end)
     assert float((found.log_prob - marginal(MIXTURE, process, 0.2)(x)).abs().max()) / 3 < 1e-3
-    assert float((found.log_prob - marginal(MIXTURE, process, process.t_min)(x)).abs().max()) > 0.05
+    assert float((found.log_prob - marginal(MIXTURE, process, process.t_min)(x)).abs().max()) > 0.03
 
 
 @every_process
@@ -200,22 +200,25 @@ def test_a_few_terms_at_random_have_the_same_expectation():
     assert float(few.total.var()) > float(whole.total.var())
 
 
-def test_grey_levels_cost_at_least_their_entropy_and_hardly_more():
+def test_grey_levels_cost_at_least_their_entropy_and_hardly_more_with_many_steps():
     """Data on 17 levels and the exact model of them: the bound is one of probabilities."""
-    levels, count = 17, 3000
+    levels, count = 17, 600
     grey = GreyLevels(-1.0, 1.0, 2.0 / (levels - 1))
     weights = torch.arange(1.0, levels + 1).double()
     values = torch.linspace(-1.0, 1.0, levels).double()[:, None]
     distribution = GaussianMixture(weights, values, torch.zeros(levels, 1, 1))
-    p = weights / weights.sum()
-    entropy = -float((p * p.log()).sum())
     x = draws(distribution, count)
-    denoiser = ExactDenoiser(distribution, Betas(linear_betas()))
-    bound = variational_bound(denoiser, x, noise_of(count, 1, seed=3), "beta_tilde", grey)
-    error = float(bound.total.std()) / math.sqrt(count)
-    assert entropy - 4 * error < float(bound.total.mean()) < entropy + 0.05 + 4 * error
-    bits = bits_per_dimension(-bound.total, 1)
-    assert float(bits.mean()) == pytest.approx(float(bound.total.mean()) / math.log(2))
+    log_probability = distribution.weights[distribution.component_of(x)].log()
+    gaps = []
+    for steps in (500, 1000, 4000):
+        denoiser = ExactDenoiser(distribution, Betas(linear_betas(steps, 0.1 / steps, 20.0 / steps)))
+        bound = variational_bound(denoiser, x, noise_of(count, 1, seed=3), "beta_tilde", grey)
+        gap = bound.total + log_probability
+        gaps.append((float(gap.mean()), float(gap.std()) / math.sqrt(count)))
+    assert all(gap > 3 * error for gap, error in gaps[:2])
+    assert gaps[0][0] > gaps[1][0] > gaps[2][0] > -3 * gaps[2][1]
+    assert gaps[2][0] < 0.06
+    assert gaps[2][0] < 0.5 * gaps[1][0]
 
 
 # Units

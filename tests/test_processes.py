@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
+from scipy.stats import norm
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, SubVP, cosine_betas, expand_like, linear_betas
@@ -241,7 +242,112 @@ def test_at_time_0_there_are_the_data(process):
     assert process.alpha(zero).tolist() == [1.0] * 3
     x = torch.randn(3, 2)
     assert torch.equal(process.perturb(x, zero, torch.randn(3, 2)), x)
-    assert process.prior_std == float(process.sigma(tensor(1.0)))
+
+
+@every_process
+def test_the_prior_is_nearly_the_law_at_time_1(process):
+    assert process.prior_std == (process.sigma_max if isinstance(process, VE) else 1.0)
+    # Of data with variance 1, unless the variance explodes.
+    variance = process.sigma(tensor(1.0)) ** 2
+    if not isinstance(process, VE):
+        variance = variance + process.alpha(tensor(1.0)) ** 2
+    assert process.prior_std == pytest.approx(float(variance.sqrt()), rel=1e-4)
+
+
+@every_process
+def test_the_priors_density_is_scipys(process):
+    generator = torch.Generator().manual_seed(0)
+    x = process.prior_std * torch.randn(5, 2, 3, 4, generator=generator)
+    expected = norm(scale=process.prior_std).logpdf(x.double().numpy()).sum((1, 2, 3))
+    log_prob = process.prior_log_prob(x)
+    assert log_prob.dtype == torch.float64
+    np.testing.assert_allclose(log_prob.numpy(), expected, rtol=1e-12)
+
+
+def exact_steps(betas):
+    """DDPM's posterior of each step, with 1 - abar by v -> (1 - beta) v + beta, which cancels no digits."""
+    betas = betas.numpy()
+    kept = np.cumprod(1.0 - betas)
+    before, noise = np.append(1.0, kept[:-1]), [0.0]
+    for beta in betas:
+        noise.append((1.0 - beta) * noise[-1] + beta)
+    at_s, at_t = np.array(noise[:-1]), np.array(noise[1:])
+    return {
+        "scale": np.sqrt(1.0 - betas),
+        "beta": betas,
+        "on_x0": np.sqrt(before) * betas / at_t,
+        "on_xt": np.sqrt(1.0 - betas) * at_s / at_t,
+        "beta_tilde": at_s / at_t * betas,
+    }
+
+
+@pytest.mark.parametrize("betas", [linear_betas(), cosine_betas(), linear_betas(20, 0.01, 0.4)], ids=["l", "c", "few"])
+def test_transitions_between_neighbours_are_ddpms_tables(betas):
+    process = Betas(betas)
+    t = process.grid()
+    step = process.transition(torch.cat((tensor(0.0), t[:-1])), t)
+    for name, expected in exact_steps(betas).items():
+        np.testing.assert_allclose(getattr(step, name).numpy(), expected, rtol=1e-12, err_msg=name)
+
+
+def three_times(process):
+    """Times ``r < s < t``, near to each other and far."""
+    if process.levels is None:
+        return tensor(1e-4, 0.01, 0.3, 0.3, 0.9), tensor(0.01, 0.02, 0.3001, 0.6, 0.99), tensor(0.4, 0.9, 0.302, 0.9, 1)
+    return tensor(1, 1, 7, 2, 18) / 20, tensor(2, 10, 8, 12, 19) / 20, tensor(3, 20, 9, 20, 20) / 20
+
+
+@every_process
+def test_two_transitions_are_the_transition_of_both(process):
+    r, s, t = three_times(process)
+    first, second, both = process.transition(r, s), process.transition(s, t), process.transition(r, t)
+    torch.testing.assert_close(both.scale, first.scale * second.scale, rtol=1e-12, atol=0)
+    torch.testing.assert_close(both.beta, second.scale**2 * first.beta + second.beta, rtol=1e-10, atol=0)
+    # q(x_r | x_t, x_0) by way of x_s.
+    torch.testing.assert_close(both.on_xt, first.on_xt * second.on_xt, rtol=1e-10, atol=0)
+    torch.testing.assert_close(both.on_x0, first.on_x0 + first.on_xt * second.on_x0, rtol=1e-10, atol=0)
+    beta_tilde = first.beta_tilde + first.on_xt**2 * second.beta_tilde
+    torch.testing.assert_close(both.beta_tilde, beta_tilde, rtol=1e-10, atol=0)
+
+
+@every_process
+def test_a_transition_leads_from_marginal_to_marginal(process):
+    s, t, _ = three_times(process)
+    step = process.transition(s, t)
+    torch.testing.assert_close(step.scale * process.alpha(s), process.alpha(t), rtol=1e-12, atol=0)
+    variance = step.scale**2 * process.sigma(s) ** 2 + step.beta
+    torch.testing.assert_close(variance, process.sigma(t) ** 2, rtol=1e-10, atol=0)
+
+
+@every_process
+def test_the_posterior_of_a_transition_is_bayes(process):
+    s, t, _ = three_times(process)
+    step = process.transition(s, t)
+    alpha, variance = process.alpha(s), process.sigma(s) ** 2
+    # Precisions add: of x_s given x_0, and of x_s given x_t.
+    precision = 1 / variance + step.scale**2 / step.beta
+    torch.testing.assert_close(step.beta_tilde, 1 / precision, rtol=1e-9, atol=0)
+    torch.testing.assert_close(step.on_x0, alpha / variance / precision, rtol=1e-9, atol=0)
+    torch.testing.assert_close(step.on_xt, step.scale / step.beta / precision, rtol=1e-9, atol=0)
+
+
+@every_process
+def test_a_transition_from_0_starts_at_the_data(process):
+    t = tensor(process.t_min, 0.5, 1.0)
+    step = process.transition(torch.zeros(3), t)
+    torch.testing.assert_close(step.scale, process.alpha(t), rtol=1e-14, atol=0)
+    torch.testing.assert_close(step.beta, process.sigma(t) ** 2, rtol=1e-14, atol=0)
+    assert step.on_x0.tolist() == [1.0] * 3
+    assert step.on_xt.tolist() == step.beta_tilde.tolist() == [0.0] * 3
+    assert {value.dtype for value in vars(step).values()} == {torch.float64}
+
+
+def test_a_grid_begins_at_its_first_point():
+    for process in (Betas(linear_betas(50)), VE(0.1, 1.0, levels=50, t_min=1e-3, t_min_sampling=1e-4)):
+        assert process.t_min == process.t_min_sampling == 1 / 50
+    process = VP(t_min=1e-4, t_min_sampling=0.01)
+    assert (process.t_min, process.t_min_sampling) == (1e-4, 0.01)
+    assert (SubVP().t_min, SubVP().t_min_sampling) == (1e-5, 1e-3)
 
 
 @every_process
@@ -316,6 +422,10 @@ def test_level_index(process):
         (lambda: VE(0.1, 1.0, levels=0), ["levels is 0"]),
         (lambda: VE(0.1, 1.0, t_min=0.0), ["t_min is 0"]),
         (lambda: VP(t_min=-0.1), ["t_min is -0.1"]),
+        (lambda: VE(0.1, 1.0, t_min_sampling=0.0), ["t_min_sampling is 0"]),
+        (lambda: VP(t_min_sampling=1.0), ["t_min_sampling is 1"]),
+        (lambda: SubVP(t_min_sampling=-1e-3), ["t_min_sampling is -0.001"]),
+        (lambda: VP(t_min_sampling=float("nan")), ["t_min_sampling is nan"]),
         (lambda: VP(t_min=1.0), ["t_min is 1"]),
         (lambda: VP(0.0, 20.0), ["beta_min 0", "beta_max 20"]),
         (lambda: SubVP(20.0, 0.1), ["beta_min 20", "beta_max 0.1"]),

@@ -16,9 +16,22 @@ from lit_diffusion.backbones.base import Backbone, Condition
 from lit_diffusion.callbacks import Checkpoint, ProgressBar
 from lit_diffusion.data import Digits, GaussianMixturePoints
 from lit_diffusion.datamodule import DataModule
-from lit_diffusion.methods import DSM, NCSN, Method
+from lit_diffusion.methods import DDPM, DSM, NCSN, Method, ScoreSDE
+from lit_diffusion.processes import Process
 from lit_diffusion.run import RunLogger
-from lit_diffusion.samplers import AnnealedLangevin, Langevin
+from lit_diffusion.samplers import (
+    DDIM,
+    Ancestral,
+    AnnealedLangevin,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    ProbabilityFlow,
+    ReverseDiffusion,
+    Sampler,
+)
 from lit_diffusion.trainer import Trainer
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -73,16 +86,34 @@ TINY = {
 }
 """A run of seconds through the command line."""
 
+WALKS: dict[str, Sampler] = {
+    "ancestral": Ancestral(steps=3),
+    "ancestral, beta_tilde": Ancestral(steps=3, variance="beta_tilde", spacing="quadratic"),
+    "ddim": DDIM(steps=3),
+    "ddim, noisy": DDIM(steps=3, eta=1.0),
+    "euler": Euler(steps=2),
+    "heun": Heun(steps=2),
+    "euler_maruyama": EulerMaruyama(steps=2),
+    "reverse_diffusion": ReverseDiffusion(steps=2),
+    "predictor_corrector": PredictorCorrector(ReverseDiffusion(steps=2)),
+    "ode": ProbabilityFlow(1e-2, 1e-2),
+    "annealed_langevin": AnnealedLangevin(2, eta=1e-3, levels=3),
+}
+"""All samplers of a model with several levels and a network that says no energy, in few steps."""
+
 
 class Convolutions(Backbone):
     """Two convolutions, told of the level by a scale of the features; it records what it is given."""
 
-    def __init__(self, channels: int = 4, dropout: float = 0.0, num_classes: int | None = None) -> None:
+    def __init__(
+        self, channels: int = 4, dropout: float = 0.0, num_classes: int | None = None, out_channels: int = 1
+    ) -> None:
         super().__init__()
         self.data_shape = (1, 8, 8)
         self.num_classes = num_classes
+        self.out_channels = out_channels
         self.first = nn.Conv2d(1, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, 1, 3, padding=1)
+        self.second = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, channels)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("seven", torch.tensor([7919]))
@@ -110,6 +141,33 @@ def ncsn(network: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> N
         **keys,
     }
     return NCSN(Convolutions(**(network or {})), **keys)
+
+
+def ddpm(network: dict[str, Any] | None = None, seed: int = 0, make: type[DDPM] = DDPM, **keys: Any) -> DDPM:
+    """A diffusion of eight levels on the digits; twice the output channels where the variance is learned."""
+    torch.manual_seed(seed)
+    network = {"out_channels": 2 if keys.get("variance") == "learned" else 1, **(network or {})}
+    keys = {
+        "levels": 8,
+        "beta_1": 0.01,
+        "beta_T": 0.6,
+        "noise_input": "time",
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        **keys,
+    }
+    return make(Convolutions(**network), **keys)
+
+
+def score_sde(process: Process, network: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> ScoreSDE:
+    """A network on the digits for all times of a process, sampled in four steps."""
+    torch.manual_seed(seed)
+    keys = {
+        "noise_input": "time",
+        "sampler": PredictorCorrector(ReverseDiffusion(steps=4)),
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        **keys,
+    }
+    return ScoreSDE(Convolutions(**(network or {})), process, **keys)
 
 
 def toy_dsm(**keys: Any) -> DSM:

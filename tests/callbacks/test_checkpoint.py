@@ -98,6 +98,7 @@ def test_it_holds_tensors_and_plain_types_and_what_a_rebuild_needs(tmp_path):
             "levels": 17,
             "value_range": [0.0, 1.0],
             "num_classes": 10,
+            "dequantised": False,
         },
         "images_seen": 64,
         "steps": 2,

@@ -56,7 +56,9 @@ def test_where_the_score_is_known_its_error_is_shown(tmp_path):
     method = NCSN(MLP((2,), width=16, depth=1), 4.0, 0.5, 4, "score", "log_sigma")
     (event,) = events(drawn(tmp_path, method, points_data()), "noise_levels")
     assert len(event["score_error"]) == 4
-    assert all(0.0 < error < 5.0 for error in event["score_error"])
+    # At a level of noise far above the data's spread the score is nearly that of the noise alone.
+    assert all(error > 0.0 for error in event["score_error"])
+    assert event["score_error"][-1] < event["score_error"][0]
 
 
 def test_continuous_time_is_divided_evenly():
@@ -72,7 +74,7 @@ def test_a_single_level_is_one_point(tmp_path):
 
 def test_none_are_drawn_and_wrong_numbers_refused(tmp_path):
     assert not events(drawn(tmp_path, ncsn(), digits_data(), levels=0), "noise_levels")
-    with pytest.raises(UserError, match="images must be positive"):
+    with pytest.raises(UserError, match="images 0 must be positive"):
         NoiseLevels(images=0)
     with pytest.raises(UserError, match="every_n_steps"):
         NoiseLevels(every_n_steps=0)

@@ -152,8 +152,8 @@ def test_init_from_takes_weights_only(trained, run, workdir):
 
 
 def test_validate_test_and_predict(trained, run, workdir):
-    for command in ("validate", "test"):
-        run(command, "--ckpt_path", trained / "checkpoints" / "last.ckpt", "--run_dir", command)
+    for command, weights in (("validate", ()), ("test", ("--eval.weights", "raw"))):
+        run(command, "--ckpt_path", trained / "checkpoints" / "last.ckpt", "--run_dir", command, *weights)
     (validated,) = events(workdir / "validate", "metrics")
     (tested,) = events(workdir / "test", "metrics")
     assert validated["val/loss"] == tested["test/loss"]

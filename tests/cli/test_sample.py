@@ -89,7 +89,7 @@ def test_samplers_by_short_name_key_and_class_path(sample, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sampler", "langvin"], "annealed_langevin, langevin"),
+        (["--sampler", "langvin"], "annealed_langevin, ddim"),
         (["--sampler.stepz", "3"], "stepz"),
         (["--sampler.eta", "0.04"], r"eta 0.04 is not below 4 sigma\^2 = 0.04"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -32,7 +33,7 @@ def spoil(method, *steps, value=math.nan):
     def spoilt(batch, seed):
         result = loss(batch, seed)
         factor = value if method.clock.steps + 1 in steps and method.training else 1.0
-        return type(result)(result.per_sample * factor, result.t)
+        return replace(result, per_sample=result.per_sample * factor)
 
     method.loss = spoilt
     return method
@@ -125,7 +126,8 @@ def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tmp_path):
 
     def shifted(batch, seed):
         result = loss(batch, seed)
-        return type(result)(result.per_sample + (math.inf if method.clock.steps == 1 else 0.0), result.t)
+        shift = math.inf if method.clock.steps == 1 else 0.0
+        return replace(result, per_sample=result.per_sample + shift)
 
     method.loss = shifted
     watch = Watch(lambda trainer, m: (weights(m), m.stepped, math.isfinite(float(m.last_gradient_norm))))

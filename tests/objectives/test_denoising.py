@@ -1,9 +1,11 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.integrate import cumulative_simpson, quad
 from torch import nn
 
 from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
@@ -264,3 +266,99 @@ def test_an_unknown_name_is_refused_with_the_known_ones(key, value, known):
 def test_levels_need_a_process_with_levels():
     with pytest.raises(UserError, match="continuous time"):
         times_of("levels", VP(), 10)
+
+
+# ---- times by importance -----------------------------------------------------------------------------------------
+
+RATIOS = {
+    "VE": (VE(0.01, 50.0), lambda t: 2 * math.log(50.0 / 0.01)),
+    "VP": (VP(), lambda t: rate(t) / -math.expm1(-integral(t))),
+    "SubVP": (SubVP(), lambda t: rate(t) * math.expm1(-2 * integral(t)) / -(math.expm1(-integral(t)) ** 2)),
+}
+"""``g^2 / sigma^2`` from the papers' appendices."""
+
+
+def rate(t):
+    return 0.1 + 19.9 * t
+
+
+def integral(t):
+    return 0.1 * t + 19.9 * t**2 / 2
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_times_by_importance_have_the_density_of_g2_over_sigma2(name):
+    process, ratio = RATIOS[name]
+    t = times_of("importance", process, 50_000)
+    assert t.dtype == torch.float64
+    assert process.t_min <= float(t.min())
+    assert float(t.max()) <= 1.0
+    # Most of the mass is near t_min: integrate in log t.
+    grid = np.geomspace(process.t_min, 1.0, 20_001)
+    mass = cumulative_simpson([time * ratio(time) for time in grid], x=np.log(grid), initial=0.0)
+    assert stats.kstest(np.interp(np.log(t.numpy()), np.log(grid), mass / mass[-1]), "uniform").pvalue > 0.01
+    assert (stats.kstest(t.numpy(), "uniform").pvalue > 0.01) == (name == "VE")
+
+
+def exact_loss(process, ratio, weight, extra):
+    """The expected loss of a denoiser of N(0, diag(VARIANCES)) that is ``extra`` off the exact one, by integration.
+
+    What is left of the noise is ``E |eps - E[eps | x_t]|^2 = sum alpha^2 c / (alpha^2 c + sigma^2)``.
+    """
+
+    def integrand(log_t):
+        level = process.level(torch.tensor([math.exp(log_t)]).double())
+        alpha2, sigma2 = float(level.alpha) ** 2, float(level.sigma) ** 2
+        left = sum(alpha2 * c / (alpha2 * c + sigma2) for c in VARIANCES) + len(VARIANCES) * extra**2
+        return math.exp(log_t) * (ratio(math.exp(log_t)) if weight == "g2" else 1.0) * 0.5 * left
+
+    start = math.log(process.t_min)
+    total = sum(quad(integrand, a, b, epsrel=1e-7)[0] for a, b in pairwise(np.linspace(start, 0.0, 9)))
+    return total / (1 - process.t_min)
+
+
+VARIANCES = (0.25, 0.04)
+"""About those of the digits' pixels."""
+
+
+@pytest.mark.parametrize("extra", [0.0, 0.5], ids=["exact", "perturbed"])
+@pytest.mark.parametrize("weight", ["sigma2", "g2"])
+@pytest.mark.parametrize("name", RATIOS)
+def test_times_by_importance_change_the_variance_of_the_loss_and_not_the_loss(name, weight, extra):
+    process, ratio = RATIOS[name]
+    count = 100_000
+    index = torch.arange(count)
+    distribution = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.diag(torch.tensor(VARIANCES))[None])
+    exact = ExactDenoiser(distribution, process)
+    denoiser = FunctionDenoiser(process, lambda x, t: exact(x, t).eps + extra)
+    x0 = distribution.sample(keyed_normal(0, "x", index, (2,)), keyed_uniform(0, "c", index))
+    uniform, importance = (
+        DenoisingScoreMatching(law, weight)(denoiser, x0, 11, index).per_sample for law in ("uniform", "importance")
+    )
+    expected = exact_loss(process, ratio, weight, extra)
+    for loss in (uniform, importance):
+        assert abs(float(loss.mean()) - expected) < 4 * float(loss.std()) / count**0.5
+    share = float(importance.var() / uniform.var())
+    print(f"{name}, weight {weight}, off by {extra:g}: variance of importance / uniform {share:.4g}")
+    if weight == "g2":
+        assert float(importance.std()) / count**0.5 < 0.01 * expected  # which uniform times do not reach on VP
+        assert share < (0.01 if name != "VE" else 1.1)
+
+
+@pytest.mark.parametrize("weight", ["sigma2", "g2"])
+def test_the_loss_at_its_level_has_no_factor_of_the_law(weight):
+    process, index = VP(), torch.arange(64)
+    x0 = keyed_normal(0, "x", index, (2,))
+    denoiser = FunctionDenoiser(process, lambda x, t: x / 7)
+    for law in ("uniform", "importance"):
+        objective = DenoisingScoreMatching(law, weight)
+        loss = objective(denoiser, x0, 3, index)
+        at = objective.at(denoiser, x0, loss.t, keyed_normal(3, "noise", index, (2,)))
+        assert torch.equal(loss.at_level, at.per_sample)
+        assert torch.equal(at.at_level, at.per_sample)
+        if law == "uniform":
+            assert torch.equal(loss.per_sample, loss.at_level)
+            continue
+        ratio = torch.tensor([rate(t) / -math.expm1(-integral(t)) for t in loss.t.tolist()])
+        whole = float(process.log_snr(torch.tensor(1e-5).double()) - process.log_snr(torch.ones(()).double()))
+        torch.testing.assert_close(loss.per_sample, loss.at_level * whole / ratio / (1 - 1e-5), rtol=1e-4, atol=0)
