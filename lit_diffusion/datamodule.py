@@ -322,6 +322,12 @@ class DataModule(pl.LightningDataModule):
         """Normalised training data number ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
         return self._values(self.source, self.train_indices[indices])
 
+    def training_batch(self, indices: Tensor) -> Batch:
+        """Training data number ``indices`` of ``train_indices`` with their labels, numbered as given."""
+        labels = [self.source.label(int(self.train_indices[i])) for i in indices]
+        cond = None if self.facts.num_classes is None else Condition(label=torch.tensor(labels))
+        return Batch(self.training_values(indices), indices, cond)
+
     def held_out_values(self, indices: Tensor) -> Tensor:
         """Normalised held-out data number ``indices`` of ``held_out_indices``: float32 ``[B, ...]``."""
         return self._values(self.held_out_source, self.held_out_indices[indices])

@@ -44,14 +44,15 @@ def reverse_log_variance(
 ) -> Tensor:
     """``log v``, in nats: ``[B, 1, ...]``, or ``[B, ...]`` where it is learned; float64.
 
-    Where s is 0 beta~ is 0: the one of the next step, from 2t to t, takes its place, as in both papers' code.
+    Where s is 0 beta~ is 0: the one of the next step, from 2t to t, takes its place, as in both papers' code; in a
+    walk of one step, which has no next one, beta does.
     """
     t = prediction.level.t
     last = s == 0.0
     beta_tilde = step.beta_tilde
     if bool(last.any()):
         above = process.transition(torch.where(last, t, s), torch.where(last, (2.0 * t).clamp(max=1.0), t))
-        beta_tilde = torch.where(last, above.beta_tilde, beta_tilde)
+        beta_tilde = torch.where(last, torch.where(t < 1.0, above.beta_tilde, step.beta), beta_tilde)
     shape = (-1, *[1] * (prediction.x_t.ndim - 1))
     log_beta, log_beta_tilde = step.beta.log().view(shape), beta_tilde.log().view(shape)
     if variance == "beta":
@@ -115,7 +116,7 @@ def bound_term(
     Args:
         prediction: of the model at ``x_t``.
         process: of the model.
-        x0: the clean data ``[B, ...]``.
+        x0: the clean data ``[B, ...]``; the decoder scores the grey level in whose bin a value lies.
         s: times ``[B]`` of the ends of the steps.
         variance: of the reverse step.
         grey_levels: of the data, None for points.
@@ -134,6 +135,6 @@ def bound_term(
             decoder = 0.5 * (square + log_variance + LOG_2PI)
         else:
             low, high, width = grey_levels.low, grey_levels.high, grey_levels.width
-            decoder = -discretised_log_prob(x0, mean, log_variance, width, low, high)
+            decoder = -discretised_log_prob(grey_levels.centre(x0), mean, log_variance, width, low, high)
         term = torch.where(last, decoder.flatten(1).sum(1), term)
     return term

@@ -221,6 +221,15 @@ def test_grey_levels_cost_at_least_their_entropy_and_hardly_more_with_many_steps
     assert gaps[2][0] < 0.5 * gaps[1][0]
 
 
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_a_walk_of_one_step_has_a_decoder(variance):
+    """There is no next step whose variance could stand in: beta does, for either variance."""
+    x, denoiser = draws(GAUSSIAN, 10), ExactDenoiser(GAUSSIAN, PROCESSES["DDPM"])
+    one = variational_bound(denoiser, x, noise_of(10), variance, steps=1)
+    torch.testing.assert_close(one.total, variational_bound(denoiser, x, noise_of(10), "beta", steps=1).total)
+    assert bool(torch.isfinite(one.total).all())
+
+
 # Units
 
 

@@ -329,11 +329,12 @@ def test_the_decoder_of_points_is_their_density():
 def test_finer_grey_levels_approach_the_density():
     """``-log P(level)`` is ``-log p - log width`` a pixel."""
     x0, eps = images(levels=4097)
-    x0 = x0.clamp(-0.99, 0.99)
+    width = 2 / 4096
+    grey = GreyLevels(-1.0, 1.0, width)
+    x0 = grey.centre(x0.clamp(-0.99, 0.99))
     prediction = at_level(1, x0, eps)
     s = torch.zeros(3, dtype=torch.float64)
-    width = 2 / 4096
-    discrete = bound_term(prediction, network().process, x0, s, "beta", GreyLevels(-1.0, 1.0, width))
+    discrete = bound_term(prediction, network().process, x0, s, "beta", grey)
     density = bound_term(prediction, network().process, x0, s, "beta", None)
     torch.testing.assert_close(discrete, density - 4 * math.log(width), rtol=1e-5, atol=1e-5)
 

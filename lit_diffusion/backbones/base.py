@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from lit_diffusion.errors import UserError
@@ -26,6 +27,10 @@ class Condition:
 
     def __getitem__(self, rows: slice | Tensor) -> Condition:
         return Condition(label=None if self.label is None else self.label[rows])
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same on a device."""
+        return Condition(label=None if self.label is None else self.label.to(device))
 
 
 class Backbone(nn.Module, ABC):

@@ -93,11 +93,11 @@ class NoiseLevels(pl.Callback):
         self._drawn_at = method.clock.images
         if run is None or self.levels == 0 or not trainer.is_global_zero or not isinstance(data, DataModule):
             return
-        indices = torch.arange(min(self.images, len(data.train_indices)))
-        x = data.training_values(indices).to(method.device)
-        index = indices.to(method.device)
-        batch = Batch(x, index, method.condition(indices))
-        eps = keyed_normal(method.seed, "noise levels", index, tuple(x.shape[1:]))
+        batch = data.training_batch(torch.arange(min(self.images, len(data.train_indices))))
+        cond = None if batch.cond is None else batch.cond.to(method.device)
+        batch = Batch(batch.x.to(method.device), batch.index.to(method.device), cond)
+        x = batch.x
+        eps = keyed_normal(method.seed, "noise levels", batch.index, tuple(x.shape[1:]))
         times = self.times(method)
         mixture = known_mixture(trainer)
         exact = None if mixture is None else ExactDenoiser(mixture, method.denoiser.process)
@@ -110,7 +110,7 @@ class NoiseLevels(pl.Callback):
             loss = method.loss_at(batch, t, eps).per_sample.mean()
             # Not backward: the gradients are nobody's business, least of all other processes'.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             norms.append(
                 float(torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt())
             )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class GreyLevels:
@@ -19,6 +22,11 @@ class GreyLevels:
     low: float
     high: float
     width: float
+
+    def centre(self, x: Tensor) -> Tensor:
+        """The value of the level in whose bin each entry of x lies: float64."""
+        level = ((x.to(torch.float64) - self.low) / self.width).round()
+        return self.low + self.width * level
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class ScoreSDE(Method):
             **training,
         )
         self.objective = DenoisingScoreMatching(time_law, weight, reduction)
+        self.objective.check(process)
 
     def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
         """``lambda/2 |s + eps/sigma|^2`` of each image at a time of its own."""

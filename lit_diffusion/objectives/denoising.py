@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import Denoiser
-from lit_diffusion.errors import require_choice
+from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Level, Process
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
 
@@ -117,6 +117,16 @@ class DenoisingScoreMatching:
         self.time_law = time_law
         self.weight = weight
         self.reduction = reduction
+
+    def check(self, process: Process) -> None:
+        """Refuse a process that has not the times asked for, before the first step.
+
+        Raises:
+            UserError: for levels in continuous time, and for an importance of one level.
+        """
+        if self.time_law == "importance" and process.levels == 1:
+            raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
+        TIME_LAWS[self.time_law](torch.tensor([0.5]), process)
 
     def __call__(
         self, denoiser: Denoiser, x0: Tensor, seed: int, index: Tensor, cond: Condition | None = None

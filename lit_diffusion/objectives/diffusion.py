@@ -80,10 +80,16 @@ class SecondMoments(nn.Module):
     @torch.no_grad()
     def remember(self, index: Tensor, loss: Tensor) -> None:
         """Take in the losses ``[B]`` of level indices ``[B]``, in their order; the oldest of a level goes first."""
-        remembered = self.history.shape[1]
-        for level, value in zip(index.tolist(), loss.tolist(), strict=True):
-            self.history[level, int(self.counts[level]) % remembered] = value
-            self.counts[level] += 1
+        levels, remembered = self.history.shape
+        order = torch.argsort(index, stable=True)
+        index, loss = index[order], loss[order].to(self.history.dtype)
+        arrived = torch.bincount(index, minlength=levels)
+        # Which of its level's losses each is, in the order in which they came.
+        place = torch.arange(len(index), device=index.device) - (arrived.cumsum(0) - arrived)[index]
+        kept = place >= arrived[index] - remembered
+        slot = (self.counts[index] + place) % remembered
+        self.history[index[kept], slot[kept]] = loss[kept]
+        self.counts += arrived
 
 
 class DiffusionObjective(nn.Module):

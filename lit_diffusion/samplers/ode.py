@@ -72,8 +72,8 @@ def integrate(
 ) -> Tensor:
     r"""The solution of ``dx/dt = velocity(t, x)`` at some times, by Dormand and Prince's method of order 5.
 
-    The solver's own variable is ``u = log(sigma / alpha)``, in which it sees ``velocity / (du/dt)``. In t the velocity of
-    a process that is given by betas jumps at every level, which no error estimate foresees, and that of a
+    The solver's own variable is ``u = log(sigma / alpha)``, in which it sees ``velocity / (du/dt)``. In t the
+    velocity of a process that is given by betas jumps at every level, which no error estimate foresees, and that of a
     variance-preserving one is singular at 0; in u both are smooth.
 
     Args:

@@ -30,7 +30,21 @@ def test_between_samples(run, workdir, checkpoint, capsys):
     first = (workdir / "a.png").read_bytes()
     run("interpolate", "--ckpt_path", checkpoint, "--out", "b.png", "--pairs", 3, "--columns", 5, "--sampler.steps", 4)
     assert (workdir / "b.png").read_bytes() == first
-    run("interpolate", "--ckpt_path", checkpoint, "--out", "c.png", "--pairs", 3, "--columns", 5, "--sampler.steps", 4, "--seed", 1)
+    run(
+        "interpolate",
+        "--ckpt_path",
+        checkpoint,
+        "--out",
+        "c.png",
+        "--pairs",
+        3,
+        "--columns",
+        5,
+        "--sampler.steps",
+        4,
+        "--seed",
+        1,
+    )
     assert (workdir / "c.png").read_bytes() != first
 
 
