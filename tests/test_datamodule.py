@@ -298,3 +298,18 @@ def test_a_process_with_nothing_to_evaluate_is_refused():
     assert "2 held-out images for 3 processes" in refusal(lambda: data.setup("fit"))
     assert "predict_samples is 2" in refusal(lambda: data.setup("predict"))
     on(DataModule(ramp(9), 9, held_out_fraction=0.0), 0, 3).setup("fit")  # none at all is a choice
+
+
+def test_single_data_come_as_a_batch_does():
+    data = DataModule(digits(), 16)
+    indices = torch.tensor([5, 0, 9])
+    batch = data.training_batch(indices)
+    which = data.train_indices[indices]
+    assert batch.cond.label.tolist() == [digits().label(int(i)) for i in which]
+    assert torch.equal(batch.index, indices)
+    values = torch.stack([torch.from_numpy(digits().value(int(i))) for i in which])
+    torch.testing.assert_close(batch.x, data.normalise(values))
+    held_out = data.held_out_values(torch.tensor([3]))
+    torch.testing.assert_close(
+        held_out[0] * 16, torch.from_numpy(digits().value(int(data.held_out_indices[3]))).float()
+    )

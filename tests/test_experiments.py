@@ -39,6 +39,11 @@ def test_nothing_is_forgotten():
     assert {path.relative_to(ROOT).as_posix() for path in SHIPPED} >= {
         "ncsn.yaml",
         "ncsnv2.yaml",
+        "ddpm.yaml",
+        "ddim.yaml",
+        "score_sde_ve.yaml",
+        "score_sde_vp.yaml",
+        "score_sde_subvp.yaml",
         "toy/score_field.yaml",
         "toy/annealed_langevin.yaml",
     }
@@ -73,3 +78,32 @@ def test_ncsnv2_finds_its_numbers_and_a_continued_run_keeps_them(instantiate, tm
     assert found["levels"] > 10
     assert 0.0 < found["eta"] < 4 * found["sigma_min"] ** 2
     assert made.model.sampler.eta == found["eta"]
+
+
+@pytest.fixture
+def resolved(instantiate):
+    return lambda name: yaml.safe_load(instantiate(ROOT / f"{name}.yaml").run_logger.config_text)
+
+
+@pytest.mark.parametrize("name", ["ncsnv2", "ddpm", "ddim", "score_sde_ve", "score_sde_vp", "score_sde_subvp"])
+def test_the_digits_experiments_share_all_but_the_method(name, resolved):
+    """One backbone, one data set, one budget, the same callbacks: what differs is the model and the data's range."""
+    first, other = resolved("ncsn"), resolved(name)
+    for config in (first, other):
+        del config["experiment"], config["data"]["value_range"]
+    optimisers = [config["model"]["init_args"]["optimizer"] for config in (first, other)]
+    networks = [config["model"]["init_args"]["backbone"] for config in (first, other)]
+    assert optimisers[0] == optimisers[1]
+    if name != "ncsnv2":  # whose network is told nothing of the noise level
+        assert networks[0] == networks[1]
+    del first["model"], other["model"]
+    assert first == other
+
+
+def test_ddim_is_ddpm_with_another_walk(resolved):
+    ddpm, ddim = resolved("ddpm"), resolved("ddim")
+    assert ddpm["model"]["class_path"].endswith("DDPM")
+    assert ddim["model"]["class_path"].endswith("DDIM")
+    for config in (ddpm, ddim):
+        del config["model"]["class_path"], config["model"]["init_args"]["sampler"], config["experiment"]
+    assert ddpm == ddim

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny import digits_data, events, fit, ncsn, run_logger, same, weights
 
 from lit_diffusion.callbacks import ProgressBar, Telemetry
@@ -62,6 +63,25 @@ def test_the_cadence_by_images(tmp_path):
     assert [event["images"] for event in made] == [64, 128]
     with pytest.raises(UserError, match="every_n_steps is 0"):
         Telemetry(every_n_steps=0)
+
+
+def test_the_loss_is_told_apart_by_time(tmp_path):
+    method, seen = ncsn(), []
+
+    class Note(Telemetry):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            seen.append((pl_module.last_times.clone(), pl_module.last_losses.clone()))
+
+    callbacks = [Note(), Telemetry(every_n_steps=3)]
+    fit(method, digits_data(), tmp_path, 96, callbacks=callbacks, logger=run_logger(tmp_path, method))
+    (event,) = events(tmp_path / "run", "train")
+    t, loss = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    told = {key: value for key, value in event.items() if key.startswith("loss@")}
+    # Three levels at 1/3, 2/3 and 1, in tenths of the time.
+    assert list(told) == ["loss@0.35", "loss@0.65", "loss@0.95"]
+    for k, value in enumerate(told.values(), start=1):
+        assert value == pytest.approx(float(loss[(t - k / 3).abs() < 1e-6].double().mean()), rel=1e-6)
+    assert event["loss"] == pytest.approx(float(loss.double().mean()), rel=1e-5)
 
 
 def test_the_rate_of_a_warm_up_is_told(tmp_path):

@@ -86,11 +86,42 @@ def test_samplers_by_short_name_key_and_class_path(sample, capsys):
     assert np.array_equal(plain, by_path)
 
 
+def test_a_sampler_inside_a_sampler(sample, capsys):
+    walk = ("--num_samples", 4, "--sampler", "predictor_corrector")
+    named = sample("a.npz", *walk, "--sampler.predictor", "ancestral", "--sampler.predictor.steps", 2)
+    # Two levels and back to 0: a prediction each, a correction at the level in between.
+    assert "(3 network evaluations each)" in capsys.readouterr().out
+    by_path = sample(
+        "b.npz",
+        *walk,
+        *(
+            "--sampler.predictor",
+            "lit_diffusion.samplers.Ancestral",
+            "--sampler.init_args.predictor.init_args.steps",
+            2,
+        ),
+    )
+    assert np.array_equal(named, by_path)
+    more = sample("c.npz", *walk, "--sampler.predictor=ancestral", "--sampler.predictor.steps=3", "--sampler.snr=0.3")
+    assert not np.array_equal(named, more)
+
+
+def test_a_loose_tolerance_is_said(sample, capsys):
+    sample("a.npz", "--num_samples", 4, "--sampler", "ode", "--sampler.rtol", "1e-3", "--sampler.atol", "1e-3")
+    assert "note: tolerances above 1e-05" in capsys.readouterr().out
+    sample("a.npz", "--num_samples", 4, "--sampler", "ode")
+    assert "note" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--sampler", "langvin"], "annealed_langevin, ddim"),
         (["--sampler.stepz", "3"], "stepz"),
+        (["--sampler", "predictor_corrector", "--sampler.predictor", "nothing"], "Ancestral, DDIM"),
+        (["--sampler", "predictor_corrector", "--sampler.predictor", "langevin"], "predictor"),
+        (["--sampler", "ddim"], "visits 50 noise levels and the model has 3"),
+        (["--sampler", "ancestral", "--sampler.variance", "learned"], "choose beta or beta_tilde"),
         (["--sampler.eta", "0.04"], r"eta 0.04 is not below 4 sigma\^2 = 0.04"),
         (
             ["--sampler", "langevin", "--sampler.metropolis", "true", "--sampler.eta", "0.001"],

@@ -122,6 +122,21 @@ def test_samples_of_a_mixture(process, eta):
 # Encoding
 
 
+def test_encoding_follows_the_same_equation_backwards():
+    """From the image, scaled and with its predicted noise at the smallest level, each step predicts where it is."""
+    process, x0 = Betas(linear_betas()), noise_of(6, dtype=torch.float64).normal()
+
+    def predicted_noise(x, t):
+        alpha, sigma = process.alpha(wide(t)), process.sigma(wide(t))
+        return -sigma * MIXTURE.log_prob_and_score(x, alpha.expand(6), sigma.expand(6))[1]
+
+    levels = [process.level(wide(t)) for t in (0.5, 1.0)]
+    x = levels[0].alpha * x0 + levels[0].sigma * predicted_noise(levels[0].alpha * x0, 0.5)
+    eps = predicted_noise(x, 0.5)
+    expected = levels[1].alpha * (x - levels[0].sigma * eps) / levels[0].alpha + levels[1].sigma * eps
+    torch.testing.assert_close(DDIM(2).encode(ExactDenoiser(MIXTURE, process), x0), expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("process", [VE(1e-4, 2.0), *list(GENTLE.values())[1:]], ids=GENTLE)
 def test_the_way_back_ends_nearer_to_where_it_began_the_more_steps_there_are(process):
     x0 = MIXTURE.sample(noise_of(50, dtype=torch.float64).normal(), noise_of(50, 4).uniform(()))
