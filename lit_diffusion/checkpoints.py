@@ -54,6 +54,12 @@ def checkpoint_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str,
     return dict(config)
 
 
+def _instantiated(parser: Parser, key: str, section: dict[str, Any]) -> object:
+    config = parser.parse_object({key: section})
+    with users_own_errors():
+        return parser.instantiate(config)[key]
+
+
 def build_method(model: dict[str, Any]) -> Method:
     """Instantiate a method from the ``model`` section of a resolved configuration.
 
@@ -64,9 +70,7 @@ def build_method(model: dict[str, Any]) -> Method:
 
     parser = Parser()
     parser.add_subclass_arguments(Method, "model")
-    config = parser.parse_object({"model": model})
-    with users_own_errors():
-        method = parser.instantiate(config).model
+    method = _instantiated(parser, "model", model)
     assert isinstance(method, Method)
     return method
 
@@ -81,9 +85,7 @@ def build_datamodule(data: dict[str, Any]) -> DataModule:
 
     parser = Parser()
     parser.add_class_arguments(DataModule, "data")
-    config = parser.parse_object({"data": data})
-    with users_own_errors():
-        datamodule = parser.instantiate(config).data
+    datamodule = _instantiated(parser, "data", data)
     assert isinstance(datamodule, DataModule)
     return datamodule
 

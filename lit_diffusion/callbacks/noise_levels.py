@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.clock import Cadence
 from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data import GaussianMixturePoints
@@ -37,7 +38,7 @@ def score_error(denoiser: Any, exact: ExactDenoiser, x: Tensor, t: Tensor) -> tu
     return (estimate - truth).square().sum(1), truth.square().sum(1)
 
 
-class NoiseLevels(pl.Callback):
+class NoiseLevels(Drawing):
     """Draws loss, gradient norm and score error against the noise level, with the raw weights, and records them.
 
     The figures are of the same training images with the same noise every time: event ``noise_levels`` in metrics.jsonl.
@@ -59,24 +60,9 @@ class NoiseLevels(pl.Callback):
     ) -> None:
         if levels < 0 or images < 1:
             raise UserError(f"noise_levels.levels {levels} cannot be negative, and images {images} must be positive")
-        self.cadence = Cadence.of("noise_levels", every_n_images, every_n_steps)
+        super().__init__(Cadence.of("noise_levels", every_n_images, every_n_steps))
         self.levels = levels
         self.images = images
-        self._drawn_at = -1
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Draw when due."""
-        assert isinstance(pl_module, Method)
-        if self.cadence.due(pl_module.clock):
-            self.draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the end."""
-        assert isinstance(pl_module, Method)
-        if self._drawn_at != pl_module.clock.images:
-            self.draw(trainer, pl_module)
 
     def times(self, method: Method) -> Tensor:
         """The times of the noise levels, rising: float64 ``[levels]``, fewer where the grid has fewer."""
@@ -90,7 +76,6 @@ class NoiseLevels(pl.Callback):
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Measure on process 0, which holds all the weights, and save the picture."""
         run, data = run_logger_of(trainer), getattr(trainer, "datamodule", None)
-        self._drawn_at = method.clock.images
         if run is None or self.levels == 0 or not trainer.is_global_zero or not isinstance(data, DataModule):
             return
         batch = data.training_batch(torch.arange(min(self.images, len(data.train_indices))))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.errors import UserError
@@ -46,7 +47,7 @@ class _Film:
         return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
 
 
-class Samples(pl.Callback):
+class Samples(Drawing):
     """Draws a grid of samples, and the film strip of their way from noise, every so many images and at the end.
 
     In ``predict`` it brings the samples of all processes together, made with the same weights.
@@ -71,13 +72,12 @@ class Samples(pl.Callback):
     ) -> None:
         if count < 0 or film_columns < 0:
             raise UserError(f"samples.count {count} and samples.film_columns {film_columns} cannot be negative")
-        self.cadence = Cadence.of("samples", every_n_images, every_n_steps)
+        super().__init__(Cadence.of("samples", every_n_images, every_n_steps))
         self.count = count
         self.weights = weights
         self.seed = seed
         self.film_columns = min(film_columns, count)
         self.last: Path | None = None
-        self._drawn_at = -1
         self._applied = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,25 +87,10 @@ class Samples(pl.Callback):
     def _weights(self, trainer: pl.Trainer) -> str:
         return self.weights if self.weights != "ema" or averages_of(trainer).half_lives else "raw"
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Draw when due."""
-        assert isinstance(pl_module, Method)
-        if self.cadence.due(pl_module.clock):
-            self.draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the end."""
-        assert isinstance(pl_module, Method)
-        if self._drawn_at != pl_module.clock.images:
-            self.draw(trainer, pl_module)
-
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Make the samples on process 0 and save their pictures."""
         run = run_logger_of(trainer)
         facts = method.require_facts()
-        self._drawn_at = method.clock.images
         if run is None or self.count == 0 or not facts.is_image or not trainer.is_global_zero:
             return
         weights = self._weights(trainer)

@@ -15,9 +15,9 @@ from lit_diffusion.commands.options import (
     add_model_options,
     choose_sampler,
     load_model,
+    parse,
     require_positive,
     require_writable,
-    split_sampler_arguments,
 )
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import image_grid, save_png, to_uint8
@@ -49,13 +49,10 @@ def _parser() -> Parser:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    others, name, keys = split_sampler_arguments(arguments)
-    parser = _parser()
-    if any(argument in ("-h", "--help") for argument in others):
-        parser.print_help()
-        print("\nThe walk is DDIM's, by default in 50 steps: --sampler.steps 200")  # noqa: T201 (this is its output)
+    asked = parse(_parser(), arguments, "\nThe walk is DDIM's, by default in 50 steps: --sampler.steps 200")
+    if asked is None:
         return
-    options = parser.parse_args(others)
+    options, name, keys = asked
     require_positive(options, "pairs", "columns")
     if options.columns < 2:
         raise UserError("--columns is 1; the way has two ends")

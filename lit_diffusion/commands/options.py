@@ -47,6 +47,27 @@ def load_model(options: Namespace) -> Method:
     return method
 
 
+def parse(
+    parser: Parser, arguments: Sequence[str], about_samplers: str
+) -> tuple[Namespace, str | None, dict[str, str]] | None:
+    """A command line with a sampler in it, or None where it asked for help and got it.
+
+    Args:
+        parser: of the other options.
+        arguments: all of them.
+        about_samplers: added to the help.
+
+    Returns:
+        The options, the sampler's name or None, and its keys, for :func:`choose_sampler`.
+    """
+    others, name, keys = split_sampler_arguments(arguments)
+    if any(argument in ("-h", "--help") for argument in others):
+        parser.print_help()
+        print(about_samplers)  # noqa: T201 (this is its output)
+        return None
+    return parser.parse_args(others), name, keys
+
+
 def require_positive(options: Namespace, *keys: str) -> None:
     """Refuse numbers below 1.
 

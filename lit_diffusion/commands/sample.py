@@ -13,10 +13,10 @@ from lit_diffusion.commands.options import (
     add_model_options,
     choose_sampler,
     load_model,
+    parse,
     require_positive,
     require_writable,
     sampler_help,
-    split_sampler_arguments,
 )
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.errors import UserError
@@ -49,13 +49,10 @@ def _parser() -> Parser:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    others, name, keys = split_sampler_arguments(arguments)
-    parser = _parser()
-    if any(argument in ("-h", "--help") for argument in others):
-        parser.print_help()
-        print(sampler_help())  # noqa: T201 (this is its output)
+    asked = parse(_parser(), arguments, sampler_help())
+    if asked is None:
         return
-    options = parser.parse_args(others)
+    options, name, keys = asked
     require_positive(options, "num_samples", "batch_size")
     out = Path(options.out)
     require_writable(out)

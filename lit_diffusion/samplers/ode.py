@@ -22,8 +22,8 @@ TIGHT = 1e-5
 """Up to this tolerance samples made in different batches agree to a grey level."""
 
 
-class Euler(ToTheSmallestTime):
-    """Euler's method on the probability-flow ODE, order 1: ``x_s = x_t - (t - s) v(x_t, t)``.
+class FixedSteps(ToTheSmallestTime):
+    """A solver of the ODE in equal steps; by default it ends where it arrives, as the adaptive one does.
 
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
@@ -33,21 +33,27 @@ class Euler(ToTheSmallestTime):
     def __init__(self, steps: int | None = None, denoise: bool = False) -> None:
         super().__init__(steps, denoise)
 
+
+class Euler(FixedSteps):
+    """Euler's method on the probability-flow ODE, order 1: ``x_s = x_t - (t - s) v(x_t, t)``.
+
+    Args:
+        steps: number of steps; null: every level of the model, or 1000 in continuous time.
+        denoise: end with the posterior mean at the smallest time, one more evaluation.
+    """
+
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """From t to s."""
         return x + (move.s - move.t) * denoiser(x, at_time(x, move.t), cond).velocity
 
 
-class Heun(ToTheSmallestTime):
+class Heun(FixedSteps):
     """Heun's method on the probability-flow ODE, order 2: the mean of the velocities at both ends of an Euler step.
 
     Args:
         steps: number of steps of two evaluations each; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
     """
-
-    def __init__(self, steps: int | None = None, denoise: bool = False) -> None:
-        super().__init__(steps, denoise)
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """From t to s."""

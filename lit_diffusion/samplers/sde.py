@@ -32,7 +32,7 @@ class ToTheSmallestTime(Predictor):
         denoise: end with the posterior mean at the smallest time, one more evaluation.
     """
 
-    def __init__(self, steps: int | None, denoise: bool) -> None:
+    def __init__(self, steps: int | None = None, denoise: bool = True) -> None:
         super().__init__(steps)
         self.denoise = denoise
 
@@ -62,9 +62,6 @@ class EulerMaruyama(ToTheSmallestTime):
         denoise: end with the posterior mean at the smallest time, one more evaluation.
     """
 
-    def __init__(self, steps: int | None = None, denoise: bool = True) -> None:
-        super().__init__(steps, denoise)
-
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """From t to s."""
         process, t, length = denoiser.process, at_time(x, move.t), move.t - move.s
@@ -85,9 +82,6 @@ class ReverseDiffusion(ToTheSmallestTime):
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
     """
-
-    def __init__(self, steps: int | None = None, denoise: bool = True) -> None:
-        super().__init__(steps, denoise)
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """From t to s."""
