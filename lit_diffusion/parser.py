@@ -103,6 +103,8 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         return f"{path}.{match[1]}" if path else match[1]
     if match := re.search(r"(there is no (?:key|class) '[^\n]+)", text):
         return f"{path}: {match[1]}" if path else match[1]
+    if path and (match := re.search(r"not given: ([^;\n]+);", text)):
+        return f"{path}: not given: {match[1]}; give a value for each"
     if match := re.search(r"Option '([^']+)' is not accepted", text):
         key = match[1]
         below = f" below {path}" if path else ""
@@ -118,6 +120,9 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
             name = re.sub(r"<class '([^']+)'>", r"\1", wanted).removeprefix("typing.")
             need = _TYPE_WORDS.get(name, name)
         return f"{path} is {value!r}; it must be {need}"
+    if match := re.search(r"Expected a <class 'list'>[\s\S]*Given value: ([^\n]*)", text):
+        of = re.search(r"list\[typing\.Literal\[([^\]]*)\]", text)
+        return f"{path} is {match[1]!r}; it must be a list in brackets" + (f" of any of {of[1]}" if of else "")
     if match := re.search(r"Expected a dot import path string: (\S+)", text):
         name = match[1].rstrip(">")
         base = _families().get(path.rpartition(".")[2])

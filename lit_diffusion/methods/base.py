@@ -44,6 +44,9 @@ class Method(pl.LightningModule):
         gradient_clip: largest norm of the gradient, null for none.
     """
 
+    learns_from_losses: bool = False
+    """Whether :meth:`learn_from` wants the losses of every step; they cross the processes."""
+
     reverse_variance: ReverseVariance = "beta"
     """Of the reverse chain whose variational bound ``test`` reports."""
 
@@ -233,12 +236,12 @@ class Method(pl.LightningModule):
         self.optimise(losses(), len(parts))
         self.last_times = torch.cat([loss.t for loss in made])
         self.last_losses = torch.cat([loss.at_level for loss in made])
-        if self.stepped:
+        if self.stepped and self.learns_from_losses:
             # Processes hold consecutive rows of the global batch: put together they are in its order.
             t, loss = self.all_gather((self.last_times, self.last_losses))
-            self.after_step(t.flatten(), loss.flatten())
+            self.learn_from(t.flatten(), loss.flatten())
 
-    def after_step(self, t: Tensor, loss: Tensor) -> None:
+    def learn_from(self, t: Tensor, loss: Tensor) -> None:
         """What a method learns from the losses at times ``t`` of a step over all processes, in the batch's order."""
 
     def optimise(self, losses: Iterable[Tensor], count: int) -> None:

@@ -79,6 +79,7 @@ class DDPM(Method):
         )
         self.objective = objective
         self.reverse_variance = variance
+        self.learns_from_losses = time_law == "second_moment"
 
     @classmethod
     def resolve_auto(cls, init_args: dict[str, Any], data: DataModule, say: Callable[[str], None]) -> dict[str, Any]:
@@ -100,6 +101,6 @@ class DDPM(Method):
         facts = self.require_facts()
         return self.objective.at(self.denoiser, batch.x, level, eps, facts.grey_levels, batch.cond)
 
-    def after_step(self, t: Tensor, loss: Tensor) -> None:
+    def learn_from(self, t: Tensor, loss: Tensor) -> None:
         """Let the law of the levels learn from the losses of the step that was made."""
         self.objective.remember(t, loss)

@@ -113,8 +113,14 @@ class Langevin(_LangevinSampler):
         return process.t_min if self.sigma is None else process.t_at_sigma(self.sigma)
 
     def check(self, denoiser: Denoiser) -> None:
-        """Refuse a step at which the chain diverges."""
-        t = torch.tensor([self._time(denoiser.process)], dtype=torch.float64)
+        """Refuse a step at which the chain diverges, and a level that the network does not know."""
+        process = denoiser.process
+        t = torch.tensor([self._time(process)], dtype=torch.float64)
+        if denoiser.on_grid_only and abs(float(process.grid()[process.level_index(t)] - t)) > 1e-6:
+            raise UserError(
+                f"sigma {self.sigma:g} lies between the levels of this model, of which its network knows none but "
+                f"{', '.join(f'{float(sigma):.4g}' for sigma in process.sigma(process.grid()))}"
+            )
         _refuse_divergence(self.eta, float(denoiser.process.sigma(t)))
 
     def plan(self, process: Process) -> list[LangevinMove]:

@@ -100,7 +100,8 @@ class PredictorCorrector(Predictor):
     (algorithms 4 and 5) with the signal-to-noise ratio r and ``a = alpha_t / alpha_s`` of the predictor's step: 1 where
     the variance explodes, the root of DDPM's ``alpha_i`` where it is preserved. The norms are each sample's own, not
     the batch's mean, so that a sample does not depend on its company; where a score happens to be nearly 0, as it may
-    in few dimensions, the step stays at ``epsilon = sigma^2``, below which the chain cannot overshoot.
+    in few dimensions, the step stays at ``epsilon = sigma^2``, below which the chain cannot overshoot. A step that
+    depends on the state widens the stationary law by a share of order 1/D.
 
     Args:
         predictor: any sampler that moves from level to level: reverse diffusion, ancestral, Euler-Maruyama, DDIM, ...;

@@ -25,6 +25,15 @@ def changed(workdir, change):
     return ["fit", "--config", "changed.yaml"]
 
 
+def sde(config, process, **keys):
+    """The model section of a score-SDE with the tiny configuration's network."""
+    init_args = {"backbone": config["model"]["init_args"]["backbone"], "noise_input": "time_999"}
+    return {
+        "class_path": "ScoreSDE",
+        "init_args": {**init_args, "process": {"class_path": process, "init_args": keys}},
+    }
+
+
 def refusal(arguments) -> str:
     """The one line with which a command line is refused."""
     with pytest.raises(UserError) as caught:
@@ -64,6 +73,15 @@ def test_main_returns_the_exit_code(monkeypatch, capsys):
         ),
         (lambda c: c["model"]["init_args"].update(parametrization="epsilon"), ["parametrization", "'eps'"]),
         (lambda c: c["model"].update(class_path="NCSM"), ["'NCSM'", "NCSN"]),
+        (lambda c: c.update(eval={"metrics": "bpd"}), ["eval.metrics is 'bpd'", "a list in brackets", "'bpd_ode'"]),
+        (lambda c: c.update(eval={"metrics": ["fid"]}), ["eval.metrics is 'fid'", "'bpd_ode'"]),
+        (
+            lambda c: c.update(model=sde(c, "VQ")),
+            ["there is no class 'VQ'", "SubVP, VE, VP"],
+        ),
+        (lambda c: c.update(model=sde(c, "VE")), ["not given: sigma_min, sigma_max"]),
+        (lambda c: c.update(model=sde(c, "VP", beta_min=30.0)), ["beta_min 30 and beta_max 20"]),
+        (lambda c: c.update(model=sde(c, "VP", t_min=0.0)), ["t_min is 0", "between 0 and 1"]),
         (lambda c: c["data"]["source"].update(class_path="Digitz"), ["'Digitz'", "Digits"]),
         (lambda c: c["data"].update(global_batch_size="${nope.x}"), ["nope.x"]),
         (lambda c: c.update(format_version=99), ["format_version 99", "reads 1"]),

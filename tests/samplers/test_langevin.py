@@ -6,7 +6,7 @@ from torch import nn
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
-from lit_diffusion.denoisers import NetworkDenoiser, Prediction
+from lit_diffusion.denoisers import Denoiser, NetworkDenoiser, Prediction
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
 from lit_diffusion.randomness import SampleNoise
@@ -177,7 +177,7 @@ def test_the_last_step_is_tweedies(process):
 
 @pytest.mark.parametrize("levels", [None, 7])
 def test_annealed_langevin_needs_levels(levels):
-    process = VE(0.1, 10.0, t_min=1e-3)
+    process = VE(0.1, 10.0, t_min_sampling=1e-3)
     sampler = AnnealedLangevin(steps_per_level=2, eta=0.01, levels=levels)
     denoiser = ExactDenoiser(POINT, process)
     if levels is None:
@@ -196,7 +196,7 @@ def test_annealed_langevin_needs_levels(levels):
 # What every sampler owes
 
 
-class Counting(nn.Module):
+class Counting(Denoiser):
     """A denoiser under observation."""
 
     def __init__(self, denoiser):
@@ -343,7 +343,7 @@ def test_annealed_langevin_refuses_it_at_the_smallest_level(process):
     AnnealedLangevin(steps_per_level=1, eta=0.999 * bound).sample(denoiser, noise_of(2))
 
 
-class OnlyScore(nn.Module):
+class OnlyScore(Denoiser):
     """A denoiser without an energy."""
 
     def __init__(self, denoiser):
@@ -395,3 +395,16 @@ def test_short_names():
 def test_the_papers_steps_are_accepted():
     for low, high, levels, eta in ((0.01, 1.0, 10, 4e-5), (0.01, 50.0, 232, 1.24e-5)):
         AnnealedLangevin(eta=eta).check(ExactDenoiser(POINT, VE(low, high, levels)))
+
+
+def test_a_network_of_known_levels_is_asked_at_one_of_them():
+    class OnItsLevels(OnlyScore):
+        on_grid_only = True
+
+    process = VE(0.3, 3.0, levels=8)
+    denoiser = OnItsLevels(ExactDenoiser(POINT, process))
+    with pytest.raises(UserError, match=r"sigma 0.7 lies between the levels .* 0.3, 0.4168"):
+        Langevin(steps=1, eta=0.1, sigma=0.7).check(denoiser)
+    for sigma in (None, 0.3, 3.0, float(process.sigma(process.grid()[3]))):
+        Langevin(steps=1, eta=0.1, sigma=sigma).check(denoiser)
+    Langevin(steps=1, eta=0.1, sigma=0.7).check(ExactDenoiser(POINT, process))

@@ -96,11 +96,11 @@ def test_eulers_error_is_of_order_1(process):
     assert order(*errors) == pytest.approx(1.0, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["VE", "VP", "SubVP"])
-def test_heuns_error_is_of_order_2(name):
-    errors = [largest_error(Heun(steps), GENTLE[name]) for steps in (50, 100)]
-    assert order(*errors) == pytest.approx(2.0, abs=0.1)
-    assert errors[-1] < 0.02 * largest_error(Euler(100), GENTLE[name])
+@each_gentle
+def test_heuns_error_is_of_order_2(process):
+    errors = [largest_error(Heun(steps), process) for steps in (50, 100)]
+    assert order(*errors) == pytest.approx(2.0, abs=0.2)
+    assert errors[-1] < 0.06 * largest_error(Euler(100), process)
 
 
 @each_paper
@@ -124,10 +124,22 @@ def test_the_adaptive_solver_asks_a_hundred_times_for_a_precision_that_no_image_
     assert 50 < sampler.evaluations < 130
 
 
-@pytest.mark.parametrize("walker", [Euler(), Heun()], ids=WALKERS)
-def test_on_ddpms_levels_the_error_is_below_a_grey_level_of_images_in_minus_1_to_1(walker):
-    """The rate of its noise jumps at each of the 1000 levels: no method of fixed steps has its order there."""
-    assert largest_error(walker, PAPERS["DDPM"]) < 2 / 255
+def test_on_all_of_ddpms_levels_euler_errs_by_less_than_a_grey_level_and_heun_hardly():
+    """The rate of its noise jumps at each of the 1000 levels; a step of Heun's stays on its own side of each."""
+    assert largest_error(Euler(), PAPERS["DDPM"]) < 2 / 255
+    assert largest_error(Heun(), PAPERS["DDPM"]) < 0.02 / 255
+
+
+@each_paper
+def test_a_batch_is_solved_as_precisely_as_its_hardest_sample_asks_for(process):
+    """A thousand samples that move along the mean are no excuse for imprecision in another."""
+    denoiser, sampler = ExactDenoiser(GAUSSIAN, process), ProbabilityFlow(1e-4, 1e-4)
+    hard = process.prior_std * X[:1]
+    mean, _ = GAUSSIAN.marginal(process, 1.0)
+    alone = sampler.sample(denoiser, None, start=hard)
+    in_company = sampler.sample(denoiser, None, start=torch.cat((hard, mean.expand(1000, 3))))[:1]
+    expected = GAUSSIAN.flow(process, hard, 1.0, process.t_min_sampling)
+    assert float((in_company - expected).norm()) < 2 * float((alone - expected).norm())
 
 
 def test_the_adaptive_solver_stops_where_it_is_told():
