@@ -225,17 +225,18 @@ class Method(pl.LightningModule):
         # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
         torch.manual_seed(stream_key(self.seed, f"dropout/{self.global_rank}/{self.clock.images}") >> 1)
         parts = batch.split(self._datamodule.micro_batch_size)
-        made: list[DenoisingLoss] = []
+        times: list[Tensor] = []
+        at_levels: list[Tensor] = []
 
         def losses() -> Iterator[Tensor]:
             for part in parts:
                 loss = self.loss(part, self.seed)
-                made.append(DenoisingLoss(loss.per_sample.detach(), loss.t, loss.at_level))
+                times.append(loss.t)
+                at_levels.append(loss.at_level)
                 yield loss.per_sample.sum() / len(batch)
 
         self.optimise(losses(), len(parts))
-        self.last_times = torch.cat([loss.t for loss in made])
-        self.last_losses = torch.cat([loss.at_level for loss in made])
+        self.last_times, self.last_losses = torch.cat(times), torch.cat(at_levels)
         if self.stepped and self.learns_from_losses:
             # Processes hold consecutive rows of the global batch: put together they are in its order.
             t, loss = self.all_gather((self.last_times, self.last_losses))
