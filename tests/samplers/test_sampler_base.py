@@ -304,7 +304,8 @@ def test_a_network_that_knows_only_levels_is_asked_at_levels(name, process):
     denoiser = Observed(process, on_grid_only=True)
     EVERY[name][0].sample(denoiser, noise_of(2))
     index = wide(*denoiser.times) * LEVELS
-    assert float((index - index.round()).abs().max()) < 1e-9
+    # Heun's method asks at a level from its own side.
+    assert float((index - index.round()).abs().max()) < 1e-6
     assert float(index.min()) > 0.5
     if name == "ddim":
         denoiser.times.clear()
