@@ -182,6 +182,16 @@ class VariationalBound:
         return self.prior + self.steps.sum(1)
 
 
+def require_chain(denoiser: Denoiser, what: str) -> None:
+    """Refuse a model of one level.
+
+    Raises:
+        UserError: saying what was asked for.
+    """
+    if denoiser.process.levels == 1:
+        raise UserError(f"{what} needs a chain of levels, and this model has one noise level")
+
+
 @torch.no_grad()
 def variational_bound(
     denoiser: Denoiser,
@@ -215,8 +225,7 @@ def variational_bound(
     """
     require_variance(variance, denoiser)
     process = denoiser.process
-    if process.levels == 1:
-        raise UserError("the variational bound needs a chain of levels, and this model has one noise level")
+    require_chain(denoiser, "the variational bound")
     times = torch.tensor(subsequence(process, steps), dtype=torch.float64, device=x0.device)
     count = len(times)
     ends = torch.cat((times.new_zeros(1), times[:-1]))

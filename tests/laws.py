@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
+from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.processes import VE, VP, Betas, Process, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers import Predictor, Sampler
@@ -208,3 +209,17 @@ def on_their_table(scheduler: Any) -> Betas:
     process = Betas(scheduler.betas)
     process.log_alpha_bar[1:] = scheduler.alphas_cumprod.log()
     return process
+
+
+def as_azulas(denoiser: Denoiser) -> nn.Module:
+    """A denoiser as azula's samplers take it."""
+    from azula.denoise import DiracPosterior
+
+    class Theirs(nn.Module):
+        def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+            return denoiser.process.alpha(t), denoiser.process.sigma(t)
+
+        def forward(self, x_t: Tensor, t: Tensor) -> DiracPosterior:
+            return DiracPosterior(denoiser(x_t, t.expand(len(x_t))).x0)
+
+    return Theirs()

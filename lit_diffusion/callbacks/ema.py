@@ -131,6 +131,10 @@ class EMA(pl.Callback):
         finally:
             torch._foreach_copy_(parameters, raw)
 
+    def kept(self, weights: str) -> str:
+        """The weights asked for, where ``ema`` means the raw ones if no average is kept."""
+        return weights if weights != "ema" or self.half_lives else "raw"
+
     def state_dict(self) -> dict[str, Any]:
         """The averages, for a checkpoint."""
         return {"half_lives": list(self.half_lives), "updates": self.updates, "shadows": self.shadows}

@@ -22,6 +22,7 @@ from lit_diffusion.likelihood import (
     bits_per_dimension,
     dequantised,
     flow_log_prob,
+    require_chain,
     variational_bound,
 )
 from lit_diffusion.methods.base import Method
@@ -60,7 +61,7 @@ class _Mean:
 
 
 def _summed(trainer: pl.Trainer, values: Tensor) -> Tensor:
-    """Added up over the processes; on a device without float64 the sums cross as they are."""
+    """Added up over the processes."""
     reduced = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")
     assert isinstance(reduced, Tensor)
     return reduced.to("cpu", torch.float64)
@@ -142,7 +143,7 @@ class Evaluation(pl.Callback):
         """Find out what can be measured before measuring any of it, and give the model the weights."""
         assert isinstance(pl_module, Method)
         averages = averages_of(trainer)
-        weights = self.weights if self.weights != "ema" or averages.half_lives else "raw"
+        weights = averages.kept(self.weights)
         self._applied.enter_context(averages.applied(pl_module, weights))
         self._used_weights = weights
         run = run_logger_of(trainer)
@@ -157,10 +158,10 @@ class Evaluation(pl.Callback):
         chosen: list[Metric] = []
         for metric in wanted:
             try:
-                if metric != "bpd_bound":
+                if metric == "bpd_bound":
+                    require_chain(method.denoiser, metric)
+                else:
                     refuse_grid_only(method.denoiser, metric)
-                elif method.denoiser.process.levels == 1:
-                    raise UserError("bpd_bound needs a chain of levels, and this model has one noise level")
                 if metric == "smallest_time" and method.denoiser.process.levels is not None:
                     raise UserError("smallest_time: this model's smallest time is that of its first level")
             except UserError as error:

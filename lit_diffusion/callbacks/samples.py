@@ -85,7 +85,7 @@ class Samples(Drawing):
         choose_average(averages_of(trainer).half_lives, self._weights(trainer))
 
     def _weights(self, trainer: pl.Trainer) -> str:
-        return self.weights if self.weights != "ema" or averages_of(trainer).half_lives else "raw"
+        return averages_of(trainer).kept(self.weights)
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Make the samples on process 0 and save their pictures."""

@@ -50,7 +50,7 @@ class _AtEnd(pl.Callback, ABC):
         if not trainer.is_global_zero or run_logger_of(trainer) is None:
             return
         averages = averages_of(trainer)
-        weights = "ema" if averages.half_lives else "raw"
+        weights = averages.kept("ema")
         pl_module.eval()
         with averages.applied(pl_module, weights):
             self.draw(trainer, pl_module, weights)

@@ -15,31 +15,13 @@ from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import Denoiser
-from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.processes import Process
+from lit_diffusion.errors import require_choice
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseVariance, require_variance, reverse_log_variance, reverse_mean
-from lit_diffusion.samplers.base import Move, Predictor, Spacing, at_time, require_spacing, subsequence
-
-Clip = tuple[float, float] | None
+from lit_diffusion.samplers.base import Move, Spacing, ToTheData, at_time
 
 
-def clipped(x0: Tensor, clip: Clip) -> Tensor:
-    """The predicted clean datum, kept in a range where one is given."""
-    return x0 if clip is None else x0.clamp(*clip)
-
-
-def require_range(clip: Clip) -> None:
-    """Refuse an empty range.
-
-    Raises:
-        UserError: saying so.
-    """
-    if clip is not None and not clip[0] < clip[1]:
-        raise UserError(f"clip_x0 is [{clip[0]:g}, {clip[1]:g}]; the first must be below the second, or null for none")
-
-
-class Ancestral(Predictor):
+class Ancestral(ToTheData):
     """Ancestral sampling of DDPM and of its counterpart for variance-exploding processes; the last step adds no noise.
 
     Args:
@@ -56,30 +38,21 @@ class Ancestral(Predictor):
         spacing: Spacing = "uniform",
         clip_x0: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(steps)
+        super().__init__(steps, spacing, clip_x0)
         require_choice("", "variance", variance, get_args(ReverseVariance))
-        require_spacing(spacing)
-        require_range(clip_x0)
         self.variance = variance
-        self.spacing = spacing
-        self.clip_x0 = clip_x0
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse a learned variance where none was learned, too."""
         super().check(denoiser)
         require_variance(self.variance, denoiser)
 
-    def plan(self, process: Process) -> list[Move]:
-        """From 1 down to 0."""
-        times = subsequence(process, self.steps, self.spacing)[::-1]
-        return [Move(t, s) for t, s in zip(times, [*times[1:], 0.0], strict=True)]
-
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """Draw from ``p(x_s | x_t)``; where s is 0 its mean."""
         prediction = denoiser(x, at_time(x, move.t), cond)
         s = at_time(x, move.s)
         step = denoiser.process.transition(s, prediction.level.t)
-        x = reverse_mean(prediction, step, clipped(prediction.x0, self.clip_x0))
+        x = reverse_mean(prediction, step, self.clipped(prediction.x0))
         if move.s == 0.0:
             return x
         log_variance = reverse_log_variance(prediction, denoiser.process, step, s, self.variance)

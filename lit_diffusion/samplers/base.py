@@ -226,13 +226,36 @@ class Predictor(Sampler):
         """The moves, in order."""
 
 
-def require_spacing(spacing: str) -> None:
-    """Refuse a word that no spacing has.
+class ToTheData(Predictor):
+    """What the walkers of a subsequence of the levels share: its times, down to 0, and a range for the predicted data.
+
+    Args:
+        steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
+        spacing: which levels a subsequence visits: ``uniform``, or ``quadratic`` with more of them near the data.
+        clip_x0: keep the predicted clean image in this range, usually the data's; null: leave it.
 
     Raises:
-        UserError: with the words there are.
+        UserError: for a spacing that is not one of these, or an empty range.
     """
-    require_choice("", "spacing", spacing, get_args(Spacing))
+
+    def __init__(self, steps: int | None, spacing: Spacing, clip_x0: tuple[float, float] | None) -> None:
+        super().__init__(steps)
+        require_choice("", "spacing", spacing, get_args(Spacing))
+        if clip_x0 is not None and not clip_x0[0] < clip_x0[1]:
+            raise UserError(
+                f"clip_x0 is [{clip_x0[0]:g}, {clip_x0[1]:g}]; the first must be below the second, or null for none"
+            )
+        self.spacing = spacing
+        self.clip_x0 = clip_x0
+
+    def plan(self, process: Process) -> list[Move]:
+        """From 1 down to 0."""
+        times = subsequence(process, self.steps, self.spacing)[::-1]
+        return [Move(t, s) for t, s in zip(times, [*times[1:], 0.0], strict=True)]
+
+    def clipped(self, x0: Tensor) -> Tensor:
+        """The predicted clean datum, kept in the range where one is given."""
+        return x0 if self.clip_x0 is None else x0.clamp(*self.clip_x0)
 
 
 def at_time(x: Tensor, t: float) -> Tensor:

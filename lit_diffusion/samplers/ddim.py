@@ -17,21 +17,10 @@ from lit_diffusion.denoisers import Denoiser, Prediction
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.ancestral import clipped, require_range
-from lit_diffusion.samplers.base import (
-    CountedDenoiser,
-    Move,
-    OnStep,
-    Predictor,
-    Progress,
-    Spacing,
-    at_time,
-    require_spacing,
-    subsequence,
-)
+from lit_diffusion.samplers.base import CountedDenoiser, Move, OnStep, Progress, Spacing, ToTheData, at_time
 
 
-class DDIM(Predictor):
+class DDIM(ToTheData):
     """DDIM on any subsequence of the levels.
 
     Args:
@@ -49,19 +38,10 @@ class DDIM(Predictor):
         spacing: Spacing = "uniform",
         clip_x0: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(steps)
+        super().__init__(steps, spacing, clip_x0)
         if not 0.0 <= eta <= 1.0:
             raise UserError(f"DDIM's eta is {eta:g}; it lies between 0 (deterministic) and 1 (DDPM's posterior)")
-        require_spacing(spacing)
-        require_range(clip_x0)
         self.eta = eta
-        self.spacing = spacing
-        self.clip_x0 = clip_x0
-
-    def plan(self, process: Process) -> list[Move]:
-        """From 1 down to 0."""
-        times = subsequence(process, self.steps, self.spacing)[::-1]
-        return [Move(t, s) for t, s in zip(times, [*times[1:], 0.0], strict=True)]
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
         """To ``x_s``."""
@@ -77,7 +57,7 @@ class DDIM(Predictor):
         """``alpha_s x0 + sqrt(sigma_s^2 - variance) eps``."""
         x_t = prediction.x_t
         direction = (process.sigma(s) ** 2 - variance).clamp(min=0.0).sqrt()
-        x0 = clipped(prediction.x0, self.clip_x0)
+        x0 = self.clipped(prediction.x0)
         return expand_like(process.alpha(s), x_t) * x0 + expand_like(direction, x_t) * prediction.eps
 
     @torch.no_grad()

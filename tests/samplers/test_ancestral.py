@@ -10,6 +10,7 @@ from laws import (
     MIXTURE,
     PAPERS,
     Network,
+    as_azulas,
     assert_law,
     assert_mixture,
     bias,
@@ -20,7 +21,6 @@ from laws import (
     weak_error,
     wide,
 )
-from torch import nn
 
 from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import Denoiser, NetworkDenoiser
@@ -199,20 +199,11 @@ def test_diffusers_agrees(walk, variance, clip, monkeypatch):
 @each_paper
 def test_azula_agrees(process, monkeypatch):
     sample = pytest.importorskip("azula.sample")
-    from azula.denoise import DiracPosterior
-
     exact = ExactDenoiser(MIXTURE, process)
-
-    class Theirs(nn.Module):
-        def schedule(self, t):
-            return process.alpha(t), process.sigma(t)
-
-        def forward(self, x_t, t):
-            return DiracPosterior(exact(x_t, t.expand(len(x_t))).x0)
 
     noise = noise_of(20, dtype=torch.float64)
     x = process.prior_std * noise.normal()
     monkeypatch.setattr(torch, "randn_like", lambda x: noise.normal())
-    theirs = sample.DDPMSampler(Theirs(), steps=25, silent=True, dtype=torch.float64)(x)
+    theirs = sample.DDPMSampler(as_azulas(exact), steps=25, silent=True, dtype=torch.float64)(x)
     ours = Ancestral(25, "beta_tilde").sample(exact, noise_of(20, dtype=torch.float64))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -9,6 +9,7 @@ from laws import (
     MIXTURE,
     PAPERS,
     Network,
+    as_azulas,
     assert_law,
     assert_mixture,
     assert_moments,
@@ -19,7 +20,6 @@ from laws import (
     weak_error,
     wide,
 )
-from torch import nn
 
 from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import NetworkDenoiser
@@ -207,17 +207,8 @@ def test_diffusers_agrees(walk, eta, clip):
 def test_azula_agrees(process, name):
     """Its Euler method is in sigma / alpha."""
     sample = pytest.importorskip("azula.sample")
-    from azula.denoise import DiracPosterior
-
     exact = ExactDenoiser(MIXTURE, process)
 
-    class Theirs(nn.Module):
-        def schedule(self, t):
-            return process.alpha(t), process.sigma(t)
-
-        def forward(self, x_t, t):
-            return DiracPosterior(exact(x_t, t.expand(len(x_t))).x0)
-
     x = process.prior_std * noise_of(20, dtype=torch.float64).normal()
-    theirs = getattr(sample, name)(Theirs(), steps=25, silent=True, dtype=torch.float64)(x)
+    theirs = getattr(sample, name)(as_azulas(exact), steps=25, silent=True, dtype=torch.float64)(x)
     torch.testing.assert_close(DDIM(25).sample(exact, None, start=x), theirs, rtol=1e-9, atol=1e-9)
