@@ -57,8 +57,8 @@ class ImageFolder(Source):
         self.class_names: list[str] = []
         self._size = size
         self._channels: Literal[1, 3] = channels
-        self._files = _open(self.path)
-        self._names = sorted(name for name in self._files.names() if _is_image(name))
+        self._files = open_files(self.path)
+        self._names = sorted(name for name in self._files.names() if is_image(name))
         if not self._names:
             raise UserError(f"no image in {self.path}: there must be files that end in {', '.join(SUFFIXES)}")
         if classes:
@@ -147,7 +147,8 @@ class _CorruptImageError(UserError):
     """A file that has the name of an image and is none."""
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name is one of a folder's images."""
     parts = PurePosixPath(name).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return not hidden and name.lower().endswith(SUFFIXES)
@@ -157,7 +158,12 @@ def _class_of(name: str) -> str:
     return name.split("/", 1)[0]
 
 
-def _open(path: Path) -> _Folder | _Zip:
+def open_files(path: Path) -> _Folder | _Zip:
+    """The files below a folder, or in a zip file: their ``names()``, and ``read(name)`` for the bytes of one.
+
+    Raises:
+        UserError: if there is neither.
+    """
     if path.is_dir():
         return _Folder(path)
     if not path.exists():
