@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "samples through the Trainer, on all its processes, into the run's directory: predict --ckpt_path FILE",
     "sample": "images from a checkpoint: sample --ckpt_path FILE --num_samples N --out samples.npz",
     "interpolate": "a picture of what lies between samples: interpolate --ckpt_path FILE --out picture.png",
+    "gallery": "a page to judge images by eye, side by side and blind: gallery RUN_OR_SAMPLES ... --out gallery.html",
     "fetch": "download data or weights, the only command that does: fetch data NAME",
 }
 
@@ -70,6 +71,10 @@ def dispatch(arguments: Sequence[str]) -> None:
         from lit_diffusion.commands import interpolate
 
         interpolate.main(rest)
+    elif command == "gallery":
+        from lit_diffusion.commands import gallery
+
+        gallery.main(rest)
     elif command == "fetch":
         from lit_diffusion.commands import fetch
 

@@ -1,0 +1,291 @@
+"""``gallery``: one page on which a person looks at images side by side, and judges them blind, two by two."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lit_diffusion.commands.options import require_positive, require_writable
+from lit_diffusion.data.as_given import images_as_given
+from lit_diffusion.errors import UserError
+from lit_diffusion.files import atomic_write
+from lit_diffusion.formats import FORMAT_VERSION
+from lit_diffusion.parser import Parser
+
+REAL = "real data"
+_PLACE_OF_DATA = "GALLERY_DATA"
+_PATCH = 9
+_JUDGED_ALONE_FROM = 32
+"""Pixels of the shorter side; of smaller images a patch of `_PATCH` is judged, since one is too little to judge by."""
+_HEAVY_BYTES = 50_000_000
+_COUNTED = re.compile(r"-\d+(\.\d+)?[kM]?$")
+"""The end of a figure's name, ``fid-2k``: of how many images it is. Times and counters have none."""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m lit_diffusion gallery",
+        description="One HTML file for human judgement, with everything in it: images side by side with their figures "
+        "and how these were made, and a blind comparison two by two.",
+    )
+    parser.add_argument(
+        "entries",
+        type=str,
+        nargs="*",
+        help="Runs' directories (their last evaluation's samples), .npz files, folders or zip files of images; "
+        "NAME=PATH gives one a name. Figures of SAMPLES.json beside SAMPLES.npz are shown.",
+    )
+    parser.add_argument("--out", type=str, default="gallery.html", help="NAME.html: the page.")
+    parser.add_argument("--count", type=int, default=64, help="Images an entry: the first so many.")
+    parser.add_argument(
+        "--reference",
+        type=str | None,
+        default=None,
+        help=f"Real images (.npz, folder or zip), as an entry named {REAL!r}; the first --count of them, so let their "
+        "order be no order of classes.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the blind comparison's order.")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    options = _parser().parse_args(arguments)
+    require_positive(options, "count")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed is {options.seed}; give a number from 0 to {2**32 - 1}")
+    out = Path(options.out)
+    if out.suffix != ".html":
+        raise UserError(f"--out {out}: the page is one HTML file; give a name that ends in .html")
+    if not options.entries:
+        raise UserError("gallery has nothing to show: give runs' directories or samples, e.g. gallery runs/ncsn/RUN_ID")
+    require_writable(out.parent)
+    entries = [_entry(given, options.count) for given in options.entries]
+    if options.reference is not None:
+        real = _images(Path(options.reference).expanduser(), options.count)
+        entries.append(Entry(REAL, options.reference, **real, real=True))
+    _make_names_unique(entries)
+    page = _page(entries, options.seed)
+    with atomic_write(out) as file:
+        file.write(page)
+    sys.stdout.write(f"wrote {options.count} images each of {', '.join(entry.name for entry in entries)} to {out}\n")
+    if difference := _difference(entries):
+        sys.stdout.write(f"note: {difference}: the figures are no ranking\n")
+    if len(page) > _HEAVY_BYTES:
+        sys.stdout.write(f"note: {out} is {len(page) / 1e6:.0f} MB, slow in a browser: give a smaller --count\n")
+
+
+@dataclass
+class Entry:
+    """What the page shows of one run or one set of images.
+
+    Attributes:
+        name: unique on the page.
+        source: where the images are from, as the person wrote it.
+        images: PNG files in base64.
+        available: how many images the source has.
+        values: figures by name.
+        protocol: how the figures were made, None where nobody says.
+        note: how far training was.
+        real: whether these are real images.
+    """
+
+    name: str
+    source: str
+    images: list[str]
+    available: int
+    width: int
+    height: int
+    channels: int
+    values: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] | None = None
+    note: str = ""
+    real: bool = False
+
+
+def _entry(given: str, count: int) -> Entry:
+    """The entry of ``PATH`` or ``NAME=PATH``; a path that exists is a path, whatever is in its name."""
+    name, equals, rest = given.partition("=")
+    named = bool(equals) and not Path(given).expanduser().exists()
+    if named and not (name.strip() and rest):
+        raise UserError(f"{given!r} is neither a path nor NAME=PATH: give both, e.g. small=runs/ncsn/RUN_ID")
+    path = Path(rest if named else given).expanduser()
+    entry = _run(path, count) if (path / "metrics.jsonl").is_file() else _samples(path, count)
+    if named:
+        entry.name = name.strip()
+    return entry
+
+
+def _run(directory: Path, count: int) -> Entry:
+    """The samples and the figures of a run's last evaluation."""
+    checkpoint = directory / "checkpoints" / "last.ckpt"
+    mend = f"make one with `test --ckpt_path {checkpoint}`, or give samples as an .npz file"
+    event = _last_evaluation(directory / "metrics.jsonl")
+    if event is None:
+        raise UserError(f"the run {directory} has no evaluation: {mend}")
+    samples = directory / str(event.get("samples_file"))
+    if not samples.is_file():
+        raise UserError(f"the samples of the last evaluation of {directory} are gone or were not kept: {mend}")
+    protocol = event.get("protocol")
+    return Entry(
+        _run_name(directory),
+        str(samples),
+        **_images(samples, count),
+        values={key: value for key, value in event.items() if _COUNTED.search(key) and _is_figure(value)},
+        protocol=protocol if isinstance(protocol, dict) and protocol else None,
+        note=f"after {event.get('images', 0):,} images of training",
+    )
+
+
+def _last_evaluation(path: Path) -> dict[str, Any] | None:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    for line in reversed(lines):
+        try:
+            event = _from_json(line)
+        except ValueError:
+            continue  # a line torn by a kill
+        if isinstance(event, dict) and event.get("event") == "evaluation":
+            return event
+    return None
+
+
+def _run_name(directory: Path) -> str:
+    """``<experiment>/<run id>`` as the run itself says, else the names of its folders."""
+    directory = directory.resolve()
+    experiment, run_id = directory.parent.name, directory.name
+    try:
+        run_id = (directory / "run_id").read_text().strip() or run_id
+        experiment = yaml.safe_load((directory / "config.yaml").read_text())["experiment"] or experiment
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        pass  # a name is no reason to show nothing
+    return f"{experiment}/{run_id}"
+
+
+def _samples(path: Path, count: int) -> Entry:
+    """Images that somebody gives, with the figures that ``evaluate --out`` wrote beside them."""
+    images = _images(path, count)
+    stem = path.resolve().name if path.is_dir() else path.stem
+    values, protocol = _figures_beside(path.resolve().with_name(f"{stem}.json"))
+    return Entry(stem, str(path), **images, values=values, protocol=protocol)
+
+
+def _figures_beside(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    if not path.is_file():
+        return {}, None
+    try:
+        said = _from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the figures {path} beside the samples: {error}; write or move it away") from error
+    values, protocol = (said.get(key, {}) if isinstance(said, dict) else None for key in ("values", "protocol"))
+    if not (isinstance(values, dict) and isinstance(protocol, dict)):
+        raise UserError(f"{path} beside the samples has no values and protocol of `evaluate --out`: move it away")
+    return {key: value for key, value in values.items() if _is_figure(value)}, protocol or None
+
+
+def _from_json(text: str) -> Any:
+    """JSON, and Python's own NaN and infinity, which no browser reads, as strings."""
+    return json.loads(text, parse_constant=lambda word: str(float(word)))
+
+
+def _is_figure(value: object) -> bool:
+    """A number; NaN and infinity are strings, see `_from_json`."""
+    return value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _images(path: Path, count: int) -> dict[str, Any]:
+    """The first ``count`` images as PNG, their shape, and how many there are."""
+    source = images_as_given(path)
+    if len(source) < count:
+        raise UserError(f"{path} has {len(source)} images, {count} are to be shown; give --count {len(source)} or less")
+    channels, height, width = source.shape
+    return {
+        "images": [_png(source.value(index)) for index in range(count)],
+        "available": len(source),
+        "width": width,
+        "height": height,
+        "channels": channels,
+    }
+
+
+def _png(image: np.ndarray) -> str:
+    """uint8 ``[C, H, W]`` as a PNG file in base64."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _make_names_unique(entries: Iterable[Entry]) -> None:
+    taken: set[str] = set()
+    for entry in entries:
+        plain, number = entry.name, 1
+        while entry.name in taken:
+            number += 1
+            entry.name = f"{plain} ({number})"
+        taken.add(entry.name)
+
+
+def differing_keys(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which protocols are not all the same, a missing one included; seeds may differ."""
+    keys = dict.fromkeys(key for protocol in protocols for key in protocol if key != "seed")
+    return [key for key in keys if any(p.get(key, ...) != protocols[0].get(key, ...) for p in protocols)]
+
+
+def _comparability(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    """Keys that differ between the entries with figures, and the names of those whose protocol nobody knows."""
+    measured = [entry for entry in entries if entry.values]
+    unknown = [entry.name for entry in measured if entry.protocol is None] if len(measured) > 1 else []
+    return differing_keys([entry.protocol for entry in measured if entry.protocol is not None]), unknown
+
+
+def _difference(entries: Sequence[Entry]) -> str:
+    differing, unknown = _comparability(entries)
+    said = [f"the protocols differ in {', '.join(differing)}"] if differing else []
+    said += [f"the protocol of {', '.join(unknown)} is not known"] if unknown else []
+    return "; ".join(said)
+
+
+def _page(entries: Sequence[Entry], seed: int) -> bytes:
+    """The whole file.
+
+    Raises:
+        UserError: if there are too few images for a side of the blind comparison.
+    """
+    small = any(min(entry.width, entry.height) < _JUDGED_ALONE_FROM for entry in entries)
+    images_per_side = _PATCH if small else 1
+    if len(entries) > 1 and len(entries[0].images) < images_per_side:
+        raise UserError(
+            f"--count is {len(entries[0].images)}; the blind comparison shows {_PATCH} images a side where images are "
+            f"under {_JUDGED_ALONE_FROM} pixels: give --count {_PATCH} or more"
+        )
+    differing, unknown = _comparability(entries)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "images_per_side": images_per_side,
+        "differing": differing,
+        "unknown": unknown,
+        "entries": [asdict(entry) for entry in entries],
+    }
+    # The page keeps its votes under a hash of its content, so another page, or other samples, never inherits them.
+    page_id = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    created = time.strftime("%Y-%m-%d %H:%M")
+    data = json.dumps({**content, "page": page_id, "created": created, "seed": seed}, allow_nan=False)
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    # Within a script element only "<" can end the data; in JSON it may be written as its number.
+    return template.replace(_PLACE_OF_DATA, data.replace("<", "\\u003c"), 1).encode()
