@@ -1,8 +1,9 @@
-"""Figures: scatter plots, score fields, lines, bars. Matplotlib without a display, imported when used."""
+"""Figures: scatter plots, score fields, lines, curves, bars. Matplotlib without a display, imported when used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,44 @@ import numpy as np
 
 SHADE = "Blues"
 """Colour map of densities and errors in every figure."""
+
+
+_DARK = {"paper": "#1c2128", "ink": "#c9d1d9", "edge": "#545d68"}
+_THEMES: dict[str, dict[str, Any]] = {
+    "light": {},
+    "dark": {
+        "figure.facecolor": _DARK["paper"],
+        "axes.facecolor": _DARK["paper"],
+        "legend.facecolor": _DARK["paper"],
+        "text.color": _DARK["ink"],
+        "axes.labelcolor": _DARK["ink"],
+        "xtick.color": _DARK["ink"],
+        "ytick.color": _DARK["ink"],
+        "axes.edgecolor": _DARK["edge"],
+        "legend.edgecolor": _DARK["edge"],
+        "grid.color": _DARK["edge"],
+    },
+}
+_CYCLES = {
+    "light": ["#1f6feb", "#d1571b", "#2b8a3e", "#8a3ffc", "#b02a5b", "#0f7b8a", "#8a6d00", "#57606a"],
+    "dark": ["#6cb6ff", "#f69d50", "#6bc46d", "#b083f0", "#f47ba8", "#56c8d8", "#daaa3f", "#adbac7"],
+}
+
+
+@contextmanager
+def theme(name: str) -> Iterator[None]:
+    """Draw for a ``light`` or a ``dark`` page."""
+    from cycler import cycler
+    from matplotlib import rc_context
+
+    settings: dict[Any, Any] = {
+        "axes.prop_cycle": cycler(color=_CYCLES[name]),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **_THEMES[name],
+    }
+    with rc_context(settings):
+        yield
 
 
 def new_figure(rows: int, columns: int, side: float = 3.4) -> tuple[Any, Any]:
@@ -73,6 +112,62 @@ def lines_panel(
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize=8)
+
+
+def curves_panel(
+    axes: Any,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    colours: str | None = None,
+    faint: str | None = None,
+) -> None:
+    """Named curves, each over positions of its own; logarithmic where they span more than a factor of 10.
+
+    Args:
+        axes: to draw on.
+        curves: positions and values by name; what is not finite is a gap.
+        x_label: of the positions.
+        y_label: of the values.
+        colours: a colour map, for curves that have an order; None: distinct colours.
+        faint: the name of a curve that is drawn behind the others.
+    """
+    from matplotlib import colormaps
+
+    for number, (name, (x, y)) in enumerate(curves.items()):
+        style: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.55} if name == faint else {"linewidth": 1.5}
+        if len(x) <= 30:
+            style |= {"marker": "o", "markersize": 3.5}
+        if colours is not None:
+            style["color"] = colormaps[colours](0.2 + 0.65 * number / max(len(curves) - 1, 1))
+        axes.plot(x, y, label=literal(name), **style)
+    set_scale(axes, [value for _, y in curves.values() for value in y])
+    axes.set_xlabel(literal(x_label))
+    axes.set_ylabel(literal(y_label))
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
+        axes.legend(fontsize=8, framealpha=0.7, **(beside if len(curves) > 6 else {}))
+
+
+def counts_axis(axes: Any) -> None:
+    """Positions that are large counts, from 0, in thousands and millions: 240k."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlim(left=0.0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def literal(text: str) -> str:
+    """Text for matplotlib that stays as it is: a ``$`` in a name begins no mathematics."""
+    return text.replace("$", r"\$")
+
+
+def set_scale(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis for positive values that span more than a factor of 10."""
+    finite = np.asarray([value for value in values if np.isfinite(value)])
+    if len(finite) and finite.min() > 0.0 and finite.max() > 10.0 * finite.min():
+        axes.set_yscale("log")
 
 
 def bars_panel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -56,12 +57,18 @@ def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 1, min
     return grid
 
 
-def save_png(image: np.ndarray, path: Path) -> None:
-    """Write uint8 ``[H, W, C]`` (C 1 or 3) as a PNG, whole or not at all."""
+def png_bytes(image: np.ndarray) -> bytes:
+    """uint8 ``[H, W, C]`` (C 1 or 3) as a PNG."""
     from PIL import Image
 
+    out = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(out, format="PNG")
+    return out.getvalue()
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    """Write uint8 ``[H, W, C]`` (C 1 or 3) as a PNG, whole or not at all."""
     from lit_diffusion.files import atomic_write
 
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     with atomic_write(path) as file:
-        picture.save(file, format="PNG")
+        file.write(png_bytes(image))

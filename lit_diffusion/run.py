@@ -23,8 +23,12 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION, require_known_format
 from lit_diffusion.images import save_png
+from lit_diffusion.reporting import better
 
 RUN_DIR_FILES = ("config.yaml", "metrics.jsonl", "run_id")
+
+SETTINGS = frozenset({"seed", "rtol", "atol", "t_min", "steps", "sampled"})
+"""Numbers of an event that say how something was measured, not what was found: no curves."""
 
 
 class Dashboard:
@@ -50,6 +54,7 @@ class Dashboard:
         self.entity = entity
         self.tags = tags
         self._run: Any = None
+        self._defined: set[str] = set()
 
     def resolved_mode(self) -> str:
         """``online``, ``offline`` or ``disabled``; the variable WANDB_MODE settles ``auto``."""
@@ -94,12 +99,11 @@ class Dashboard:
             # One clock for all panels; wandb's own step is never given, so nothing is ever out of order.
             self._run.define_metric("images")
             self._run.define_metric("*", step_metric="images")
+            self._defined.clear()
 
-    def log(self, values: Mapping[str, Any], clock: Clock) -> None:
-        """One event."""
-        if self._run is not None:
-            with self._trouble_is_a_note():
-                self._run.log({**values, "images": clock.images, "trainer/global_step": clock.steps})
+    def log(self, event: str, values: Mapping[str, Any], clock: Clock) -> None:
+        """One event, its numbers in the section of its name."""
+        self._send(dashboard_values(event, values), clock)
 
     def picture(self, name: str, picture: np.ndarray, caption: str, clock: Clock) -> None:
         """One picture, uint8 ``[H, W, C]``."""
@@ -108,7 +112,18 @@ class Dashboard:
                 import wandb
 
                 image = wandb.Image(picture[..., 0] if picture.shape[-1] == 1 else picture, caption=caption)
-                self.log({name: image}, clock)
+                self._send({f"pictures/{name}": image}, clock)
+
+    def _send(self, values: Mapping[str, Any], clock: Clock) -> None:
+        if self._run is None or not values:
+            return
+        with self._trouble_is_a_note():
+            # By its whole name: which of several patterns that fit a key counts, wandb leaves open.
+            for key in values.keys() - self._defined:
+                if best := better(key.removeprefix("evaluation/")):
+                    self._run.define_metric(key, step_metric="images", summary=f"last,{best}")
+                self._defined.add(key)
+            self._run.log({**values, "images": clock.images, "trainer/global_step": clock.steps})
 
     def close(self, failed: bool) -> None:
         """Say whether it ended well."""
@@ -116,6 +131,25 @@ class Dashboard:
             with self._trouble_is_a_note():
                 self._run.finish(exit_code=1 if failed else 0)
             self._run = None
+
+
+def dashboard_values(event: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dashboard shows of an event, as docs/dashboard.md says: numbers, and the protocol as JSON.
+
+    The part of a key before its first slash is the panel's section. What modules log through Lightning, event
+    ``metrics``, brings its own (``val/loss``).
+    """
+    if event in ("start", "end", "picture"):  # pictures are shown themselves
+        return {}
+    section = "" if event == "metrics" else f"{event}/"
+    shown: dict[str, Any] = {
+        f"{section}{key}": value
+        for key, value in values.items()
+        if isinstance(value, int | float) and key not in SETTINGS
+    }
+    if isinstance(protocol := values.get("protocol"), dict):
+        shown[f"{section}protocol"] = json.dumps(protocol, sort_keys=True)
+    return shown
 
 
 @rank_zero_only
@@ -283,6 +317,23 @@ class RunLogger(Logger):
             config_file.write(self.config_text.encode())
         return run_id, str(directory.resolve())
 
+    def settle(self, key: str, value: Any) -> None:
+        """Write a value that the run has found for itself where config.yaml said ``auto``; a dotted key."""
+        if not self._is_writer:
+            return
+        import yaml
+
+        path = self.run_dir / "config.yaml"
+        config = yaml.safe_load(path.read_text()) or {}
+        section, parents = config, key.split(".")
+        for name in parents[:-1]:
+            section = section.setdefault(name, {})
+        if section.get(parents[-1]) == value:
+            return
+        section[parents[-1]] = value
+        with atomic_write(path) as file:
+            file.write(yaml.safe_dump(config, sort_keys=False).encode())
+
     # ---- events ------------------------------------------------------------------------------------------------
 
     def record(self, event: str, values: Mapping[str, Any]) -> None:
@@ -298,12 +349,13 @@ class RunLogger(Logger):
                 file.write(json.dumps({**line, **plain}) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; free some space and continue the run") from error
-        numbers = {key: value for key, value in plain.items() if isinstance(value, int | float)}
-        if self.dashboard is not None and event not in ("start", "end") and numbers:
-            self.dashboard.log(numbers, self.clock)
+        if self.dashboard is not None:
+            self.dashboard.log(event, plain, self.clock)
 
     def picture(self, name: str, picture: np.ndarray, caption: str, values: Mapping[str, Any] | None = None) -> Path:
         """Save a picture as ``samples/<name>-<images>.png``, record it, and show it; uint8 ``[H, W, C]``."""
+        if picture.dtype != np.uint8:
+            raise TypeError(f"picture {name} is {picture.dtype}, not uint8: wandb shows other types as black")
         path = self.run_dir / "samples" / f"{name}-{self.clock.images:010d}.png"
         if self._is_writer:
             save_png(picture, path)

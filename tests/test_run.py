@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ import yaml
 from PIL import Image
 from tiny import CONFIG, digits_data, events, fit, ncsn, run_logger, trainer
 
+from lit_diffusion import callbacks
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Telemetry
 from lit_diffusion.clock import Clock
@@ -315,8 +317,8 @@ class FakeRun:
     def __init__(self, **given):
         self.given, self.logged, self.metrics, self.finished = given, [], [], None
 
-    def define_metric(self, name, step_metric=None):
-        self.metrics.append((name, step_metric))
+    def define_metric(self, name, step_metric=None, summary=None):
+        self.metrics.append((name, step_metric, summary))
 
     def log(self, values, **keys):
         assert not keys  # never a step of wandb's own
@@ -377,13 +379,138 @@ def test_the_view_of_a_run(wandb, tmp_path):
     assert run.given["dir"] == str(logger.run_dir)
     assert run.given["config"] == {"seed": 3}
     assert run.given["resume"] == "allow"
-    assert run.metrics == [("images", None), ("*", "images")]
+    assert run.metrics == [("images", None, None), ("*", "images", None)]
     train, picture = run.logged
-    assert train == {"loss": 2.5, "images": 64, "trainer/global_step": 2}
-    kind, shown, caption = picture.pop("grid")
+    assert train == {"train/loss": 2.5, "images": 64, "trainer/global_step": 2}
+    kind, shown, caption = picture.pop("pictures/grid")
     assert (kind, shown.shape, shown.dtype, caption) == ("image", (4, 4), np.uint8, "a caption")
     assert picture == {"images": 64, "trainer/global_step": 2}
     assert run.finished == 0
+
+
+EVALUATION = {
+    **{
+        f"{name}-2k": 1.0 for name in ("fid", "fid_infinity", "kid", "is", "precision", "recall", "density", "coverage")
+    },
+    **{
+        f"{name}/digits-500": 0.5 for name in ("fd", "kd", "is", "near_copies", "memorised", "nn_ratio", "authenticity")
+    },
+    "seconds": 12.3,
+    "samples_file": "samples/evaluation-0000000064.npz",
+    "protocol": {"sampler": "ancestral", "extractor": "digits", "seed": 0},
+}
+
+
+def test_an_event_is_a_section_and_an_evaluation_brings_its_protocol(wandb, tmp_path):
+    logger = RunLogger("tiny", run_dir=tmp_path, dashboard=Dashboard("offline"))
+    logger.clock = Clock(images=64, steps=2, batch=32)
+    when = {"images": 64, "trainer/global_step": 2}
+    logger.log_metrics({"val/loss": 3.0, "mine": 1.0, "epoch": 0})
+    logger.record("evaluation", EVALUATION)
+    logger.record("test", {"bpd_ode": 2.0, "bpd_ode_error": 0.1, "images": 180, "seed": 0, "rtol": 1e-5, "t_min": 1e-3})
+    logger.record("predict", {"file": "x", "seed": 0})  # settings alone are no event of the dashboard's
+    logger.picture("grid", np.zeros((4, 4, 3), np.uint8), "", {"seed": 0, "network_evaluations": 9})
+    (run,) = wandb.runs
+    metrics, evaluation, test, picture = run.logged
+    assert metrics == {"val/loss": 3.0, "mine": 1.0, **when}
+    protocol = evaluation.pop("evaluation/protocol")
+    assert json.loads(protocol) == EVALUATION["protocol"]
+    numbers = {key: value for key, value in EVALUATION.items() if isinstance(value, float)}
+    assert evaluation == {**{f"evaluation/{key}": value for key, value in numbers.items()}, **when}
+    assert test == {"test/bpd_ode": 2.0, "test/bpd_ode_error": 0.1, "test/images": 180, **when}
+    assert set(picture) == {"pictures/grid", *when}
+    assert events(tmp_path, "evaluation")[0]["protocol"] == EVALUATION["protocol"]
+    assert "bpd_ode" in events(tmp_path, "test")[0]  # sections are the dashboard's alone
+
+
+def test_the_best_of_what_has_a_direction_is_in_the_summary(wandb, tmp_path):
+    logger = RunLogger("tiny", run_dir=tmp_path, dashboard=Dashboard("offline"))
+    for _ in range(2):
+        logger.record("evaluation", EVALUATION)
+        logger.record("train", {"loss": 1.0})
+        logger.log_metrics({"val/loss": 3.0})
+    defined = wandb.runs[0].metrics
+    assert defined[:2] == [("images", None, None), ("*", "images", None)]
+    assert all(step == "images" for _, step, _ in defined[2:])
+    assert len({name for name, _, _ in defined}) == len(defined)  # each once
+    best = {name: summary for name, _, summary in defined[2:]}
+    least = [
+        "val/loss",
+        *(f"evaluation/{key}" for key in ("fid-2k", "fid_infinity-2k", "kid-2k", "fd/digits-500", "kd/digits-500")),
+    ]
+    most = ["is-2k", "precision-2k", "recall-2k", "density-2k", "coverage-2k", "is/digits-500"]
+    assert best == {
+        **dict.fromkeys(least, "last,min"),
+        **dict.fromkeys([f"evaluation/{key}" for key in most], "last,max"),
+    }
+
+
+def test_pictures_are_bytes_or_refused(tmp_path):
+    logger = RunLogger("tiny", run_dir=tmp_path)
+    with pytest.raises(TypeError, match="grid is float32, not uint8"):
+        logger.picture("grid", np.zeros((4, 4, 3), np.float32), "")
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def documented_panels():
+    """The table of docs/dashboard.md: section, keys as regular expressions with their choices apart, x axis."""
+    text = (Path(__file__).parent.parent / "docs" / "dashboard.md").read_text()
+    table = text.split("<!-- panels -->")[1].split("<!-- end -->")[0]
+    rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in table.strip().splitlines()[2:]]
+    for section, key, axis, *_ in ([cell.strip() for cell in row] for row in rows):
+        pattern = key.strip("`").replace("\\|", "|")
+        pattern = pattern if pattern.startswith("^") else f"^{re.escape(pattern)}$"
+        choices = re.search(r"\(([^()]*)\)", pattern)
+        each = choices[1].split("|") if choices else [""]
+        yield section, [pattern.replace(choices[0], choice) if choices else pattern for choice in each], axis
+
+
+def test_what_the_documentation_says_is_what_a_run_logs(wandb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = CONFIG["model"]["init_args"]["backbone"]
+    method = {"class_path": "DDPM", "init_args": {"levels": 20, "beta_T": 0.4, "backbone": backbone}}
+    config = {**CONFIG, "model": method, "samples": {"count": 4}, "telemetry": {"every_n_steps": 1}}
+    config["wandb"] = {"mode": "offline"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    dispatch(["fit", "--config", "tiny.yaml", "--run_dir", "run"])
+    few = ["--eval.test_samples", "64", "--eval.test_seeds", "[0]"] if hasattr(callbacks, "Evaluator") else []
+    dispatch(["test", "--ckpt_path", "run/checkpoints/last.ckpt", "--run_dir", "test", *few])
+    logger = RunLogger("tiny", run_dir=tmp_path / "evaluated", dashboard=Dashboard("offline"))
+    logger.record("evaluation", EVALUATION)
+    logger.record("test", {"fd/digits-500/mean": 0.5, "fd/digits-500/min": 0.4, "protocol": {"seeds": [0, 1]}})
+    logger.picture("neighbours", np.zeros((4, 4, 3), np.uint8), "")
+    assert len(wandb.runs) == 3
+    logged = {key for run in wandb.runs for row in run.logged for key in row} - {"images", "trainer/global_step"}
+    panels = list(documented_panels())
+    assert len(panels) > 20
+    for section, patterns, axis in panels:
+        assert axis == "images"
+        for pattern in patterns:
+            fitting = [key for key in logged if re.search(pattern, key)]
+            assert fitting, f"docs/dashboard.md: nothing logs {pattern}"
+            assert all(key.startswith(f"{section}/") for key in fitting)
+    for key in logged:
+        if key.partition("/")[0] in {section for section, _, _ in panels}:
+            assert any(re.search(pattern, key) for _, patterns, _ in panels for pattern in patterns), key
+
+
+def test_each_part_of_an_offline_run_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 7, 3), dtype=np.uint8)
+    for part in range(2):
+        logger = RunLogger("tiny", run_dir=tmp_path / "run", dashboard=Dashboard("offline"), continues=part > 0)
+        logger.record("evaluation", EVALUATION)
+        logger.picture("grid", pixels[part], "")
+        logger.finalize("success")
+    parts = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{logger.version}*"))
+    assert len(parts) == 2
+    shown = []
+    for part in parts:
+        (log,) = part.glob("run-*.wandb")
+        assert log.stat().st_size > 0
+        (picture,) = part.glob("files/media/images/pictures/grid_*.png")
+        shown.append(np.asarray(Image.open(picture)))
+    assert {picture.tobytes() for picture in shown} == {picture.tobytes() for picture in pixels}
 
 
 def test_a_failed_run_is_marked_as_one(wandb, tmp_path):
@@ -394,7 +521,7 @@ def test_a_failed_run_is_marked_as_one(wandb, tmp_path):
 
 
 @pytest.mark.parametrize("trouble", [RuntimeError("no network\nat all"), ValueError(""), ImportError("no wandb")])
-@pytest.mark.parametrize("where", ["init", "api", "log", "Image", "finish", "import"])
+@pytest.mark.parametrize("where", ["init", "api", "define_metric", "log", "Image", "finish", "import"])
 def test_trouble_is_a_note_and_not_the_end(wandb, tmp_path, monkeypatch, capsys, trouble, where):
     def fails(*args, **keys):
         raise trouble

@@ -185,5 +185,5 @@ def test_wandb_offline_changes_nothing_else_and_shows_the_same_pixels(run, workd
     from PIL import Image
 
     (grid,) = (workdir / "offline" / "samples").glob("samples-*.png")
-    (shown,) = (workdir / "offline" / "wandb").glob("offline-run-*/files/media/images/samples_*.png")
+    (shown,) = (workdir / "offline" / "wandb").glob("offline-run-*/files/media/images/pictures/samples_*.png")
     assert np.array_equal(np.asarray(Image.open(grid)), np.asarray(Image.open(shown)))
