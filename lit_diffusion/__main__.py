@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "images from a checkpoint: sample --ckpt_path FILE --num_samples N --out samples.npz",
     "interpolate": "a picture of what lies between samples: interpolate --ckpt_path FILE --out picture.png",
     "gallery": "a page to judge images by eye, side by side and blind: gallery RUN_OR_SAMPLES ... --out gallery.html",
+    "report": "a run's curves, pictures and results as one web page, without an account: report RUN",
     "fetch": "download data or weights, the only command that does: fetch data NAME",
 }
 
@@ -75,6 +76,10 @@ def dispatch(arguments: Sequence[str]) -> None:
         from lit_diffusion.commands import gallery
 
         gallery.main(rest)
+    elif command == "report":
+        from lit_diffusion.commands import report
+
+        report.main(rest)
     elif command == "fetch":
         from lit_diffusion.commands import fetch
 
