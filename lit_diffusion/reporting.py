@@ -52,7 +52,7 @@ FAMILIES = (
         "Memorisation",
         ("near_copies", "memorised", "nn_ratio", "authenticity"),
         None,
-        "The first two rising, or the others falling, while the rest improves: it learns by heart.",
+        "Near copies or memorised rising, ratio or authenticity falling: it learns its images by heart.",
     ),
 )
 _LOSSES = ("val/loss", "test/loss", "test/bpd_ode", "test/bpd_bound")
