@@ -72,7 +72,8 @@ def judged(images: np.ndarray) -> dict[str, float]:
 def bits(run: Path, out: Path) -> dict[str, float]:
     """Bits per dimension of a run by the ODE and by the bound, as `test` reports them."""
     checkpoint = str(run / "checkpoints" / "last.ckpt")
-    dispatch(["test", "--ckpt_path", checkpoint, "--run_dir", str(out), "--wandb.mode", "disabled"])
+    alone = ["--eval.metrics", "[]", "--wandb.mode", "disabled"]
+    dispatch(["test", "--ckpt_path", checkpoint, "--run_dir", str(out), *alone])
     found: dict[str, float] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         event = json.loads(line)

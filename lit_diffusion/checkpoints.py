@@ -51,7 +51,10 @@ def checkpoint_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str,
             f"checkpoint {path} holds no configuration (its run was not started by `python -m lit_diffusion fit`): "
             f"build the model in Python and load its state_dict"
         )
-    return dict(config)
+    config = dict(config)
+    if "trace" in config.get("eval", {}):  # Written before the likelihood had a key of its own.
+        config["likelihood"] = config.pop("eval")
+    return config
 
 
 def _instantiated(parser: Parser, key: str, section: dict[str, Any]) -> object:

@@ -22,7 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffusion.data
 import lit_diffusion.methods  # noqa: F401 (short class names in YAML resolve once their modules are imported)
-from lit_diffusion.callbacks import EMA, Checkpoint, Evaluation, NoiseLevels, ProgressBar, Samples, Telemetry
+from lit_diffusion.callbacks import (
+    EMA,
+    Checkpoint,
+    Evaluator,
+    Likelihood,
+    NoiseLevels,
+    ProgressBar,
+    Samples,
+    Telemetry,
+)
 from lit_diffusion.checkpoints import build_method, checkpoint_config, read_checkpoint, require_fitting_weights
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
@@ -93,7 +102,8 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Telemetry, "telemetry")
         parser.add_lightning_class_args(NoiseLevels, "noise_levels")
-        parser.add_lightning_class_args(Evaluation, "eval")
+        parser.add_lightning_class_args(Evaluator, "eval")
+        parser.add_lightning_class_args(Likelihood, "likelihood")
         parser.add_class_arguments(Dashboard, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -131,6 +141,9 @@ class CLI(LightningCLI):
         """Data first, then the values that the model takes from them, then the model, then the Trainer."""
         section = self._section
         require_known_format(section.format_version, "the configuration")
+        if section.eval.samples == "auto" and isinstance(self.inherited.get("eval", {}).get("samples"), int):
+            # A continued run keeps the number that it was started with, so that its figures stay comparable.
+            section["eval.samples"] = self.inherited["eval"]["samples"]
         model = section.pop("model")
         with users_own_errors():
             self.config_init = self.parser.instantiate(self.config)

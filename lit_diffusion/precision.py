@@ -36,6 +36,11 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return _DTYPES[precision]
 
 
+def precision_name(dtype: torch.dtype | None) -> str:
+    """The inverse of :func:`autocast_dtype`."""
+    return next(name for name, found in _DTYPES.items() if found == dtype)
+
+
 class BackboneMixedPrecision(MixedPrecision):
     """Lightning's mixed precision without its autocast, and with the gradient scaler left to ``Method.optimise``."""
 

@@ -13,6 +13,10 @@ from lit_diffusion.samplers import AnnealedLangevin, Langevin
 from lit_diffusion.sampling import generate_in_batches
 
 
+def drawn(method, count, *arguments, **keys):
+    return torch.cat([x for _, x in generate_in_batches(method, torch.arange(count), *arguments, **keys)])
+
+
 @pytest.fixture
 def method():
     made = ncsn()
@@ -29,7 +33,7 @@ def shapes(method):
     [(10, 4, [4, 4, 2], 4), (8, 4, [4, 4], 4), (3, 250, [3], 3), (1, 1, [1], 1), (5, 1, [1] * 5, 1)],
 )
 def test_the_network_sees_one_shape_and_the_padding_is_dropped(method, count, batch_size, parts, shape):
-    batches = list(generate_in_batches(method, count, 0, batch_size, show_progress=False))
+    batches = [x for _, x in generate_in_batches(method, torch.arange(count), 0, batch_size, show_progress=False)]
     assert [len(batch) for batch in batches] == parts
     assert set(shapes(method)) == {(shape, 1, 8, 8)}
     assert len(shapes(method)) == len(parts) * method.sampler.evaluations
@@ -39,7 +43,7 @@ def test_the_network_sees_one_shape_and_the_padding_is_dropped(method, count, ba
 def test_the_order_is_that_of_the_numbers(method):
     whole = method.generate(torch.arange(10), seed=5)
     for batch_size in (3, 7, 10):
-        made = torch.cat(list(generate_in_batches(method, 10, 5, batch_size, show_progress=False)))
+        made = drawn(method, 10, 5, batch_size, show_progress=False)
         assert torch.allclose(made, whole, atol=1e-5)
     alone = method.generate(torch.tensor([7]), seed=5)
     assert torch.allclose(alone[0], whole[7], atol=1e-5)
@@ -51,13 +55,13 @@ def test_the_order_is_that_of_the_numbers(method):
 
 def test_another_sampler_for_once(method):
     other = Langevin(steps=3, eta=1e-3)
-    (batch,) = generate_in_batches(method, 2, 0, 2, other, show_progress=False)
+    ((_, batch),) = generate_in_batches(method, torch.arange(2), 0, 2, other, show_progress=False)
     assert torch.equal(batch, method.generate(torch.arange(2), 0, sampler=other))
     assert other.evaluations == 3
 
 
 def test_batches_come_as_they_are_made(method):
-    batches = generate_in_batches(method, 1000, 0, 2, show_progress=False)
+    batches = generate_in_batches(method, torch.arange(1000), 0, 2, show_progress=False)
     next(batches)
     assert len(shapes(method)) == method.sampler.evaluations
 
@@ -65,7 +69,7 @@ def test_batches_come_as_they_are_made(method):
 def test_points(capsys):
     method = toy_dsm()
     method.facts = points_data().facts
-    made = torch.cat(list(generate_in_batches(method, 7, 0, 4)))
+    made = drawn(method, 7, 0, 4)
     assert made.shape == (7, 2)
     assert "sampling 7: 100%" in capsys.readouterr().err
 
@@ -82,8 +86,8 @@ def test_a_walk_that_diverges_is_one_line(method, value):
         return x
 
     method.generate = second_diverges
-    batches = generate_in_batches(method, 10, 0, 4, show_progress=False)
-    assert len(next(batches)) == 4
+    batches = generate_in_batches(method, torch.arange(10), 0, 4, show_progress=False)
+    assert len(next(batches)[1]) == 4
     with pytest.raises(UserError, match="samples 4 to 7") as caught:
         next(batches)
     assert "\n" not in str(caught.value)
@@ -98,12 +102,12 @@ def test_what_becomes_of_the_padding_is_nobodys_business(method):
         return x
 
     method.generate = padding_diverges
-    assert len(torch.cat(list(generate_in_batches(method, 6, 0, 4, show_progress=False)))) == 6
+    assert len(drawn(method, 6, 0, 4, show_progress=False)) == 6
 
 
 def test_a_sampler_that_does_not_fit_is_refused_before_any_work(method):
     with pytest.raises(UserError, match=r"4 sigma\^2"):
-        next(generate_in_batches(method, 4, 0, 4, AnnealedLangevin(2, eta=0.04), show_progress=False))
+        next(generate_in_batches(method, torch.arange(4), 0, 4, AnnealedLangevin(2, eta=0.04), show_progress=False))
     assert shapes(method) == []
 
 
@@ -132,9 +136,9 @@ def test_labels_follow_the_samples_through_the_batches():
     method.facts = digits_data().facts
     told = []
     method.denoiser.backbone.register_forward_hook(lambda module, args, out: told.append(args[2].label.tolist()))
-    made = torch.cat(list(generate_in_batches(method, 5, 0, 2, show_progress=False)))
+    made = drawn(method, 5, 0, 2, show_progress=False)
     assert [told[k] for k in (0, 7, 14)] == [[0, 1], [2, 0], [1, 2]]
-    (same,) = generate_in_batches(method, 1, 0, 2, label=0, show_progress=False)
+    ((_, same),) = generate_in_batches(method, torch.arange(1), 0, 2, label=0, show_progress=False)
     assert torch.allclose(same[0], made[0], atol=1e-5)
-    (other,) = generate_in_batches(method, 1, 0, 2, label=1, show_progress=False)
+    ((_, other),) = generate_in_batches(method, torch.arange(1), 0, 2, label=1, show_progress=False)
     assert not torch.allclose(other[0], made[0], atol=1e-3)

@@ -1,8 +1,9 @@
-"""What happens beside a training step: averages, checkpoints, pictures, telemetry, evaluation."""
+"""What happens beside a training step: averages, checkpoints, pictures, telemetry, figures."""
 
 from lit_diffusion.callbacks.checkpoint import Checkpoint
 from lit_diffusion.callbacks.ema import EMA
-from lit_diffusion.callbacks.evaluation import Evaluation
+from lit_diffusion.callbacks.evaluator import Evaluator
+from lit_diffusion.callbacks.likelihood import Likelihood
 from lit_diffusion.callbacks.noise_levels import NoiseLevels
 from lit_diffusion.callbacks.progress import ProgressBar, Telemetry
 from lit_diffusion.callbacks.samples import Samples
@@ -11,7 +12,8 @@ from lit_diffusion.callbacks.toys import ModeWeights, ScoreField
 __all__ = [
     "EMA",
     "Checkpoint",
-    "Evaluation",
+    "Evaluator",
+    "Likelihood",
     "ModeWeights",
     "NoiseLevels",
     "ProgressBar",

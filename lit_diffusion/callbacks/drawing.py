@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 
 from lit_diffusion.clock import Cadence
 from lit_diffusion.methods.base import Method
+from lit_diffusion.trainer import callbacks_of
 
 
 class Drawing(pl.Callback, ABC):
@@ -29,7 +31,11 @@ class Drawing(pl.Callback, ABC):
         assert isinstance(pl_module, Method)
         if self.cadence.due(pl_module.clock):
             self._drawn_at = pl_module.clock.images
+            began = time.perf_counter()
             self.draw(trainer, pl_module)
+            for callback in callbacks_of(trainer):
+                if hasattr(callback, "exclude"):  # What measures the training's speed does not count this.
+                    callback.exclude(time.perf_counter() - began)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the end."""

@@ -96,6 +96,10 @@ class Telemetry(pl.Callback):
         self._by_time = torch.zeros(2, LOSS_BINS, dtype=torch.float64, device=pl_module.device)
         self._since, self._images = time.perf_counter(), 0
 
+    def exclude(self, seconds: float) -> None:
+        """Do not count what was no training: drawing, evaluating."""
+        self._since += seconds
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

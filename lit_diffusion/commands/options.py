@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -17,6 +16,7 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.precision import PrecisionName, autocast_dtype
 from lit_diffusion.samplers import SAMPLERS, Sampler
+from lit_diffusion.samplers.base import described
 
 
 def add_model_options(parser: Parser) -> None:
@@ -138,13 +138,6 @@ def choose_sampler(default: Sampler, name: str | None, keys: dict[str, str]) -> 
         chosen = parser.instantiate(config).sampler
     assert isinstance(chosen, Sampler)
     return chosen
-
-
-def described(sampler: Sampler) -> dict[str, Any]:
-    """A sampler as its class path and arguments, which it keeps as attributes of the same names."""
-    arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
-    plain = {key: described(value) if isinstance(value, Sampler) else value for key, value in arguments.items()}
-    return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
 
 
 def _class_path(name: str) -> str:

@@ -59,14 +59,14 @@ def main(arguments: Sequence[str]) -> None:
     method = load_model(options)
     sampler = choose_sampler(method.sampler, name, keys)
     batches = generate_in_batches(
-        method, options.num_samples, options.seed, options.batch_size, sampler, options.label, show_progress=True
+        method, torch.arange(options.num_samples), options.seed, options.batch_size, sampler, options.label
     )
     facts = method.require_facts()
     if facts.is_image:
         assert facts.value_range is not None
-        write_images(np.concatenate([to_uint8(x, facts.value_range) for x in batches]), out)
+        write_images(np.concatenate([to_uint8(x, facts.value_range) for _, x in batches]), out)
     else:
-        write_points(torch.cat(list(batches)).numpy(), out, facts)
+        write_points(torch.cat([x for _, x in batches]).numpy(), out, facts)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")
     if caveat := sampler.caveat():
         sys.stdout.write(f"note: {caveat}\n")

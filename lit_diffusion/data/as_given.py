@@ -50,8 +50,8 @@ class _Unchanged(Source):
         image = self._read(name)
         if image.shape != self.shape:
             raise UserError(
-                f"{name} in {self.path} is {list(image.shape)}, {self._names[0]} is {list(self.shape)}: all images must "
-                f"have one size and one number of channels; nothing is resized here"
+                f"{name} in {self.path} is {list(image.shape)}, {self._names[0]} is {list(self.shape)}: all images "
+                f"must have one size and one number of channels; nothing is resized here"
             )
         return image
 

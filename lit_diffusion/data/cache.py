@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from lit_diffusion.cache import cache_folder
 
 _VARIABLE = "LIT_DIFFUSION_DATA"
 
 
 def data_root() -> Path:
     """The folder of downloaded and rendered data: ``$LIT_DIFFUSION_DATA``, or ``~/.cache/lit_diffusion/data``."""
-    return Path(os.environ.get(_VARIABLE) or "~/.cache/lit_diffusion/data").expanduser()
+    return cache_folder("data", _VARIABLE)
 
 
 def fetch_command(name: str, root: Path) -> str:

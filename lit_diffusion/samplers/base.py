@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -261,3 +262,24 @@ class ToTheData(Predictor):
 def at_time(x: Tensor, t: float) -> Tensor:
     """One time for every row of x: float64 ``[B]``."""
     return torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
+
+
+def described(sampler: Sampler) -> dict[str, Any]:
+    """A sampler as its class path and arguments, which it keeps as attributes of the same names."""
+    arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
+    plain = {key: described(value) if isinstance(value, Sampler) else value for key, value in arguments.items()}
+    return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
+
+
+def in_words(sampler: Sampler) -> str:
+    """A sampler as a protocol says it: ``Ancestral(steps=null, variance=beta)``."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{value['class_path'].rpartition('.')[2]}({words(value['init_args'])})"
+        return "null" if value is None else str(value)
+
+    def words(arguments: dict[str, Any]) -> str:
+        return ", ".join(f"{key}={word(value)}" for key, value in arguments.items())
+
+    return word(described(sampler))

@@ -73,8 +73,11 @@ def test_main_returns_the_exit_code(monkeypatch, capsys):
         ),
         (lambda c: c["model"]["init_args"].update(parametrization="epsilon"), ["parametrization", "'eps'"]),
         (lambda c: c["model"].update(class_path="NCSM"), ["'NCSM'", "NCSN"]),
-        (lambda c: c.update(eval={"metrics": "bpd"}), ["eval.metrics is 'bpd'", "a list in brackets", "'bpd_ode'"]),
-        (lambda c: c.update(eval={"metrics": ["fid"]}), ["eval.metrics is 'fid'", "'bpd_ode'"]),
+        (
+            lambda c: c.update(likelihood={"metrics": "bpd"}),
+            ["likelihood.metrics is 'bpd'", "a list in brackets", "'bpd_ode'"],
+        ),
+        (lambda c: c.update(likelihood={"metrics": ["fid"]}), ["likelihood.metrics is 'fid'", "'bpd_ode'"]),
         (
             lambda c: c.update(model=sde(c, "VQ")),
             ["there is no class 'VQ'", "SubVP, VE, VP"],

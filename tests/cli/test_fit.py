@@ -152,7 +152,7 @@ def test_init_from_takes_weights_only(trained, run, workdir):
 
 
 def test_validate_test_and_predict(trained, run, workdir):
-    for command, weights in (("validate", ()), ("test", ("--eval.weights", "raw"))):
+    for command, weights in (("validate", ()), ("test", ("--likelihood.weights", "raw", "--eval.metrics", []))):
         run(command, "--ckpt_path", trained / "checkpoints" / "last.ckpt", "--run_dir", command, *weights)
     (validated,) = events(workdir / "validate", "metrics")
     (tested,) = events(workdir / "test", "metrics")

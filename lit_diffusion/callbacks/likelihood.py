@@ -1,4 +1,4 @@
-"""What ``test`` measures on held-out data, beside the training loss."""
+"""Bits per dimension: what ``test`` measures on held-out data, beside the loss."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _summed(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return reduced.to("cpu", torch.float64)
 
 
-class Evaluation(pl.Callback):
+class Likelihood(pl.Callback):
     """Bits per dimension by the ODE and by the variational bound, and how both depend on the smallest time.
 
     Everything that is measured is printed and written to metrics.jsonl, event ``test``, with its standard error over
@@ -110,17 +110,17 @@ class Evaluation(pl.Callback):
         samples: int = 1000,
     ) -> None:
         for metric in metrics or []:
-            require_choice("eval", "metrics", metric, get_args(Metric))
-        require_choice("eval", "trace", trace, get_args(Trace))
-        require_choice("eval", "probe", probe, get_args(Probe))
+            require_choice("likelihood", "metrics", metric, get_args(Metric))
+        require_choice("likelihood", "trace", trace, get_args(Trace))
+        require_choice("likelihood", "probe", probe, get_args(Probe))
         for key, value in (("probes", probes), ("bound_steps", bound_steps), ("bound_sampled", bound_sampled)):
             if value is not None and value < 1:
-                raise UserError(f"eval.{key} is {value}; give a positive number")
+                raise UserError(f"likelihood.{key} is {value}; give a positive number")
         if samples < 2:
-            raise UserError(f"eval.samples is {samples}; a Frechet distance needs at least 2")
+            raise UserError(f"likelihood.samples is {samples}; a Frechet distance needs at least 2")
         for time in (*smallest_times, *(() if t_min is None else (t_min,))):
             if not 0.0 < time < 1.0:
-                raise UserError(f"eval: a smallest time of {time:g} is not between 0 and 1")
+                raise UserError(f"likelihood: a smallest time of {time:g} is not between 0 and 1")
         self.metrics = metrics
         self.weights = weights
         self.seed = seed
@@ -406,4 +406,5 @@ class Evaluation(pl.Callback):
         assert isinstance(datamodule, DataModule)
         for indices in torch.arange(len(datamodule.train_indices)).split(1000):
             real.add(pixels(datamodule.training_values(indices)))
-        return [frechet_distance(moments, real) for moments in made]
+        reference = real.gaussian()
+        return [frechet_distance(reference, moments.gaussian()) for moments in made]

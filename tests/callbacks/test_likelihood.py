@@ -7,7 +7,7 @@ import yaml
 from tiny import TINY, events
 
 from lit_diffusion.__main__ import dispatch
-from lit_diffusion.callbacks import Evaluation
+from lit_diffusion.callbacks import Likelihood
 from lit_diffusion.errors import UserError
 
 NETWORK = TINY["model"]["init_args"]["backbone"]
@@ -42,8 +42,9 @@ def ddpm(tmp_path_factory):
 def measure(tmp_path):
     def call(checkpoint, *arguments):
         folder = tmp_path / f"test{len(list(tmp_path.iterdir()))}"
-        loose = ("--eval.rtol", "1e-3", "--eval.atol", "1e-3", "--eval.bound_steps", "20")
-        given = ["test", "--ckpt_path", checkpoint, "--run_dir", folder, *loose, *arguments]
+        loose = ("--likelihood.rtol", "1e-3", "--likelihood.atol", "1e-3", "--likelihood.bound_steps", "20")
+        alone = ("--eval.metrics", "[]")
+        given = ["test", "--ckpt_path", checkpoint, "--run_dir", folder, *alone, *loose, *arguments]
         dispatch([str(argument) for argument in given])
         return folder
 
@@ -74,7 +75,7 @@ def test_it_reports_both_likelihoods_and_says_that_neither_bounds_the_other(meas
 
 
 def test_the_batch_changes_nothing(measure, ddpm):
-    tight = ("--eval.rtol", "1e-5", "--eval.atol", "1e-5")
+    tight = ("--likelihood.rtol", "1e-5", "--likelihood.atol", "1e-5")
     many = events(measure(ddpm, *tight), "test")
     few = events(measure(ddpm, *tight, "--data.global_batch_size", "7"), "test")
     for first, second in zip(many, few, strict=True):
@@ -85,19 +86,19 @@ def test_the_batch_changes_nothing(measure, ddpm):
 
 
 def test_what_is_measured_is_one_key(measure, vp):
-    (event,) = events(measure(vp, "--eval.metrics", "[bpd_bound]"), "test")
+    (event,) = events(measure(vp, "--likelihood.metrics", "[bpd_bound]"), "test")
     assert "bpd_bound" in event
-    other = events(measure(vp, "--eval.metrics", "[bpd_bound]", "--eval.bound_sampled", "5"), "test")[0]
+    other = events(measure(vp, "--likelihood.metrics", "[bpd_bound]", "--likelihood.bound_sampled", "5"), "test")[0]
     assert other["sampled"] == 5
     assert other["bpd_bound"] == pytest.approx(
         event["bpd_bound"], abs=5 * math.hypot(*(e["bpd_bound_error"] for e in (event, other)))
     )
-    assert not events(measure(vp, "--eval.metrics", "[]"), "test")
+    assert not events(measure(vp, "--likelihood.metrics", "[]"), "test")
 
 
 def test_weights_are_chosen_by_name(measure, vp):
     ema, raw = (
-        events(measure(vp, "--eval.metrics", "[bpd_bound]", "--eval.weights", weights), "test")[0]
+        events(measure(vp, "--likelihood.metrics", "[bpd_bound]", "--likelihood.weights", weights), "test")[0]
         for weights in ("ema:500", "raw")
     )
     assert ema["weights"] == "ema:500"
@@ -107,7 +108,13 @@ def test_weights_are_chosen_by_name(measure, vp):
 
 def test_the_smallest_time_has_a_figure(measure, vp, capsys):
     run = measure(
-        vp, "--eval.metrics", "[smallest_time]", "--eval.smallest_times", "[0.01, 0.3]", "--eval.samples", "20"
+        vp,
+        "--likelihood.metrics",
+        "[smallest_time]",
+        "--likelihood.smallest_times",
+        "[0.01, 0.3]",
+        "--likelihood.samples",
+        "20",
     )
     (event,) = events(run, "smallest_time")
     assert event["smallest_times"] == [0.3, 0.01]
@@ -128,7 +135,7 @@ def test_a_model_of_one_level_has_no_likelihood(measure, tmp_path, capsys):
     assert capsys.readouterr().out.count("not measured") == 2
     for metric in ("bpd_ode", "bpd_bound"):
         with pytest.raises(UserError, match="one noise level"):
-            measure(checkpoint, "--eval.metrics", f"[{metric}]")
+            measure(checkpoint, "--likelihood.metrics", f"[{metric}]")
 
 
 @pytest.mark.parametrize(
@@ -145,9 +152,9 @@ def test_a_model_of_one_level_has_no_likelihood(measure, tmp_path, capsys):
 )
 def test_wrong_values_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
-        Evaluation(**keys)
+        Likelihood(**keys)
 
 
 def test_a_learned_variance_that_is_not_there_is_refused(measure, vp):
     with pytest.raises(UserError, match="learned"):
-        measure(vp, "--eval.bound_variance", "learned")
+        measure(vp, "--likelihood.bound_variance", "learned")

@@ -1,0 +1,497 @@
+"""Figures of samples, while a model trains and after: FID and its kin, each with its protocol."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_diffusion.callbacks.checkpoint import Checkpoint, checkpoint_folder, write_checkpoint
+from lit_diffusion.callbacks.drawing import Drawing
+from lit_diffusion.callbacks.ema import averages_of, choose_average
+from lit_diffusion.clock import Cadence
+from lit_diffusion.datamodule import DataModule
+from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.files import atomic_write
+from lit_diffusion.images import image_grid, to_uint8
+from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
+from lit_diffusion.metrics.gathering import many_processes, summed
+from lit_diffusion.metrics.reference import RealData, reference_of
+from lit_diffusion.metrics.scores import (
+    MetricName,
+    Result,
+    ScoreOptions,
+    Scores,
+    bias_caveat,
+    choose_metrics,
+    is_better,
+)
+from lit_diffusion.precision import precision_name
+from lit_diffusion.run import print_note, run_logger_of
+from lit_diffusion.samplers import Sampler
+from lit_diffusion.samplers.base import in_words
+from lit_diffusion.sampling import DivergedError, generate_in_batches
+from lit_diffusion.trainer import callbacks_of
+
+COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 50_000)
+"""Of samples, which ``auto`` chooses from."""
+KEPT_SAMPLES = 64
+"""So many samples of an evaluation are kept as bytes, to be looked at and compared."""
+PAIRS = 12
+"""So many samples are drawn with the training image nearest to each: those closest to one."""
+
+
+class Evaluator(Drawing):
+    """Generates samples on all processes and measures them: during training every so often, and by ``test``.
+
+    Each evaluation writes an event ``evaluation`` with the figures, their errors and their protocol, keeps some of its
+    samples, draws the samples nearest to a training image beside it, and saves the checkpoint if it is the best so far.
+    A figure's name says of what features and of how many samples it is: ``fid-2k``, ``fd/digits-500``.
+
+    Args:
+        every_n_images: how often while training, in images seen; null: not by images.
+        every_n_steps: how often, in steps; null: not by steps. With neither, only ``test`` evaluates.
+        samples: how many, while training; ``auto``: measured at the first evaluation, the most of 500, 1k, 2k, 5k, 10k
+            and 50k that stay within ``budget``. The choice is written to config.yaml and the checkpoints.
+        budget: share of the training time that evaluations may take, for ``auto``.
+        metrics: any of ``fid``, ``fid_infinity``, ``is``, ``kid``, ``precision``, ``recall``, ``density``,
+            ``coverage``, ``memorisation``; null: all but ``fid_infinity``, where they fit; []: none.
+        extractor: of the features: ``inception``, ``dinov2``, ``clip``, ``vgg16``, ``digits``, ``points``; ``auto``: of
+            8 x 8 grey images the digits' own classifier, of points the points, else Inception.
+        weights_path: a file of the extractor's weights; null: what ``fetch weights`` brought.
+        weights: of the model: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``.
+        sampler: of the samples; null: the method's own.
+        seed: of the samples while training.
+        reference: the real data: ``train`` or ``held_out``.
+        best: metric by which the best checkpoints are kept; its name as in ``metrics``.
+        keep: how many of them; 0: none.
+        batch_size: samples at a time on each process; changes memory and speed only.
+        test_samples: how many for each seed of ``test``.
+        test_seeds: of ``test``, which reports the mean and the minimum over them.
+        options: of the metrics.
+    """
+
+    state_key = "Evaluator"
+
+    def __init__(
+        self,
+        every_n_images: int | None = None,
+        every_n_steps: int | None = None,
+        samples: int | Literal["auto"] = "auto",
+        budget: float = 0.05,
+        metrics: list[MetricName] | None = None,
+        extractor: ExtractorName | Literal["auto"] = "auto",
+        weights_path: str | None = None,
+        weights: str = "ema",
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        reference: Literal["train", "held_out"] = "train",
+        best: MetricName = "fid",
+        keep: int = 1,
+        batch_size: int = 250,
+        test_samples: int = 50_000,
+        test_seeds: tuple[int, ...] = (0, 1, 2),
+        options: ScoreOptions = ScoreOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(Cadence.of("eval", every_n_images, every_n_steps))
+        for metric in (*(metrics or ()), best):
+            require_choice("eval", "metrics", metric, get_args(MetricName))
+        if best == "memorisation":
+            raise UserError("eval.best is 'memorisation', which is four figures; choose a metric with one")
+        if "clip_score" in (metrics or ()):
+            raise UserError("eval.metrics: clip_score needs samples with captions: use the command evaluate")
+        for key, value in (("samples", samples), ("test_samples", test_samples), ("batch_size", batch_size)):
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"eval.{key} is {value}; give a positive number")
+        if not 0.0 < budget < 1.0:
+            raise UserError(f"eval.budget is {budget:g}; it is a share of the training time, between 0 and 1")
+        if keep < 0:
+            raise UserError(f"eval.keep is {keep}; give how many of the best checkpoints to keep, or 0")
+        if not test_seeds or len(set(test_seeds)) != len(test_seeds):
+            raise UserError(f"eval.test_seeds is {list(test_seeds)}; give one seed or several different ones")
+        self.samples = samples
+        self.budget = budget
+        self.metrics = metrics
+        self.extractor = extractor
+        self.weights_path = weights_path
+        self.weights = weights
+        self.sampler = sampler
+        self.seed = seed
+        self.reference = reference
+        self.best = best
+        self.keep = keep
+        self.batch_size = batch_size
+        self.test_samples = test_samples
+        self.test_seeds = tuple(test_seeds)
+        self.options = options
+        self.last: dict[str, Any] = {}
+        """Images seen, values and protocol of the last evaluation; every checkpoint carries it."""
+        self._chosen: int | None = None
+        self._loaded: Extractor | None = None
+        self._scores: Scores | None = None
+        self._began = 0.0
+        self._began_at = 0
+        self._warned = False
+
+    @property
+    def _on(self) -> bool:
+        return self.metrics != []
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out now what would fail hours later: weights of the model and of the extractor, sampler, metrics."""
+        assert isinstance(pl_module, Method)
+        if self._while_training(trainer):
+            self._check(trainer, pl_module, self._count or COUNTS[0])
+            if self._chosen is not None:
+                self._settle(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the watch; make up for an evaluation that a kill cut short."""
+        assert isinstance(pl_module, Method)
+        clock = pl_module.clock
+        self._began, self._began_at = time.perf_counter(), clock.images
+        missed = clock.images > 0 and self.cadence.due(clock) and self.last.get("images") != clock.images
+        if self._while_training(trainer) and missed:
+            print_note(f"evaluation at {clock.images} images was cut short: made now")
+            self._drawn_at = clock.images
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: pl.Trainer, method: Method) -> None:
+        """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
+        if not self._while_training(trainer):
+            return
+        self._save_last(trainer, method)
+        result = self._evaluate(trainer, method, self._choose_count(trainer, method), self.seed, "fit")
+        if result is None:
+            return
+        self._keep_the_best(trainer, method, result)
+        self._save_last(trainer, method, again=True)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The full protocol: every seed, then mean and minimum."""
+        assert isinstance(pl_module, Method)
+        if not self._on:
+            return
+        self._check(trainer, pl_module, self.test_samples)
+        results = []
+        for seed in self.test_seeds:
+            result = self._evaluate(trainer, pl_module, self.test_samples, seed, "test")
+            assert result is not None
+            results.append(result)
+        self._report(trainer, results)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the networks."""
+        self._loaded = self._scores = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``auto`` chose and the last figures, for a checkpoint."""
+        return {"samples": self._chosen, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the count that the run was started with, so that its figures stay comparable."""
+        self._chosen, self.last = state_dict["samples"], state_dict["last"]
+
+    # ---- what can be measured ----------------------------------------------------------------------------------
+
+    def _while_training(self, trainer: pl.Trainer) -> bool:
+        cadence = self.cadence.images is not None or self.cadence.steps is not None
+        return self._on and cadence and not getattr(trainer, "fast_dev_run", False)
+
+    @property
+    def _count(self) -> int | None:
+        return self._chosen if self.samples == "auto" else self.samples
+
+    def _walk(self, method: Method) -> Sampler:
+        return self.sampler if self.sampler is not None else method.sampler
+
+    def _weights(self, trainer: pl.Trainer) -> str:
+        return averages_of(trainer).kept(self.weights)
+
+    def _check(self, trainer: pl.Trainer, method: Method, count: int) -> None:
+        choose_average(averages_of(trainer).half_lives, self._weights(trainer))
+        self._walk(method).check(method.denoiser)
+        data = self._datamodule(trainer)
+        if self._loaded is None:
+            shape = tuple(data.facts.shape)
+            name = default_extractor(shape) if self.extractor == "auto" else self.extractor
+            self._loaded = load_extractor(name, shape, self.weights_path)
+        real = len(self._indices(data))
+        chosen = choose_metrics(self.metrics, self._loaded, count, real, self.options)
+        if self.keep and self._while_training(trainer) and self.best not in chosen:
+            raise UserError(f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(chosen)}")
+
+    @staticmethod
+    def _datamodule(trainer: pl.Trainer) -> DataModule:
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, DataModule):
+            raise UserError("evaluation compares with a lit_diffusion DataModule: trainer.fit(method, datamodule=...)")
+        return datamodule
+
+    def _indices(self, data: DataModule) -> Tensor:
+        return data.train_indices if self.reference == "train" else data.held_out_indices
+
+    def _real(self, data: DataModule) -> RealData:
+        source = data.source if self.reference == "train" else data.held_out_source
+        return RealData.of(source, self._indices(data), self.reference)
+
+    def _make_scores(self, trainer: pl.Trainer, method: Method, count: int) -> Scores:
+        """Ready to take samples in; what is known of the real data is found once a run."""
+        self._check(trainer, method, count)
+        assert self._loaded is not None
+        data, extractor = self._datamodule(trainer), self._loaded.to(method.device)
+        if self._scores is None:
+            real = self._real(data)
+            shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+            reference = reference_of(
+                real, extractor, None, trainer.global_rank, trainer.world_size, shown, say=print_note
+            )
+            chosen = choose_metrics(self.metrics, extractor, count, len(reference.features), self.options)
+            self._scores = Scores(chosen, extractor, reference, tuple(data.facts.shape), self.options, PAIRS)
+        self._scores.reset()
+        self._scores.to(method.device)
+        return self._scores
+
+    # ---- one evaluation ----------------------------------------------------------------------------------------
+
+    def _evaluate(
+        self, trainer: pl.Trainer, method: Method, count: int, seed: int, stage: Literal["fit", "test"]
+    ) -> Result | None:
+        """All processes come; None if the walk diverged while training, which a later evaluation may not."""
+        began = time.perf_counter()
+        scores = self._make_scores(trainer, method, count)
+        weights = self._weights(trainer)
+        walk = self._walk(method)
+        mine = torch.arange(count)[trainer.global_rank :: trainer.world_size]
+        kept: dict[int, np.ndarray] = {}
+        diverged: DivergedError | None = None
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with averages_of(trainer).applied(method, weights):
+            try:
+                for index, x in generate_in_batches(method, mine, seed, self.batch_size, walk, show_progress=shown):
+                    data = self._as_seen(method, x)
+                    scores.update(data, index)
+                    kept |= {int(i): data[k] for k, i in enumerate(index) if i < KEPT_SAMPLES}
+            except DivergedError as caught:
+                diverged = caught
+        # Said to all before any of them waits for the others' features.
+        if float(summed(torch.tensor(float(diverged is not None)))) > 0.0:
+            error = diverged or DivergedError("the sampler diverged on another process")
+            scores.release()
+            if stage == "test":
+                raise error
+            print_note(f"evaluation at {method.clock.images} images: {error}; no figures this time")
+            return None
+        result = scores.compute(count)
+        scores.release()
+        result.protocol.update(
+            weights=weights,
+            seed=seed,
+            sampler=in_words(walk),
+            network_evaluations=walk.evaluations,
+            backbone_precision=precision_name(method.denoiser.autocast_dtype),
+            stage=stage,
+        )
+        if caveat := walk.caveat():
+            result.protocol["caveat"] = caveat
+        self._record(trainer, method, result, kept, time.perf_counter() - began)
+        return result
+
+    @staticmethod
+    def _as_seen(method: Method, x: Tensor) -> np.ndarray:
+        """What extractors take: bytes of images, points as they are."""
+        value_range = method.require_facts().value_range
+        return to_uint8(x, value_range) if value_range is not None else x.float().numpy()
+
+    def _record(
+        self, trainer: pl.Trainer, method: Method, result: Result, kept: dict[int, np.ndarray], seconds: float
+    ) -> None:
+        protocol = result.protocol
+        self.last = {"images": method.clock.images, "values": dict(result.values), "protocol": dict(protocol)}
+        shares: list[Any] = [kept]
+        if many_processes():
+            shares = [None] * trainer.world_size
+            dist.all_gather_object(shares, kept)
+        said = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
+        print_note(f"evaluation at {method.clock.images} images, seed {protocol['seed']}: {said} ({seconds:.1f} s)")
+        if result.flagged:
+            print_note(
+                "  these samples look like copies of training images (near_copies): see samples/neighbours-*.png; more "
+                "data, dropout, mirroring or a shorter training help"
+            )
+        assert self._loaded is not None
+        caveat = bias_caveat(self._loaded, protocol["n_fake"]) if "fid" in self._wanted else None
+        if caveat is not None and not self._warned:
+            self._warned = True
+            print_note(f"  note: {caveat}")
+        run = run_logger_of(trainer)
+        if run is None or not trainer.is_global_zero:
+            return
+        images = {index: image for share in shares for index, image in share.items()}
+        name = f"evaluation-{method.clock.images:010d}" + (
+            f"-seed{protocol['seed']}" if protocol["stage"] == "test" else ""
+        )
+        path = run.run_dir / "samples" / f"{name}.npz"
+        with atomic_write(path) as file:
+            np.savez_compressed(file, arr_0=np.stack([images[index] for index in sorted(images)]))
+        values: dict[str, Any] = {
+            **result.values,
+            "seconds": round(seconds, 2),
+            "errors": result.errors,
+            "samples_file": f"samples/{path.name}",
+            "protocol": protocol,
+        }
+        if result.intervals:
+            values["intervals"] = {key: list(interval) for key, interval in result.intervals.items()}
+        run.record("evaluation", values)
+        if protocol["stage"] == "fit" or protocol["seed"] == self.test_seeds[0]:
+            self._draw_pairs(trainer, method, result)
+
+    @property
+    def _wanted(self) -> tuple[MetricName, ...]:
+        return () if self._scores is None else self._scores.metrics
+
+    def _draw_pairs(self, trainer: pl.Trainer, method: Method, result: Result) -> None:
+        """The samples closest to training images, each above the image."""
+        run = run_logger_of(trainer)
+        assert run is not None
+        assert self._scores is not None
+        if not result.pairs:
+            return
+        positions = torch.tensor([pair.neighbour for pair in result.pairs])
+        real = self._real(self._datamodule(trainer)).values(self._scores.reference.positions[positions])
+        both = np.concatenate((np.stack([pair.image for pair in result.pairs]), real))
+        caption = f"samples nearest to a training image, above it; {method.clock.images} images seen"
+        distances = {"distances": [round(pair.distance, 6) for pair in result.pairs]}
+        run.picture("neighbours", image_grid(both, columns=len(result.pairs)), caption, distances)
+
+    # ---- how many ----------------------------------------------------------------------------------------------
+
+    def _choose_count(self, trainer: pl.Trainer, method: Method) -> int:
+        if self._count is not None:
+            return self._count
+        elapsed = time.perf_counter() - self._began
+        per_image = elapsed / max(method.clock.images - self._began_at, method.clock.batch)
+        images, steps = self.cadence.images, self.cadence.steps
+        between = per_image * min(images or float("inf"), (steps or float("inf")) * method.clock.batch)
+        each = self._seconds_a_sample(trainer, method) / trainer.world_size
+        affordable = [count for count in COUNTS if count * each <= self.budget * between]
+        self._chosen = int(trainer.strategy.broadcast(affordable[-1] if affordable else COUNTS[0]))
+        share = self._chosen * each / between
+        print_note(
+            f"eval.samples auto: {self._chosen}, {1000 * each:.3g} ms each, about {share:.1%} of the training time"
+            + ("" if affordable else f"; that is over eval.budget {self.budget:.1%}: evaluate less often")
+        )
+        run = run_logger_of(trainer)
+        if run is not None:
+            run.record("budget", {"samples": self._chosen, "seconds_a_sample": each, "share": share})
+        self._settle(trainer, method)
+        return self._chosen
+
+    def _seconds_a_sample(self, trainer: pl.Trainer, method: Method) -> float:
+        """Of one process, generated and seen by the extractor; measured on one batch, after a first one."""
+        scores = self._make_scores(trainer, method, COUNTS[0])
+        batch = min(self.batch_size, COUNTS[0])
+        indices = torch.arange(batch)
+        seconds = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            x = method.generate(indices, self.seed, method.condition(indices), self._walk(method))
+            scores.extractor(self._as_seen(method, x.nan_to_num().cpu()))
+            seconds = time.perf_counter() - began
+        return seconds / batch
+
+    def _settle(self, trainer: pl.Trainer, method: Method) -> None:
+        """Write the chosen count where the configuration said ``auto``."""
+        if self.samples != "auto":
+            return
+        if method.run_config is not None:
+            method.run_config["eval"]["samples"] = self._chosen
+        run = run_logger_of(trainer)
+        if run is not None:
+            run.settle("eval.samples", self._chosen)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _save_last(trainer: pl.Trainer, method: Method, again: bool = False) -> None:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, Checkpoint) and (again or callback.saved_at != method.clock.images):
+                callback.save(trainer, method)
+
+    def _keep_the_best(self, trainer: pl.Trainer, method: Method, result: Result) -> None:
+        """Save the checkpoint if it is among the best; the list is truth, and a file goes only once it is off it."""
+        if not self.keep or run_logger_of(trainer) is None:
+            return
+        assert self._scores is not None
+        key = self._scores.key(self.best, result.protocol["n_fake"])
+        value = result.values[key]
+        folder = checkpoint_folder(trainer)
+        kept: list[dict[str, Any]] = []
+        if trainer.is_global_zero:
+            kept = [entry for entry in read_best(folder) if entry["metric"] == key]
+        # Figures may differ in the last digit between processes: one decides.
+        kept = trainer.strategy.broadcast(kept)
+        kept = [entry for entry in kept if entry["images"] != method.clock.images]
+        if len(kept) >= self.keep and not is_better(self.best, value, kept[self.keep - 1]["value"]):
+            return
+        name = f"best-{method.clock.images:010d}-{key.replace('/', '-')}-{value:.4g}.ckpt"
+        write_checkpoint(trainer, method, folder / name)
+        if not trainer.is_global_zero:
+            return
+        kept.append({"file": name, "metric": key, "value": value, "images": method.clock.images})
+        higher = is_better(self.best, 1.0, 0.0)
+        kept.sort(key=lambda entry: -entry["value"] if higher else entry["value"])
+        with atomic_write(folder / BEST) as file:
+            file.write((json.dumps(kept[: self.keep], indent=1) + "\n").encode())
+        listed = {entry["file"] for entry in kept[: self.keep]}
+        for path in folder.glob("best-*.ckpt"):
+            if path.name not in listed:
+                path.unlink()
+
+    # ---- the end of a test -------------------------------------------------------------------------------------
+
+    def _report(self, trainer: pl.Trainer, results: list[Result]) -> None:
+        """Mean and minimum over the seeds."""
+        seeds = list(self.test_seeds)
+        protocol = {key: value for key, value in results[0].protocol.items() if key != "seed"}
+        summary: dict[str, Any] = {"protocol": {**protocol, "seeds": seeds}}
+        plural = "s" if len(seeds) > 1 else ""
+        print_note(f"test with weights {protocol['weights']}, {protocol['sampler']}, seed{plural} {seeds}:")
+        for name in results[0].values:
+            values = torch.tensor([result.values[name] for result in results], dtype=torch.float64)
+            summary[f"{name}/mean"], summary[f"{name}/min"] = float(values.mean()), float(values.min())
+            spread = (
+                f", minimum {float(values.min()):.4f}, standard deviation {float(values.std()):.2g}" if plural else ""
+            )
+            print_note(f"  {name:<28} {float(values.mean()):.4f}{spread}")
+        run = run_logger_of(trainer)
+        if run is not None:
+            run.record("test", summary)
+
+
+BEST = "best.json"
+"""Lists the best checkpoints, best first: file, metric, value, images."""
+
+
+def read_best(folder: Path) -> list[dict[str, Any]]:
+    """The best checkpoints that a folder lists; none where there is no list."""
+    path = folder / BEST
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        return [entry for entry in found if (folder / entry["file"]).is_file()]
+    except (OSError, ValueError, KeyError, TypeError):
+        print_note(f"{path} is damaged and is written again")
+        return []

@@ -1,0 +1,35 @@
+"""Percentile bootstrap intervals (Efron 1979): what a figure would be on other samples of the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.randomness import keyed_uniform
+
+
+def bootstrap_interval(
+    statistic: Callable[[Tensor], float], count: int, replicates: int, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """The interval that holds the central ``level`` of a statistic over resampled data, about its value on the data.
+
+    A resample has fewer different data. A statistic whose bias depends on that, such as a Frechet distance, is larger
+    on every resample than on the data, so the whole interval is moved back by the mean difference.
+
+    Args:
+        statistic: from positions int64 ``[count]``, some of them repeated, to the figure.
+        count: of the data.
+        replicates: resamples.
+        seed: of the resamples.
+        level: of the interval.
+    """
+    values = torch.empty(replicates, dtype=torch.float64)
+    for k in range(replicates):
+        uniform = keyed_uniform(seed, "bootstrap", torch.arange(count), draw=k, dtype=torch.float64)
+        values[k] = statistic((uniform * count).long().clamp(max=count - 1))
+    shift = statistic(torch.arange(count)) - values.mean()
+    tail = 0.5 * (1.0 - level)
+    low, high = torch.quantile(values + shift, torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
+    return low, high

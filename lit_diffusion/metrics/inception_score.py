@@ -1,0 +1,66 @@
+r"""The Inception Score (Salimans et al. 2016).
+
+.. math::  \mathrm{IS} = \exp \mathbb{E}_x \mathrm{KL}\big(p(y|x) \,\|\, p(y)\big), \qquad p(y) = \mathbb{E}_x p(y|x)
+
+the mean over ten parts of the samples, with p(y) of each part. From 1 to the number of classes; higher is better.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_diffusion.errors import UserError
+from lit_diffusion.metrics.gathering import RowsMetric
+
+
+def inception_score(logits: Tensor) -> float:
+    """Of one part: logits ``[N, K]``, in float64."""
+    log_p = logits.double().log_softmax(dim=1)
+    p = log_p.exp()
+    return float((p * (log_p - p.mean(0).log())).sum(1).mean().exp())
+
+
+def scores_of_parts(logits: Tensor, parts: int) -> list[float]:
+    """Of consecutive parts of equal size, or one more."""
+    ends = [k * len(logits) // parts for k in range(parts + 1)]
+    return [inception_score(logits[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+class InceptionScore(RowsMetric):
+    """Mean and standard deviation over the parts; the deviation has the divisor of torch-fidelity, their number.
+
+    The samples are shuffled before they are parted: a folder that is sorted by class would score 1. The order is
+    torch-fidelity's for the same seed.
+
+    Args:
+        splits: the number of parts.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, splits: int = 10, seed: int = 2020) -> None:
+        super().__init__()
+        self.splits = splits
+        self.seed = seed
+
+    def update(self, logits: Tensor, index: Tensor) -> None:
+        """Take in logits ``[B, K]`` of samples number ``index`` ``[B]``."""
+        self.keep(logits, index)
+
+    def compute(self) -> tuple[float, float]:
+        """Mean and deviation over the parts.
+
+        Raises:
+            UserError: for fewer samples than parts.
+        """
+        logits = self.all_rows()
+        count = len(logits)
+        if count < self.splits:
+            raise UserError(f"an Inception Score in {self.splits} parts needs as many samples, there are {count}")
+        # numpy's generator is this metric's own: torch's, which trains, is untouched.
+        shuffled = logits[torch.from_numpy(np.random.RandomState(self.seed).permutation(count))]
+        parts = scores_of_parts(shuffled, self.splits)
+        return float(np.mean(parts)), float(np.std(parts))

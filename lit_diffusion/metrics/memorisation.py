@@ -1,0 +1,107 @@
+r"""Whether samples are copies of training data.
+
+With :math:`d_1, d_2` a sample's distances to its two nearest training data, and r the nearest of them:
+
+- ``nn_ratio``: the mean of :math:`d_1 / d_2`, near 1 for new samples, 0 for copies; ``memorised``: the share of samples
+  where it is below 1/3 (Yoon et al. 2023);
+- ``near_copies``: the share of samples nearer to a training datum than all but the closest 1 % of those are to each
+  other;
+- ``authenticity``: the share of samples farther from r than r's own nearest neighbour among the training data is (Alaa
+  et al. 2022, sec. 3): about a half for fresh data, 0 for copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_diffusion.metrics.gathering import RowsMetric, many_processes
+from lit_diffusion.metrics.neighbours import Neighbourhood, nearest_exactly
+
+MEMORISED_BELOW = 1.0 / 3.0
+FLAGGED_ABOVE = 0.05
+"""A share of near copies that is called memorisation: five times what unseen data of the same law would have."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample and the training datum nearest to it.
+
+    Attributes:
+        distance: between their features.
+        index: of the sample.
+        neighbour: position of the datum among the real features.
+        image: the sample, uint8 ``[H, W, C]``.
+    """
+
+    distance: float
+    index: int
+    neighbour: int
+    image: np.ndarray
+
+
+class Memorisation(RowsMetric):
+    """Distances of samples to the training data that a model may have learned by heart.
+
+    Args:
+        real: features of the training data.
+        pairs: so many of the samples closest to a training datum are kept to be looked at.
+    """
+
+    def __init__(self, real: Neighbourhood, pairs: int = 0) -> None:
+        super().__init__(torch.float64)
+        self.real = real
+        self.pairs = pairs
+        self._closest: list[Pair] = []
+
+    def reset(self) -> None:
+        """Forget the samples."""
+        super().reset()
+        self._closest = []
+
+    def update(self, features: Tensor, index: Tensor, images: np.ndarray | None = None) -> None:
+        """Take in samples; the images themselves so that the closest can be kept.
+
+        Args:
+            features: ``[B, D]``.
+            index: int64 ``[B]``.
+            images: uint8 ``[B, H, W, C]``.
+        """
+        distances, positions = nearest_exactly(features, self.real.features, 2, self.real.device, self.real.block_mb)
+        self.keep(torch.cat((distances, positions[:, :1].double()), dim=1), index)
+        if images is not None and self.pairs:
+            found = [
+                Pair(float(distances[k, 0]), int(index[k]), int(positions[k, 0]), images[k])
+                for k in distances[:, 0].argsort()[: self.pairs].tolist()
+            ]
+            self._closest = _smallest([*self._closest, *found], self.pairs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """What each of the samples of all processes contributes; the metrics are the means, float64 ``[N]`` each."""
+        first, second, position = self.all_rows().unbind(1)
+        between = self.real.nearest_other()
+        # Where the data hold a datum twice, a copy of it has 0 / 0: no sign of a new sample.
+        ratio = torch.where(second > 0.0, first / second, 0.0)
+        return {
+            "nn_ratio": ratio,
+            "memorised": (ratio < MEMORISED_BELOW).double(),
+            "near_copies": ((first < torch.quantile(between, 0.01)) | (first == 0.0)).double(),
+            "authenticity": (first > between[position.long()]).double(),
+        }
+
+    def closest(self) -> list[Pair]:
+        """The pairs of all processes with the smallest distances; all processes call it."""
+        shares: list[Any] = [self._closest]
+        if many_processes():
+            shares = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, self._closest)
+        return _smallest([pair for share in shares for pair in share], self.pairs)
+
+
+def _smallest(pairs: list[Pair], count: int) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: (pair.distance, pair.index))[:count]

@@ -1,0 +1,112 @@
+"""Nearest neighbours in feature space, block by block, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_MB = 256
+"""Of distances that are held at once."""
+
+
+def distance_blocks(
+    queries: Tensor, points: Tensor, device: torch.device, block_mb: int = BLOCK_MB
+) -> Iterator[tuple[int, Tensor]]:
+    """Squared distances of a few queries at a time to all points: ``(first query, [b, M])``, float32 on ``device``.
+
+    By ``|q|^2 + |p|^2 - 2 q p`` about the points' mean, which keeps the terms that cancel small.
+    """
+    points = points.to(device, torch.float32)
+    mean = points.mean(0)
+    points = points - mean
+    norms = points.square().sum(1)
+    rows = max(1, block_mb * 2**20 // (4 * max(1, len(points))))
+    for start in range(0, len(queries), rows):
+        block = queries[start : start + rows].to(device, torch.float32) - mean
+        squares = torch.addmm(norms[None], block, points.T, alpha=-2.0)
+        yield start, squares.add_(block.square().sum(1, keepdim=True)).clamp_(min=0.0)
+
+
+def nearest(
+    queries: Tensor,
+    points: Tensor,
+    k: int,
+    device: torch.device | None = None,
+    block_mb: int = BLOCK_MB,
+    excluding_self: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest points of each query: squared distances ``[N, k]`` ascending and positions ``[N, k]``; on the CPU.
+
+    Args:
+        queries: ``[N, D]``.
+        points: ``[M, D]``.
+        k: at most M, or M - 1 of the others.
+        device: to compute on; None for the CPU.
+        block_mb: megabytes of distances that are held at once.
+        excluding_self: the queries are the points, and none is its own neighbour.
+    """
+    values, positions = [], []
+    for start, squares in distance_blocks(queries, points, device or torch.device("cpu"), block_mb):
+        if excluding_self:
+            squares.diagonal(offset=start).fill_(float("inf"))
+        found = squares.topk(k, dim=1, largest=False, sorted=True)
+        values.append(found.values.cpu())
+        positions.append(found.indices.cpu())
+    if not values:
+        return torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
+    return torch.cat(values), torch.cat(positions)
+
+
+def nearest_exactly(
+    queries: Tensor, points: Tensor, k: int, device: torch.device | None = None, block_mb: int = BLOCK_MB
+) -> tuple[Tensor, Tensor]:
+    """Distances ``[N, k]`` (not squared) in float64, by differences, of the nearest points, and their positions.
+
+    Among a few more candidates than k: between near copies the blocks' float32 has no digit left.
+    """
+    _, candidates = nearest(queries, points, min(len(points), k + 3), device, block_mb)
+    distances, positions = [], []
+    for part in torch.arange(len(queries)).split(256):
+        difference = queries[part].cpu().double()[:, None] - points[candidates[part]].cpu().double()
+        exact, order = difference.square().sum(-1).sqrt().sort(dim=1)
+        distances.append(exact[:, :k])
+        positions.append(candidates[part].gather(1, order[:, :k]))
+    if not distances:
+        return torch.empty(0, k, dtype=torch.float64), torch.empty(0, k, dtype=torch.int64)
+    return torch.cat(distances), torch.cat(positions)
+
+
+@dataclass
+class Neighbourhood:
+    """Real features, and the distances between them that several metrics ask for, each computed once.
+
+    Attributes:
+        features: float32 ``[M, D]``.
+        device: to compute on.
+        block_mb: megabytes of distances that are held at once.
+    """
+
+    features: Tensor
+    device: torch.device
+    block_mb: int = BLOCK_MB
+
+    def __post_init__(self) -> None:
+        self._squares: Tensor | None = None
+        self._nearest: Tensor | None = None
+
+    def squared_radius(self, k: int) -> Tensor:
+        """To the k-th nearest of the others, squared: float32 ``[M]``."""
+        if self._squares is None or self._squares.shape[1] < k:
+            deepest = min(max(k, 5), len(self.features) - 1)
+            self._squares, _ = nearest(self.features, self.features, deepest, self.device, self.block_mb, True)
+        return self._squares[:, k - 1]
+
+    def nearest_other(self) -> Tensor:
+        """Exact distance of each to the nearest of the others: float64 ``[M]``."""
+        if self._nearest is None:
+            # The nearest of all is the datum itself, or an exact copy: either way the second is what is asked for.
+            self._nearest = nearest_exactly(self.features, self.features, 2, self.device, self.block_mb)[0][:, 1]
+        return self._nearest

@@ -1,0 +1,229 @@
+"""What generated data are compared with: features of real data, computed once and kept.
+
+Of the data as they are: every datum once, none padded, none augmented. The file's name is a hash of all that the
+features depend on: the data, which of them, their shape and grey levels, the extractor with its weights, the resize.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_diffusion.cache import cache_folder
+from lit_diffusion.data.source import Source
+from lit_diffusion.errors import UserError
+from lit_diffusion.files import atomic_write
+from lit_diffusion.images import to_uint8
+from lit_diffusion.metrics.features import Extractor
+from lit_diffusion.metrics.frechet import Gaussian, Moments
+from lit_diffusion.metrics.gathering import gathered, summed
+from lit_diffusion.randomness import keyed_permutation
+
+CACHE_FORMAT = 1
+MOST_FEATURES = 50_000
+"""So many data keep their features, which neighbours and kernels need; mean and covariance are of all."""
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class RealData:
+    """Real data, ready to be looked at.
+
+    Attributes:
+        values: from positions int64 ``[b]`` to uint8 images ``[b, H, W, C]``, or points float32 ``[b, D]``.
+        count: how many there are.
+        shape: of one datum, ``(C, H, W)`` or ``(D,)``.
+        record: what they are: ``reference_source``, ``split``, ``fingerprint`` and what else tells them from others.
+    """
+
+    values: Callable[[Tensor], np.ndarray]
+    count: int
+    shape: tuple[int, ...]
+    record: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: Source, indices: Tensor, split: str) -> RealData:
+        """Data number ``indices`` of a source: their own grey levels, brought to 0 .. 255; points as they are."""
+        levels = source.levels
+
+        def values(positions: Tensor) -> np.ndarray:
+            found = np.stack([source.value(int(i)) for i in indices[positions]])
+            if levels is None:
+                return found.astype(np.float32)
+            return to_uint8(torch.from_numpy(found).double() / (levels - 1), (0.0, 1.0))
+
+        chosen = hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]
+        record = {
+            "reference_source": source.name,
+            "split": split,
+            "fingerprint": source.fingerprint(),
+            "indices": chosen,
+            "levels": levels,
+        }
+        return cls(values, len(indices), tuple(source.shape), record)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real data; nothing changes them.
+
+    Attributes:
+        gaussian: mean and covariance of the features of all data.
+        features: float32 ``[M, D]``, of at most ``MOST_FEATURES`` of the data; none where only moments were given.
+        positions: int64 ``[M]``, which data those are.
+        record: all that they depend on.
+    """
+
+    gaussian: Gaussian
+    features: Tensor
+    positions: Tensor
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A hash of the record: what two figures must share to be compared."""
+        return record_key(self.record)
+
+
+def record_key(record: dict[str, Any]) -> str:
+    """16 hexadecimal digits of a record's sha256."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def reference_record(data: RealData, extractor: Extractor) -> dict[str, Any]:
+    """All that a reference depends on."""
+    return {
+        "format": CACHE_FORMAT,
+        **data.record,
+        "count": data.count,
+        "shape": list(data.shape),
+        **extractor.protocol(data.shape),
+    }
+
+
+def reference_of(
+    data: RealData,
+    extractor: Extractor,
+    folder: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    show_progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Reference:
+    """From the cache, else computed by all processes together and kept; all processes call it.
+
+    Args:
+        data: the real ones.
+        extractor: of the features.
+        folder: of the cache; None for ``references`` in the project's own.
+        rank: of this process, which takes every ``world_size``-th datum.
+        world_size: number of processes.
+        show_progress: with a bar.
+        say: prints one line.
+
+    Raises:
+        UserError: if there are fewer than two data, or the cache cannot be written.
+    """
+    record = reference_record(data, extractor)
+    path = (folder or cache_folder("references")) / f"{record_key(record)}.npz"
+    cached = _read(path, record, say)
+    # One process may see the file that another has just written: all go the same way.
+    if int(summed(torch.tensor(float(cached is not None)))) == world_size and cached is not None:
+        return cached
+    kept = torch.arange(data.count)
+    if data.count > MOST_FEATURES:
+        kept = keyed_permutation(0, "reference", data.count)[:MOST_FEATURES].sort().values
+    mine = torch.arange(data.count)[rank::world_size]
+    moments = Moments(extractor.dimension)
+    rows = [torch.empty(0, extractor.dimension)]
+    numbers = [torch.empty(0, dtype=torch.int64)]
+    parts = mine.split(BATCH)
+    name = f"features of {data.count} real data"
+    for part in tqdm(parts, desc=name, leave=False, disable=not show_progress, unit=" batches"):
+        # One batch shape throughout: a network's last digits depend on it.
+        filled = torch.cat((part, part[-1:].expand(min(BATCH, data.count) - len(part))))
+        features = extractor(data.values(filled)).features[: len(part)].cpu()
+        moments.add(features)
+        chosen = torch.isin(part, kept)
+        rows.append(features[chosen])
+        numbers.append(part[chosen])
+    moments.sums = summed(moments.sums)
+    order = gathered(torch.cat(numbers)[:, None])[:, 0].argsort()
+    reference = Reference(moments.gaussian(), gathered(torch.cat(rows))[order], kept, record)
+    if rank == 0:
+        _write(path, reference)
+    return reference
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, reference: Reference) -> None:
+    arrays = {
+        "mean": reference.gaussian.mean.numpy(),
+        "covariance": reference.gaussian.covariance.numpy(),
+        "count": np.array(reference.gaussian.count),
+        "features": reference.features.numpy(),
+        "positions": reference.positions.numpy(),
+    }
+    # Whole or absent, and equal whoever writes it: two processes at once do no harm.
+    with atomic_write(path) as file:
+        texts = {"record": np.array(json.dumps(reference.record)), "sha256": np.array(_digest(arrays))}
+        np.savez(file, allow_pickle=False, **arrays, **texts)
+
+
+def _read(path: Path, record: dict[str, Any], say: Callable[[str], None]) -> Reference | None:
+    """The cached reference; None if there is none, or what there is is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        found, digest = json.loads(str(arrays.pop("record"))), str(arrays.pop("sha256"))
+        if found != record or digest != _digest(arrays):
+            raise ValueError("its checksum does not fit its contents")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        say(f"the reference statistics {path} are damaged and are computed again ({reason})")
+        return None
+    gaussian = Gaussian(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["covariance"]), int(arrays["count"]))
+    return Reference(gaussian, torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["positions"]), record)
+
+
+def reference_of_moments(path: Path, dimension: int) -> Reference:
+    """Of a file with ``mu`` and ``sigma``, as other projects publish them: enough for a Frechet distance alone.
+
+    Raises:
+        UserError: if they are missing or of another dimension.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read mu and sigma of {path}: {' '.join(str(error).split())}") from error
+    if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):
+        raise UserError(
+            f"{path} has mu {list(mean.shape)} and sigma {list(covariance.shape)}, this extractor's features have "
+            f"{dimension} dimensions"
+        )
+    digest = _digest({"mu": mean.numpy(), "sigma": covariance.numpy()})[:16]
+    record = {"reference_source": path.stem, "split": "as given", "fingerprint": digest}
+    return Reference(
+        Gaussian(mean, covariance, 0), torch.empty(0, dimension), torch.empty(0, dtype=torch.int64), record
+    )
