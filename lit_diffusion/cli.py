@@ -32,6 +32,7 @@ from lit_diffusion.callbacks import (
     Samples,
     Telemetry,
 )
+from lit_diffusion.callbacks.evaluator import read_best
 from lit_diffusion.checkpoints import build_method, checkpoint_config, read_checkpoint, require_fitting_weights
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
@@ -262,6 +263,12 @@ class CLI(LightningCLI):
         print_note(f"  run         {run_dir}")
         print_note(f"  samples     {run_dir}/samples")
         print_note(f"  checkpoint  {checkpoint}")
+        for entry in read_best(self.run_logger.run_dir / "checkpoints"):
+            print_note(
+                f"  best        {run_dir}/checkpoints/{entry['file']} ({entry['metric']} {entry['value']:.4g}, "
+                f"{entry['images']} images)"
+            )
+        print_note(f"  curves      python -m lit_diffusion report {run_dir}")
         print_note(
             f"  more        python -m lit_diffusion sample --ckpt_path {checkpoint} --num_samples 64 --out samples.png"
         )

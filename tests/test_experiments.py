@@ -33,6 +33,8 @@ def test_it_instantiates(path, instantiate):
     assert config["experiment"] == yaml.safe_load(path.read_text())["experiment"]
     assert "auto" not in {value for key, value in cli.flatten(config["model"]).items() if isinstance(value, str)}
     assert config["ema"]["half_lives_images"]
+    assert config["eval"]["every_n_images"]
+    assert isinstance(config["eval"]["samples"], int)  # recipes give the count, so that runs are comparable
 
 
 def test_nothing_is_forgotten():
@@ -96,6 +98,8 @@ def test_the_digits_experiments_share_all_but_the_method(name, resolved):
     assert optimisers[0] == optimisers[1]
     if name != "ncsnv2":  # whose network is told nothing of the noise level
         assert networks[0] == networks[1]
+    assert first["eval"].pop("sampler") is not None  # a walk that fits the model's levels
+    assert other["eval"].pop("sampler") is not None
     del first["model"], other["model"]
     assert first == other
 

@@ -41,6 +41,8 @@ from lit_diffusion.samplers.base import in_words
 from lit_diffusion.sampling import DivergedError, generate_in_batches
 from lit_diffusion.trainer import callbacks_of
 
+Stage = Literal["fit", "test"]
+
 COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 50_000)
 """Of samples, which ``auto`` chooses from."""
 KEPT_SAMPLES = 64
@@ -68,13 +70,14 @@ class Evaluator(Drawing):
             8 x 8 grey images the digits' own classifier, of points the points, else Inception.
         weights_path: a file of the extractor's weights; null: what ``fetch weights`` brought.
         weights: of the model: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``.
-        sampler: of the samples; null: the method's own.
+        sampler: of the samples while training; null: the method's own.
         seed: of the samples while training.
         reference: the real data: ``train`` or ``held_out``.
         best: metric by which the best checkpoints are kept; its name as in ``metrics``.
         keep: how many of them; 0: none.
         batch_size: samples at a time on each process; changes memory and speed only.
         test_samples: how many for each seed of ``test``.
+        test_sampler: of the samples of ``test``; null: the method's own.
         test_seeds: of ``test``, which reports the mean and the minimum over them.
         options: of the metrics.
     """
@@ -98,6 +101,7 @@ class Evaluator(Drawing):
         keep: int = 1,
         batch_size: int = 250,
         test_samples: int = 50_000,
+        test_sampler: Sampler | None = None,
         test_seeds: tuple[int, ...] = (0, 1, 2),
         options: ScoreOptions = ScoreOptions(),  # noqa: B008 (frozen)
     ) -> None:
@@ -130,6 +134,7 @@ class Evaluator(Drawing):
         self.keep = keep
         self.batch_size = batch_size
         self.test_samples = test_samples
+        self.test_sampler = test_sampler
         self.test_seeds = tuple(test_seeds)
         self.options = options
         self.last: dict[str, Any] = {}
@@ -151,7 +156,7 @@ class Evaluator(Drawing):
         """Find out now what would fail hours later: weights of the model and of the extractor, sampler, metrics."""
         assert isinstance(pl_module, Method)
         if self._while_training(trainer):
-            self._check(trainer, pl_module, self._count or COUNTS[0])
+            self._check(trainer, pl_module, self._count or COUNTS[0], "fit")
             if self._chosen is not None:
                 self._settle(trainer, pl_module)
 
@@ -182,7 +187,7 @@ class Evaluator(Drawing):
         assert isinstance(pl_module, Method)
         if not self._on:
             return
-        self._check(trainer, pl_module, self.test_samples)
+        self._check(trainer, pl_module, self.test_samples, "test")
         results = []
         for seed in self.test_seeds:
             result = self._evaluate(trainer, pl_module, self.test_samples, seed, "test")
@@ -212,15 +217,15 @@ class Evaluator(Drawing):
     def _count(self) -> int | None:
         return self._chosen if self.samples == "auto" else self.samples
 
-    def _walk(self, method: Method) -> Sampler:
-        return self.sampler if self.sampler is not None else method.sampler
+    def _walk(self, method: Method, stage: Stage) -> Sampler:
+        return (self.sampler if stage == "fit" else self.test_sampler) or method.sampler
 
     def _weights(self, trainer: pl.Trainer) -> str:
         return averages_of(trainer).kept(self.weights)
 
-    def _check(self, trainer: pl.Trainer, method: Method, count: int) -> None:
+    def _check(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> None:
         choose_average(averages_of(trainer).half_lives, self._weights(trainer))
-        self._walk(method).check(method.denoiser)
+        self._walk(method, stage).check(method.denoiser)
         data = self._datamodule(trainer)
         if self._loaded is None:
             shape = tuple(data.facts.shape)
@@ -228,7 +233,7 @@ class Evaluator(Drawing):
             self._loaded = load_extractor(name, shape, self.weights_path)
         real = len(self._indices(data))
         chosen = choose_metrics(self.metrics, self._loaded, count, real, self.options)
-        if self.keep and self._while_training(trainer) and self.best not in chosen:
+        if self.keep and stage == "fit" and self.best not in chosen:
             raise UserError(f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(chosen)}")
 
     @staticmethod
@@ -245,9 +250,9 @@ class Evaluator(Drawing):
         source = data.source if self.reference == "train" else data.held_out_source
         return RealData.of(source, self._indices(data), self.reference)
 
-    def _make_scores(self, trainer: pl.Trainer, method: Method, count: int) -> Scores:
+    def _make_scores(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> Scores:
         """Ready to take samples in; what is known of the real data is found once a run."""
-        self._check(trainer, method, count)
+        self._check(trainer, method, count, stage)
         assert self._loaded is not None
         data, extractor = self._datamodule(trainer), self._loaded.to(method.device)
         if self._scores is None:
@@ -264,14 +269,12 @@ class Evaluator(Drawing):
 
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
-    def _evaluate(
-        self, trainer: pl.Trainer, method: Method, count: int, seed: int, stage: Literal["fit", "test"]
-    ) -> Result | None:
+    def _evaluate(self, trainer: pl.Trainer, method: Method, count: int, seed: int, stage: Stage) -> Result | None:
         """All processes come; None if the walk diverged while training, which a later evaluation may not."""
         began = time.perf_counter()
-        scores = self._make_scores(trainer, method, count)
+        scores = self._make_scores(trainer, method, count, stage)
         weights = self._weights(trainer)
-        walk = self._walk(method)
+        walk = self._walk(method, stage)
         mine = torch.arange(count)[trainer.global_rank :: trainer.world_size]
         kept: dict[int, np.ndarray] = {}
         diverged: DivergedError | None = None
@@ -400,13 +403,13 @@ class Evaluator(Drawing):
 
     def _seconds_a_sample(self, trainer: pl.Trainer, method: Method) -> float:
         """Of one process, generated and seen by the extractor; measured on one batch, after a first one."""
-        scores = self._make_scores(trainer, method, COUNTS[0])
+        scores = self._make_scores(trainer, method, COUNTS[0], "fit")
         batch = min(self.batch_size, COUNTS[0])
         indices = torch.arange(batch)
         seconds = 0.0
         for _ in range(2):
             began = time.perf_counter()
-            x = method.generate(indices, self.seed, method.condition(indices), self._walk(method))
+            x = method.generate(indices, self.seed, method.condition(indices), self._walk(method, "fit"))
             scores.extractor(self._as_seen(method, x.nan_to_num().cpu()))
             seconds = time.perf_counter() - began
         return seconds / batch

@@ -32,17 +32,26 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
+def choose_device(given: str) -> torch.device:
+    """The device of ``--device``; ``auto``: a GPU where there is one.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
+    name = given if given != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def load_model(options: Namespace) -> Method:
     """The method that :func:`add_model_options` ask for, on its device.
 
     Raises:
         UserError: for a checkpoint, weights or a device that cannot be used.
     """
-    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        method = load(options.ckpt_path, options.weights, device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    method = load(options.ckpt_path, options.weights, choose_device(options.device))
     method.denoiser.autocast_dtype = autocast_dtype(options.precision)
     return method
 

@@ -1,0 +1,214 @@
+"""``evaluate``: figures of anybody's images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import lit_diffusion.data
+from lit_diffusion.commands.options import choose_device, require_positive
+from lit_diffusion.data.as_given import images_as_given
+from lit_diffusion.data.source import Source
+from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.files import atomic_write
+from lit_diffusion.formats import FORMAT_VERSION
+from lit_diffusion.metrics.features import (
+    CLIP,
+    Extractor,
+    default_extractor,
+    load_extractor,
+)
+from lit_diffusion.metrics.reference import RealData, Reference, reference_of, reference_of_moments
+from lit_diffusion.metrics.scores import MetricName, Result, ScoreOptions, Scores, bias_caveat, choose_metrics
+from lit_diffusion.parser import Parser, users_own_errors
+from lit_diffusion.run import print_note
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m lit_diffusion evaluate",
+        description="Figures of images against real ones: FID and its kin, each with the protocol that it was made by. "
+        "Images are .npz (arr_0, uint8 [N, H, W, C]), a folder or a zip file; nothing is cut or resized but by the "
+        "extractor.",
+    )
+    parser.add_argument("--samples", type=str, required=True, help="The images to judge.")
+    parser.add_argument(
+        "--reference",
+        type=str,
+        required=True,
+        help="The real ones: images as above, an .npz with mu and sigma (for fid alone), or a data source by its name, "
+        "e.g. CIFAR10.",
+    )
+    parser.add_argument(
+        "--metrics",
+        type=str | None,
+        default=None,
+        help=f"With commas: {','.join(get_args(MetricName))}. Default: all that fit, without fid_infinity and "
+        "clip_score. Of features that are not Inception's, the Frechet distance is named fd/..., the kernel distance "
+        "kd/....",
+    )
+    parser.add_argument(
+        "--extractor",
+        type=Literal["auto", "inception", "dinov2", "clip", "vgg16", "digits"],
+        default="auto",
+        help="Of the features; auto: of 8 x 8 grey images the digits' own, else inception.",
+    )
+    parser.add_argument(
+        "--weights_path", type=str | None, default=None, help="Its weights; default: what `fetch weights` brought."
+    )
+    parser.add_argument(
+        "--captions", type=str | None, default=None, help="For clip_score: one line an image, in the images' order."
+    )
+    parser.add_argument(
+        "--clip_weights_path", type=str | None, default=None, help="CLIP's weights; default: the fetched ones."
+    )
+    parser.add_argument("--batch_size", type=int, default=250, help="Images at a time.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--out", type=str | None, default=None, help="NAME.json: values, errors, intervals, protocol.")
+    parser.add_class_arguments(ScoreOptions)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    parser = _parser()
+    options = parser.parse_args(list(arguments))
+    require_positive(options, "batch_size")
+    with users_own_errors():
+        score_options = ScoreOptions(**{key: options[key] for key in ScoreOptions.__dataclass_fields__})
+    out = None if options.out is None else Path(options.out)
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out {out}: the result is JSON; give a name that ends in .json")
+    device = choose_device(options.device)
+    source = images_as_given(options.samples)
+    samples = RealData.of(source, torch.arange(len(source)), "all")
+    name = default_extractor(samples.shape) if options.extractor == "auto" else options.extractor
+    extractor = load_extractor(name, samples.shape, options.weights_path).to(device)
+    captions = None if options.captions is None else _captions(Path(options.captions), samples.count)
+    wanted = None if options.metrics is None else _metrics(options.metrics)
+    clip = None
+    if wanted is not None and "clip_score" in wanted and not isinstance(extractor, CLIP):
+        clip = CLIP(options.clip_weights_path)
+        clip.to(device)
+    reference = _reference(options.reference, samples.shape, extractor)
+    has_features = len(reference.features) > 0
+    chosen = choose_metrics(
+        wanted, extractor, samples.count, len(reference.features), score_options, has_features, captions is not None
+    )
+    scores = Scores(chosen, extractor, reference, samples.shape, score_options, clip=clip)
+    for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
+        words = None if captions is None else [captions[i] for i in part.tolist()]
+        scores.update(samples.values(part), part, words)
+    result = scores.compute(samples.count)
+    result.protocol.update(
+        samples=str(options.samples), samples_fingerprint=samples.record["fingerprint"], stage="evaluate"
+    )
+    _print(result, extractor, samples.count)
+    if out is not None:
+        with atomic_write(out) as file:
+            file.write((json.dumps(as_plain(result), indent=1) + "\n").encode())
+        sys.stdout.write(f"wrote {out}\n")
+
+
+def as_plain(result: Result) -> dict[str, Any]:
+    """A result as JSON takes it."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "values": result.values,
+        "errors": result.errors,
+        "intervals": {key: list(interval) for key, interval in result.intervals.items()},
+        "protocol": result.protocol,
+    }
+
+
+def _metrics(given: str) -> list[MetricName]:
+    names = [name.strip() for name in given.strip("[]").split(",") if name.strip()]
+    for name in names:
+        require_choice("", "--metrics", name, get_args(MetricName))
+    if not names:
+        raise UserError("--metrics is empty; name one, e.g. --metrics fid,precision,recall")
+    return names  # type: ignore[return-value]
+
+
+def _captions(path: Path, count: int) -> list[str]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the captions {path}: {error}") from error
+    if len(lines) != count:
+        raise UserError(f"{path} has {len(lines)} lines for {count} images; give one caption a line, one for each")
+    return lines
+
+
+def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> Reference:
+    """Of images, of moments, or of a data source.
+
+    Raises:
+        UserError: if there is nothing of that name, or its images are of another size.
+    """
+    path = Path(given).expanduser()
+    if path.suffix == ".npz" and path.is_file() and _has_moments_only(path):
+        return reference_of_moments(path, extractor.dimension)
+    source = images_as_given(path) if path.exists() or path.suffix in (".npz", ".zip") else _source(given)
+    if source.levels is None:
+        raise UserError(f"--reference {given} holds points; evaluate compares images")
+    if tuple(source.shape[1:]) != tuple(shape[1:]):
+        raise UserError(
+            f"the samples are {shape[1]} x {shape[2]}, the reference is {source.shape[1]} x {source.shape[2]}: bring "
+            f"both to one size; how they are resized is part of the protocol, so it is not done here"
+        )
+    extractor.require_fit(tuple(source.shape))
+    return reference_of(
+        RealData.of(source, torch.arange(len(source)), "all"), extractor, show_progress=True, say=print_note
+    )
+
+
+def _has_moments_only(path: Path) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {"mu", "sigma"} <= set(archive.files) and "arr_0" not in archive.files
+    except Exception:  # What is no archive is said by what reads it next.
+        return False
+
+
+def _source(name: str) -> Source:
+    classes = {key: getattr(lit_diffusion.data, key) for key in lit_diffusion.data.__all__}
+    known = {key: found for key, found in classes.items() if isinstance(found, type) and issubclass(found, Source)}
+    if name not in known:
+        raise UserError(
+            f"--reference {name}: there is no such file, folder or data source; give images, or one of "
+            f"{', '.join(sorted(known))}"
+        )
+    try:
+        found = known[name]()
+    except TypeError as error:
+        raise UserError(f"--reference {name} needs arguments ({error}); give its images as a folder or file") from error
+    assert isinstance(found, Source)
+    return found
+
+
+def _print(result: Result, extractor: Extractor, count: int) -> None:
+    protocol = result.protocol
+    sys.stdout.write(
+        f"{count} samples against {protocol['n_real'] or 'the moments'} of {protocol['reference_source']}, "
+        f"{protocol['extractor']}\n"
+    )
+    for name, value in result.values.items():
+        line = f"  {name:<28} {value:.6g}"
+        if name in result.errors:
+            line += f"  +- {result.errors[name]:.2g}"
+        if name in result.intervals:
+            line += "  [{:.6g}, {:.6g}]".format(*result.intervals[name])
+        sys.stdout.write(line + "\n")
+    if result.flagged:
+        sys.stdout.write("  note: many samples are copies of reference images (near_copies)\n")
+    caveat = bias_caveat(extractor, count) if any(name.startswith(("fid", "fd/")) for name in result.values) else None
+    if caveat is not None:
+        sys.stdout.write(f"  note: {caveat}\n")
