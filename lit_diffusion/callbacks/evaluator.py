@@ -173,7 +173,7 @@ class Evaluator(Drawing):
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
-        if not self._while_training(trainer):
+        if not self._while_training(trainer) or self.last.get("images") == method.clock.images:
             return
         self._save_last(trainer, method)
         result = self._evaluate(trainer, method, self._choose_count(trainer, method), self.seed, "fit")
@@ -182,12 +182,17 @@ class Evaluator(Drawing):
         self._keep_the_best(trainer, method, result)
         self._save_last(trainer, method, again=True)
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out what would fail, before the likelihoods take their minutes."""
+        assert isinstance(pl_module, Method)
+        if self._on:
+            self._check(trainer, pl_module, self.test_samples, "test")
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The full protocol: every seed, then mean and minimum."""
         assert isinstance(pl_module, Method)
         if not self._on:
             return
-        self._check(trainer, pl_module, self.test_samples, "test")
         results = []
         for seed in self.test_seeds:
             result = self._evaluate(trainer, pl_module, self.test_samples, seed, "test")
@@ -438,15 +443,14 @@ class Evaluator(Drawing):
             return
         assert self._scores is not None
         key = self._scores.key(self.best, result.protocol["n_fake"])
-        value = result.values[key]
         folder = checkpoint_folder(trainer)
-        kept: list[dict[str, Any]] = []
-        if trainer.is_global_zero:
-            kept = [entry for entry in read_best(folder) if entry["metric"] == key]
-        # Figures may differ in the last digit between processes: one decides.
-        kept = trainer.strategy.broadcast(kept)
-        kept = [entry for entry in kept if entry["images"] != method.clock.images]
-        if len(kept) >= self.keep and not is_better(self.best, value, kept[self.keep - 1]["value"]):
+        # Figures may differ in the last digit between processes: what one of them has counts.
+        mine = (result.values[key], read_best(folder) if trainer.is_global_zero else [])
+        value, listed = trainer.strategy.broadcast(mine)
+        others = [entry for entry in listed if entry["metric"] != key]
+        before = [entry for entry in listed if entry["metric"] == key]
+        kept = [entry for entry in before if entry["images"] != method.clock.images]
+        if not is_better(self.best, value, kept[self.keep - 1]["value"] if len(kept) >= self.keep else None):
             return
         name = f"best-{method.clock.images:010d}-{key.replace('/', '-')}-{value:.4g}.ckpt"
         write_checkpoint(trainer, method, folder / name)
@@ -456,11 +460,9 @@ class Evaluator(Drawing):
         higher = is_better(self.best, 1.0, 0.0)
         kept.sort(key=lambda entry: -entry["value"] if higher else entry["value"])
         with atomic_write(folder / BEST) as file:
-            file.write((json.dumps(kept[: self.keep], indent=1) + "\n").encode())
-        listed = {entry["file"] for entry in kept[: self.keep]}
-        for path in folder.glob("best-*.ckpt"):
-            if path.name not in listed:
-                path.unlink()
+            file.write((json.dumps([*kept[: self.keep], *others], indent=1) + "\n").encode())
+        for name in {entry["file"] for entry in before} - {entry["file"] for entry in kept[: self.keep]}:
+            (folder / name).unlink(missing_ok=True)
 
     # ---- the end of a test -------------------------------------------------------------------------------------
 
