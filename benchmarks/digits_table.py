@@ -3,7 +3,8 @@
     python benchmarks/digits_table.py --runs runs/table
 
 trains what is not yet in that folder (about 4 minutes a method on 2 idle cores), draws 1,000 samples of each, judges
-them, measures bits per dimension, and writes the tables between the README's markers and the pictures to docs/digits/.
+and evaluates them, measures bits per dimension, and writes the tables between the README's markers and the pictures to
+docs/digits/.
 """
 
 from __future__ import annotations
@@ -81,6 +82,13 @@ def bits(run: Path, out: Path) -> dict[str, float]:
     return found
 
 
+def evaluated(archive: Path, out: Path) -> dict[str, float]:
+    """What `evaluate` says of the samples in an archive against all digits."""
+    dispatch(["evaluate", "--samples", str(archive), "--reference", "Digits", "--out", str(out)])
+    values: dict[str, float] = json.loads(out.read_text())["values"]
+    return values
+
+
 def remembered(path: Path, make: Any) -> dict[str, Any]:
     """What a file holds, or, the first time, what ``make`` returns."""
     if not path.exists():
@@ -94,12 +102,14 @@ def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-JUDGED = ["fd/pixels", "fd/hidden", "confident", "classes", "near copies"]
+EVALUATED = ["fd/digits-1k", "precision/digits-1k", "recall/digits-1k"]
+JUDGED = ["fd/digits-1k", "precision", "recall", "fd/pixels", "fd/hidden", "confident", "classes", "near copies"]
 
 
-def figures(verdict: dict[str, float]) -> list[str]:
-    """The judge's numbers as cells."""
+def figures(verdict: dict[str, float], values: dict[str, float]) -> list[str]:
+    """Our own figures and the judge's as cells."""
     return [
+        *(f"{values[key]:.2f}" for key in EVALUATED),
         f"{verdict['frechet_pixels']:.3f}",
         f"{verdict['frechet_hidden']:.3f}",
         f"{verdict['confident']:.0%}",
@@ -110,7 +120,7 @@ def figures(verdict: dict[str, float]) -> list[str]:
 
 def methods_table(runs: Path) -> list[str]:
     """Every method; trains those that have no checkpoint yet."""
-    lines = [row(["method", "samples", *JUDGED, "bits/dim, ODE", "bits/dim, bound"]), row(["---"] * 9)]
+    lines = [row(["method", "samples", *JUDGED, "bits/dim, ODE", "bits/dim, bound"]), row(["---"] * (len(JUDGED) + 4))]
     for name, title in METHODS.items():
         run = runs / name
         if not (run / "checkpoints" / "last.ckpt").exists():
@@ -119,23 +129,25 @@ def methods_table(runs: Path) -> list[str]:
         images = np.load(archive)["arr_0"] if archive.exists() else sample(run, archive)
         save_png(image_grid(images[:32], columns=8, min_side=256), ROOT / "docs" / "digits" / f"{name}.png")
         verdict = remembered(runs / f"{name}.json", lambda images=images: judged(images))
+        values = evaluated(archive, runs / f"{name}-evaluated.json")
         likelihood = remembered(runs / f"{name}-bits.json", lambda run=run, name=name: bits(run, runs / f"{name}-test"))
         picture = f"![](docs/digits/{name}.png)"
         cells = [f"{likelihood[key]:.3f}" if key in likelihood else "" for key in ("bpd_ode", "bpd_bound")]
-        lines.append(row([title, picture, *figures(verdict), *cells]))
+        lines.append(row([title, picture, *figures(verdict, values), *cells]))
     return lines
 
 
 def walks_table(runs: Path) -> list[str]:
     """Other walks on the DDPM run."""
-    lines = [row(["walk on the DDPM run", *JUDGED]), row(["---"] * 6)]
+    lines = [row(["walk on the DDPM run", *JUDGED]), row(["---"] * (len(JUDGED) + 1))]
     for number, (title, arguments) in enumerate(WALKS.items()):
         out = runs / f"walk-{number}.npz"
         verdict = remembered(
             runs / f"walk-{number}.json",
             lambda out=out, arguments=arguments: judged(sample(runs / "ddpm", out, arguments)),
         )
-        lines.append(row([title, *figures(verdict)]))
+        values = evaluated(out, runs / f"walk-{number}-evaluated.json")
+        lines.append(row([title, *figures(verdict, values)]))
     return lines
 
 
