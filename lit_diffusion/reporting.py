@@ -218,12 +218,6 @@ def protocols_of(evaluations: Sequence[Event]) -> list[Protocol]:
     return list(found.values())
 
 
-def differing_keys(protocols: Sequence[Protocol]) -> list[str]:
-    """What tells the protocols apart."""
-    keys = dict.fromkeys(key for protocol in protocols for key in protocol.values)
-    return [key for key in keys if len({json.dumps(p.values.get(key), sort_keys=True) for p in protocols}) > 1]
-
-
 # ---- panels ------------------------------------------------------------------------------------------------------
 
 

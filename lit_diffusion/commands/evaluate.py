@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import lit_diffusion.data
-from lit_diffusion.commands.options import choose_device, require_positive
+from lit_diffusion.commands.options import choose_device, require_positive, require_writable
 from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, require_choice
@@ -86,13 +86,17 @@ def main(arguments: Sequence[str]) -> None:
     out = None if options.out is None else Path(options.out)
     if out is not None and out.suffix != ".json":
         raise UserError(f"--out {out}: the result is JSON; give a name that ends in .json")
+    if out is not None:
+        require_writable(out.parent)
     device = choose_device(options.device)
     source = images_as_given(options.samples)
     samples = RealData.of(source, torch.arange(len(source)), "all")
+    wanted = None if options.metrics is None else _metrics(options.metrics)
+    captions = None if options.captions is None else _captions(Path(options.captions), samples.count)
+    if ("clip_score" in (wanted or ())) != (captions is not None):
+        raise UserError("clip_score needs --captions, and --captions are for it: give both, or neither")
     name = default_extractor(samples.shape) if options.extractor == "auto" else options.extractor
     extractor = load_extractor(name, samples.shape, options.weights_path).to(device)
-    captions = None if options.captions is None else _captions(Path(options.captions), samples.count)
-    wanted = None if options.metrics is None else _metrics(options.metrics)
     clip = None
     if wanted is not None and "clip_score" in wanted and not isinstance(extractor, CLIP):
         clip = CLIP(options.clip_weights_path)

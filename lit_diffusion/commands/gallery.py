@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
 from lit_diffusion.parser import Parser
+from lit_diffusion.protocol import differing_keys
 
 REAL = "real data"
 _PLACE_OF_DATA = "GALLERY_DATA"
@@ -239,12 +240,6 @@ def _make_names_unique(entries: Iterable[Entry]) -> None:
             number += 1
             entry.name = f"{plain} ({number})"
         taken.add(entry.name)
-
-
-def differing_keys(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys in which protocols are not all the same, a missing one included; seeds may differ."""
-    keys = dict.fromkeys(key for protocol in protocols for key in protocol if key != "seed")
-    return [key for key in keys if any(p.get(key, ...) != protocols[0].get(key, ...) for p in protocols)]
 
 
 def _comparability(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:

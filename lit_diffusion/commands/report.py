@@ -20,6 +20,7 @@ from lit_diffusion import __version__
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.parser import Parser
+from lit_diffusion.protocol import differing_keys
 from lit_diffusion.reporting import (
     Event,
     Panel,
@@ -27,7 +28,6 @@ from lit_diffusion.reporting import (
     RecordedRun,
     better,
     curves_by_key,
-    differing_keys,
     metric_panels,
     noise_level_panels,
     number,
@@ -90,7 +90,7 @@ def write_report(run: RecordedRun, out: Path) -> Path:
     drawn = _Drawn(out)
     pictures, missing = _latest_pictures(run)
     protocols = protocols_of(run.of("evaluation"))
-    differing = differing_keys(protocols)
+    differing = differing_keys([protocol.values for protocol in protocols], but=frozenset())
     notes = _notes(run, missing)
     sections = [
         ("Samples", _pictures(pictures, lambda name: name in SAMPLES)),
