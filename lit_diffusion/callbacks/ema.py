@@ -75,6 +75,8 @@ class EMA(pl.Callback):
         self.half_lives: list[int] = list(half_lives_images or [])
         self.updates = 0
         self.shadows: list[dict[str, Tensor]] = []
+        self._raw: list[Tensor] | None = None
+        """The raw weights, while the denoiser has others."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Turn steps into images."""
@@ -116,20 +118,25 @@ class EMA(pl.Callback):
 
     @contextmanager
     def applied(self, method: Method, weights: str) -> Iterator[None]:
-        """Give the denoiser the named weights inside the block; the raw ones are back after it, bit for bit."""
+        """Give the denoiser the named weights inside the block; those it had are back after it, bit for bit.
+
+        A block inside another has the weights that it names, ``raw`` too.
+        """
         position = choose_average(self.half_lives, weights)
-        if position is None:
+        if position is None and self._raw is None:
             yield
             return
-        if not self.shadows or not self.shadows[position]:
+        if position is not None and (not self.shadows or not self.shadows[position]):
             raise UserError(f"weights {weights!r} are not in this checkpoint; choose raw")
         parameters = [p.detach() for p in method.denoiser.parameters()]
-        raw = [p.clone() for p in parameters]
-        torch._foreach_copy_(parameters, list(self.shadows[position].values()))
+        before, outer = [p.clone() for p in parameters], self._raw
+        self._raw = before if outer is None else outer
+        torch._foreach_copy_(parameters, self._raw if position is None else list(self.shadows[position].values()))
         try:
             yield
         finally:
-            torch._foreach_copy_(parameters, raw)
+            torch._foreach_copy_(parameters, before)
+            self._raw = outer
 
     def kept(self, weights: str) -> str:
         """The weights asked for, where ``ema`` means the raw ones if no average is kept."""
