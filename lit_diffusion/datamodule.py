@@ -238,7 +238,10 @@ class DataModule(pl.LightningDataModule):
         size = max(1, self.global_batch_size // world_size)
         return self._loader(self.held_out_source, [mine[k : k + size] for k in range(0, len(mine), size)])
 
-    test_dataloader = val_dataloader
+    def test_dataloader(self) -> DataLoader[Any]:
+        """As for validation; where nothing is held out one empty batch, so that samples are evaluated all the same."""
+        held_out = self.val_dataloader()
+        return held_out if isinstance(held_out, DataLoader) else DataLoader(torch.empty(1, 0))  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The indices of the samples that ``predict`` makes, strided over the processes."""

@@ -150,6 +150,10 @@ class Likelihood(pl.Callback):
         if run is not None:
             run.weights = weights
         self._chosen = self._fitting(pl_module)
+        data = getattr(trainer, "datamodule", None)
+        if self._chosen and isinstance(data, DataModule) and len(data.held_out_indices) == 0:
+            print_note(f"test: not measured: {', '.join(self._chosen)}: no data are held out")
+            self._chosen = []
         self._reset()
 
     def _fitting(self, method: Method) -> list[Metric]:
@@ -190,7 +194,8 @@ class Likelihood(pl.Callback):
     ) -> None:
         """Measure a batch."""
         assert isinstance(pl_module, Method)
-        assert isinstance(batch, Batch)
+        if not isinstance(batch, Batch):  # Nothing is held out.
+            return
         name = f"batch {batch_idx + 1}"
         if "bpd_ode" in self._chosen:
             self._ode.add(self._bits_by_ode(trainer, pl_module, batch, self.t_min, f"{name}: ODE"))

@@ -333,7 +333,10 @@ class Method(pl.LightningModule):
         per_sample = self.loss(batch, stream_key(self.seed, "held-out")).per_sample.double()
         self._held_out.append(torch.stack((per_sample.sum(), torch.tensor(float(len(batch)), device=self.device))))
 
-    test_step = validation_step
+    def test_step(self, batch: Batch | Tensor, batch_idx: int) -> None:
+        """As for validation; a tensor stands for no held-out images."""
+        if isinstance(batch, Batch):
+            self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Average over all images of all processes, however many each had."""
