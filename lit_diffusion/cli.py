@@ -240,7 +240,9 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and run_dir is not None and self.checkpoint is not None:
             continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
             if continues:
-                lost = drop_lost_events(run_dir, self.checkpoint[CHECKPOINT_KEY]["images_seen"])
+                seen = self.checkpoint[CHECKPOINT_KEY]["images_seen"]
+                last = self.checkpoint.get("callbacks", {}).get("Evaluator", {}).get("last", {})
+                lost = drop_lost_events(run_dir, seen, last.get("images") == seen)
                 print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
         return RunLogger(
             experiment=self._experiment(section),

@@ -169,6 +169,10 @@ def _plain(value: Any) -> Any:
     """A value as JSON takes it; NaN and infinity, which JSON lacks, as strings."""
     if isinstance(value, Tensor | np.generic):
         value = value.item()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -383,7 +387,7 @@ def _require_known_events(run_dir: Path) -> None:
     require_known_format(first.get("format_version") if isinstance(first, dict) else None, str(path))
 
 
-def drop_lost_events(run_dir: Path, images_seen: int) -> int:
+def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) -> int:
     """Move the events after a checkpoint, which a continued run makes again, to metrics.lost.jsonl.
 
     Of several processes, which are not connected yet, only the first does it.
@@ -391,6 +395,8 @@ def drop_lost_events(run_dir: Path, images_seen: int) -> int:
     Args:
         run_dir: of the run that is continued.
         images_seen: by the checkpoint.
+        evaluated: whether the checkpoint has the figures of an evaluation at that moment, if there was one; else it is
+            made again too.
 
     Returns:
         How many events were moved.
@@ -406,7 +412,10 @@ def drop_lost_events(run_dir: Path, images_seen: int) -> int:
     lost: list[str] = []
     for line in path.read_text().splitlines():
         try:
-            after = json.loads(line)["images"] > images_seen
+            event = json.loads(line)
+            after = event["images"] > images_seen
+            if event["images"] == images_seen and not evaluated:
+                after = event["event"] == "evaluation" or event.get("name") == "neighbours"
         except (json.JSONDecodeError, KeyError, TypeError):
             after = True  # a line torn by a kill
         (lost if after else kept).append(line + "\n")

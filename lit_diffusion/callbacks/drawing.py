@@ -30,19 +30,22 @@ class Drawing(pl.Callback, ABC):
         """Draw when due."""
         assert isinstance(pl_module, Method)
         if self.cadence.due(pl_module.clock):
-            self._drawn_at = pl_module.clock.images
-            began = time.perf_counter()
-            self.draw(trainer, pl_module)
-            for callback in callbacks_of(trainer):
-                if hasattr(callback, "exclude"):  # What measures the training's speed does not count this.
-                    callback.exclude(time.perf_counter() - began)
+            self._draw_now(trainer, pl_module)
+
+    def _draw_now(self, trainer: pl.Trainer, method: Method) -> None:
+        self._drawn_at = method.clock.images
+        began = time.perf_counter()
+        self.draw(trainer, method)
+        seconds = time.perf_counter() - began
+        for callback in callbacks_of(trainer):
+            if hasattr(callback, "exclude"):  # What measures the training's speed does not count this.
+                callback.exclude(seconds)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the end."""
         assert isinstance(pl_module, Method)
         if self._drawn_at != pl_module.clock.images:
-            self._drawn_at = pl_module.clock.images
-            self.draw(trainer, pl_module)
+            self._draw_now(trainer, pl_module)
 
     @abstractmethod
     def draw(self, trainer: pl.Trainer, method: Method) -> None:

@@ -106,8 +106,9 @@ class Evaluator(Drawing):
         options: ScoreOptions = ScoreOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(Cadence.of("eval", every_n_images, every_n_steps))
-        for metric in (*(metrics or ()), best):
+        for metric in metrics or ():
             require_choice("eval", "metrics", metric, get_args(MetricName))
+        require_choice("eval", "best", best, get_args(MetricName))
         if best == "memorisation":
             raise UserError("eval.best is 'memorisation', which is four figures; choose a metric with one")
         if "clip_score" in (metrics or ()):
@@ -166,17 +167,23 @@ class Evaluator(Drawing):
         clock = pl_module.clock
         self._began, self._began_at = time.perf_counter(), clock.images
         missed = clock.images > 0 and self.cadence.due(clock) and self.last.get("images") != clock.images
+        # With its count not chosen yet it was never begun; the speed that a choice needs is not known yet either.
+        missed = missed and self._count is not None
         if self._while_training(trainer) and missed:
-            print_note(f"evaluation at {clock.images} images was cut short: made now")
-            self._drawn_at = clock.images
-            self.draw(trainer, pl_module)
+            print_note(f"the evaluation at {clock.images} images is missing: made now")
+            self._draw_now(trainer, pl_module)
+
+    def exclude(self, seconds: float) -> None:
+        """Do not count what was no training: ``auto`` goes by the speed of training."""
+        self._began += seconds
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
         if not self._while_training(trainer) or self.last.get("images") == method.clock.images:
             return
+        count = self._choose_count(trainer, method)
         self._save_last(trainer, method)
-        result = self._evaluate(trainer, method, self._choose_count(trainer, method), self.seed, "fit")
+        result = self._evaluate(trainer, method, count, self.seed, "fit")
         if result is None:
             return
         self._keep_the_best(trainer, method, result)
@@ -191,7 +198,7 @@ class Evaluator(Drawing):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The full protocol: every seed, then mean and minimum."""
         assert isinstance(pl_module, Method)
-        if not self._on:
+        if not self._on or getattr(trainer, "fast_dev_run", False):
             return
         results = []
         for seed in self.test_seeds:
@@ -237,6 +244,10 @@ class Evaluator(Drawing):
             name = default_extractor(shape) if self.extractor == "auto" else self.extractor
             self._loaded = load_extractor(name, shape, self.weights_path)
         real = len(self._indices(data))
+        if real < 2:
+            raise UserError(
+                f"eval.reference {self.reference}: there are {real} such data; hold out more, or take train"
+            )
         chosen = choose_metrics(self.metrics, self._loaded, count, real, self.options)
         if self.keep and stage == "fit" and self.best not in chosen:
             raise UserError(f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(chosen)}")
@@ -424,7 +435,7 @@ class Evaluator(Drawing):
         if self.samples != "auto":
             return
         if method.run_config is not None:
-            method.run_config["eval"]["samples"] = self._chosen
+            method.run_config.setdefault("eval", {})["samples"] = self._chosen
         run = run_logger_of(trainer)
         if run is not None:
             run.settle("eval.samples", self._chosen)
@@ -495,7 +506,8 @@ def read_best(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text())
+        entries = json.loads(path.read_text())
+        found = [{key: entry[key] for key in ("file", "metric", "value", "images")} for entry in entries]
         return [entry for entry in found if (folder / entry["file"]).is_file()]
     except (OSError, ValueError, KeyError, TypeError):
         print_note(f"{path} is damaged and is written again")
