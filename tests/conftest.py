@@ -1,5 +1,15 @@
-"""What every test shares: one thread, because small tensors on shared cores are slower with two."""
+"""What every test shares: one thread, because small tensors on shared cores are slower with two; a cache of its own."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """What is computed once, such as statistics of real data: not where a user's are, and not by each test anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("LIT_DIFFUSION_WEIGHTS", raising=False)
+        yield

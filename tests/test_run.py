@@ -17,7 +17,6 @@ import yaml
 from PIL import Image
 from tiny import CONFIG, digits_data, events, fit, ncsn, run_logger, trainer
 
-from lit_diffusion import callbacks
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Telemetry
 from lit_diffusion.clock import Clock
@@ -473,7 +472,7 @@ def test_what_the_documentation_says_is_what_a_run_logs(wandb, tmp_path, monkeyp
     config["wandb"] = {"mode": "offline"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     dispatch(["fit", "--config", "tiny.yaml", "--run_dir", "run"])
-    few = ["--eval.test_samples", "64", "--eval.test_seeds", "[0]"] if hasattr(callbacks, "Evaluator") else []
+    few = ["--eval.test_samples", "64", "--eval.test_seeds", "[0]"]
     dispatch(["test", "--ckpt_path", "run/checkpoints/last.ckpt", "--run_dir", "test", *few])
     logger = RunLogger("tiny", run_dir=tmp_path / "evaluated", dashboard=Dashboard("offline"))
     logger.record("evaluation", EVALUATION)

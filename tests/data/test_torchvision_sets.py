@@ -182,7 +182,8 @@ def test_fetch_says_in_one_line_what_is_wrong(tmp_path):
 
 
 def test_the_data_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv("LIT_DIFFUSION_DATA", raising=False)
+    for variable in ("LIT_DIFFUSION_DATA", "LIT_DIFFUSION_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data_root() == tmp_path / ".cache" / "lit_diffusion" / "data"
     monkeypatch.setenv("LIT_DIFFUSION_DATA", "~/sets")
