@@ -336,7 +336,7 @@ def whole_round(page, key="ArrowDown", **options):
 def test_side_by_side(run, workdir, visit):
     a, b = (
         write_run(workdir, "a", dark()),
-        write_run(workdir, "b", light(), {**PROTOCOL, "resize": "none", "sampler": "ddim", "seed": 5}),
+        write_run(workdir, "b", light(), {**PROTOCOL, "extractor": "inception", "seed": 5}),
     )
     np.savez(workdir / "real.npz", arr_0=light(70, 32, 3))
     run("gallery", a, f"{HOSTILE}={b}", "--reference", "real.npz", "--out", "page.html")
@@ -347,15 +347,15 @@ def test_side_by_side(run, workdir, visit):
     headings = ["These figures were not made alike", "digits/a", HOSTILE, "real data"]
     assert page.locator("h2").all_inner_texts() == headings
     notice = page.get_by_role("region", name="Protocols that differ").inner_text()
-    assert "The protocols differ in resize." in notice
-    assert "none" in notice
+    assert "The protocols differ in extractor." in notice
+    assert "inception" in notice
     assert "seed" not in notice
     card = page.locator("article").first
     assert "the first 64 of 80 images · 8 × 8 grey · after 320 images of training" in card.inner_text()
     figures = [row.inner_text().split("\t") for row in card.locator("tbody tr").all()]
     assert figures == [["fd/digits-80", "0.2500"], ["density/digits-80", "nan"], ["fid-2k", "3"]]
     card.get_by_text("Provenance").click()
-    assert "sampler differs" in card.inner_text()
+    assert "extractor differs" in card.inner_text()
     assert page.locator("article").nth(2).inner_text().startswith("real data")
     # Small images are enlarged by whole factors, whatever is asked for.
     for size in (16, 72, 200):
