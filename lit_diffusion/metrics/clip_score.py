@@ -9,26 +9,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics.gathering import outside_inference_mode, summed
+from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode, summed
 
 
-class CLIPScore(Metric):
-    """Mean and standard error over pairs of an image and its caption; sums in float64."""
-
-    full_state_update = False
-    sums: Tensor
+class CLIPScore(SumsMetric):
+    """Mean and standard error over pairs of an image and its caption."""
 
     def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)
-        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def reset(self) -> None:
-        """Forget the pairs."""
-        with outside_inference_mode():
-            super().reset()
+        super().__init__(3)
 
     def update(self, images: Tensor, captions: Tensor) -> None:
         """Take in embeddings of images ``[B, D]`` and of their captions ``[B, D]``."""

@@ -7,12 +7,12 @@ put into the order of the samples' numbers: every process then computes on exact
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -60,6 +60,34 @@ def gathered(rows: Tensor) -> Tensor:
     return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
 
+class SumsMetric(Metric):
+    """A metric of sums in float64 that are added over the processes; usable in and out of inference mode, in any order.
+
+    Nothing is cached: a process that took in nothing since the last figure must come to the sum with the others.
+
+    Args:
+        shape: of the sums.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        with outside_inference_mode():
+            self.add_state("sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def reset(self) -> None:
+        """Forget the samples."""
+        with outside_inference_mode():
+            super().reset()
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        # A copy on another device, too, is made outside.
+        with outside_inference_mode():
+            return super()._apply(fn, exclude_state)
+
+
 class RowsMetric(Metric):
     """A metric of all samples' rows, kept on the CPU in the precision that they come in."""
 
@@ -68,7 +96,7 @@ class RowsMetric(Metric):
     indices: list[Tensor]
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(sync_on_compute=False)
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
         self._rows_dtype = dtype
         self.add_state("rows", [], dist_reduce_fx=None)
         self.add_state("indices", [], dist_reduce_fx=None)

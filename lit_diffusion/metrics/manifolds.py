@@ -45,10 +45,11 @@ def compare_manifolds(
         precision.append((squares <= real_ball).any(1))
         recall |= (squares <= sample_ball[start : start + len(squares), None]).any(0)
         inside = squares <= dense_ball
-        density.append(inside.sum(1) / density_neighbours)
+        density.append(inside.sum(1))
         coverage |= inside.any(0)
     found = {"precision": torch.cat(precision), "recall": recall, "density": torch.cat(density), "coverage": coverage}
-    return {name: parts.cpu().double() for name, parts in found.items()}
+    shares = {name: parts.cpu().double() for name, parts in found.items()}
+    return {**shares, "density": shares["density"] / density_neighbours}
 
 
 class ManifoldMetrics(RowsMetric):

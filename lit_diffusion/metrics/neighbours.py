@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_diffusion.metrics.features import full_precision
+
 BLOCK_MB = 256
 """Of distances that are held at once."""
 
@@ -25,9 +27,11 @@ def distance_blocks(
     norms = points.square().sum(1)
     rows = max(1, block_mb * 2**20 // (4 * max(1, len(points))))
     for start in range(0, len(queries), rows):
-        block = queries[start : start + rows].to(device, torch.float32) - mean
-        squares = torch.addmm(norms[None], block, points.T, alpha=-2.0)
-        yield start, squares.add_(block.square().sum(1, keepdim=True)).clamp_(min=0.0)
+        with full_precision(device):
+            block = queries[start : start + rows].to(device, torch.float32) - mean
+            squares = torch.addmm(norms[None], block, points.T, alpha=-2.0)
+            squares.add_(block.square().sum(1, keepdim=True)).clamp_(min=0.0)
+        yield start, squares
 
 
 def nearest(
