@@ -8,6 +8,7 @@ the mean over ten parts of the samples, with p(y) of each part. From 1 to the nu
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from lit_diffusion.metrics.gathering import RowsMetric
 def inception_score(logits: Tensor) -> float:
     """Of one part: logits ``[N, K]``, in float64."""
     log_p = logits.double().log_softmax(dim=1)
-    p = log_p.exp()
-    return float((p * (log_p - p.mean(0).log())).sum(1).mean().exp())
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # Finite where the probabilities themselves are 0.
+    return float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
 
 
 def scores_of_parts(logits: Tensor, parts: int) -> list[float]:
@@ -56,11 +57,16 @@ class InceptionScore(RowsMetric):
         Raises:
             UserError: for fewer samples than parts.
         """
-        logits = self.all_rows()
-        count = len(logits)
-        if count < self.splits:
-            raise UserError(f"an Inception Score in {self.splits} parts needs as many samples, there are {count}")
-        # numpy's generator is this metric's own: torch's, which trains, is untouched.
-        shuffled = logits[torch.from_numpy(np.random.RandomState(self.seed).permutation(count))]
+        shuffled = self.shuffled()
+        if len(shuffled) < self.splits:
+            raise UserError(
+                f"an Inception Score in {self.splits} parts needs as many samples, there are {len(shuffled)}"
+            )
         parts = scores_of_parts(shuffled, self.splits)
         return float(np.mean(parts)), float(np.std(parts))
+
+    def shuffled(self) -> Tensor:
+        """The logits of the samples of all processes in the order in which they are parted: ``[N, K]``."""
+        logits = self.all_rows()
+        # numpy's generator is this metric's own: torch's, which trains, is untouched.
+        return logits[torch.from_numpy(np.random.RandomState(self.seed).permutation(len(logits)))]

@@ -89,7 +89,7 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("bootstrap", "seed") else 1
+            least = {"bootstrap": 0, "seed": 0, "kid_subset_size": 2}.get(name, 1)
             if value < least:
                 raise UserError(f"{name} is {value}; give at least {least}")
 
@@ -173,6 +173,8 @@ def _refused(
             require_enough_for_infinity(count, extractor.dimension)
         except UserError as error:
             return str(error)
+    if metric == "kid" and has_features and real_count < 2:
+        return f"it needs at least 2 real data, there are {real_count}"
     if metric in ("kid", "memorisation", *_MANIFOLDS) and not has_features:
         return "the reference holds mean and covariance only; give the images"
     if metric in _MANIFOLDS:
@@ -355,7 +357,7 @@ class Scores:
         if self._inception is not None:
             key = note("is", *self._inception.compute())
             if self.options.bootstrap:
-                logits = self._inception.all_rows()
+                logits = self._inception.shuffled()
                 parts = self.options.is_splits
                 intervals[key] = self._interval(
                     lambda chosen: float(np.mean(scores_of_parts(logits[chosen], parts))), len(logits)
