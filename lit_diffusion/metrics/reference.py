@@ -34,6 +34,8 @@ CACHE_FORMAT = 1
 MOST_FEATURES = 50_000
 """So many data keep their features, which neighbours and kernels need; mean and covariance are of all."""
 BATCH = 250
+# RuntimeError: where the damage looks like a password or a compression that zipfile has not.
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def reference_of(
     moments = Moments(extractor.dimension)
     rows = [torch.empty(0, extractor.dimension)]
     numbers = [torch.empty(0, dtype=torch.int64)]
-    parts = mine.split(BATCH)
+    parts = mine.split(BATCH) if len(mine) else ()
     name = f"features of {data.count} real data"
     for part in tqdm(parts, desc=name, leave=False, disable=not show_progress, unit=" batches"):
         # One batch shape throughout: a network's last digits depend on it.
@@ -198,7 +200,7 @@ def _read(path: Path, record: dict[str, Any], say: Callable[[str], None]) -> Ref
         found, digest = json.loads(str(arrays.pop("record"))), str(arrays.pop("sha256"))
         if found != record or digest != _digest(arrays):
             raise ValueError("its checksum does not fit its contents")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         say(f"the reference statistics {path} are damaged and are computed again ({reason})")
         return None
@@ -215,7 +217,7 @@ def reference_of_moments(path: Path, dimension: int) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*_UNREADABLE, TypeError) as error:  # The last of a lone array, which is no archive.
         raise UserError(f"cannot read mu and sigma of {path}: {' '.join(str(error).split())}") from error
     if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):
         raise UserError(

@@ -7,9 +7,11 @@ to type.
 from __future__ import annotations
 
 import hashlib
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
@@ -123,22 +125,32 @@ def fetch_weights(name: str) -> Path:
     if path.is_file() and sha256_of(path) == wanted.sha256:
         return path
     digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(wanted.url) as source, atomic_write(path) as file:
-            total = int(source.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=wanted.name) as bar:
-                while chunk := source.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            if digest.hexdigest() != wanted.sha256:
-                raise UserError(
-                    f"what {wanted.url} sent is not the published file (sha256 {digest.hexdigest()[:16]}..., not "
-                    f"{wanted.sha256[:16]}...), nothing was kept: try again, or copy the file to {path} yourself"
-                )
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"cannot download {wanted.url} ({reason}): try again, or copy the file to {path} yourself"
-        ) from error
+    with _downloading(wanted.url, path):
+        source = urllib.request.urlopen(wanted.url, timeout=60)
+    with source, atomic_write(path) as file:
+        total = int(source.headers.get("Content-Length") or 0) or None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=wanted.name) as bar:
+            while True:
+                with _downloading(wanted.url, path):  # Not around the writing: a full disk is another matter.
+                    chunk = source.read(1 << 20)
+                if not chunk:
+                    break
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+        if digest.hexdigest() != wanted.sha256:
+            raise UserError(
+                f"what {wanted.url} sent is not the published file (sha256 {digest.hexdigest()[:16]}..., not "
+                f"{wanted.sha256[:16]}...), nothing was kept: try again, or copy the file to {path} yourself"
+            )
     return path
+
+
+@contextmanager
+def _downloading(url: str, path: Path) -> Iterator[None]:
+    """Say in one line that the network failed."""
+    try:
+        yield
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"cannot download {url} ({reason}): try again, or copy the file to {path} yourself") from error
