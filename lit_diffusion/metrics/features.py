@@ -215,7 +215,7 @@ class CLIP(_Fidelity):
         path, self.sha256 = find_weights("clip", weights_path)
         self.path = path
         with _readable(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit.*")  # the published file is TorchScript
             network = FeatureExtractorCLIP(self.model, ["clip"], feature_extractor_weights_path=str(path))
         super().__init__(network)
 
@@ -231,7 +231,7 @@ class CLIP(_Fidelity):
             raise UserError("captions need open_clip: pip install 'lit-diffusion[clip]'") from error
         if not hasattr(self, "_text"):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.filterwarnings("ignore", message=".*torch.jit.*")
                 self._text = open_clip.load_openai_model(str(self.path), precision="fp32", device="cpu").eval()
         tokens = open_clip.SimpleTokenizer()(texts)
         with full_precision(torch.device("cpu")):
