@@ -29,9 +29,11 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+CORE_FOLDERS = ("backbones", "objectives", "samplers", "data", "metrics")
 CORE = [
     *(PACKAGE / f"{name}.py" for name in ("processes", "denoisers", "closed_form", "randomness", "images", "figures")),
-    *(path for folder in ("backbones", "objectives", "samplers", "data") for path in (PACKAGE / folder).glob("*.py")),
+    *(PACKAGE / f"{name}.py" for name in ("protocol", "likelihood", "reverse")),
+    *(path for path in PACKAGE.glob("*/*.py") if path.parent.name in CORE_FOLDERS),
 ]
 
 
