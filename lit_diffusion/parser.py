@@ -129,6 +129,11 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         names = _choices(base) if base is not None else []
         choose = f"; choose one of {', '.join(names)}" if names else "; give an importable class path"
         return f"{path}: there is no class {name!r}{choose}"
+    either = r"Errors:\n((?: +- Expected a (?:<class '\w+'>|typing\.Literal\[.*\])\n)+) +Given.*\n +Given value: (.*)"
+    if path and (match := re.search(either, text)) and "Literal" in match[1]:
+        wanted = re.findall(r"<class '(\w+)'>|Literal\[(.*)\]", match[1])
+        need = " or ".join(_TYPE_WORDS.get(name, name) if name else literal for name, literal in wanted)
+        return f"{path} is {match[2]!r}; it must be {need}"
     if match := re.search(r"the following arguments are required: (.*)", text):
         keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
         return f"not given: {keys}; give a configuration, e.g. --config experiments/ncsn.yaml, or --ckpt_path"
