@@ -5,6 +5,8 @@ The file is its own worker: two of it make up one group of gloo processes that r
 
 from __future__ import annotations
 
+import ast
+import json
 import math
 import os
 import socket
@@ -20,11 +22,12 @@ import yaml
 from tiny import CONFIG, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
 
 import lit_diffusion
-from lit_diffusion.callbacks import EMA, Checkpoint, Samples, Telemetry
+from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Samples, Telemetry
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.run import RunLogger
+from lit_diffusion.samplers import Sampler
 
 NAMES = ("plain", "micro", "nan", "clipped", "second_moment")
 
@@ -104,6 +107,39 @@ def refused(folder: Path, many: dict) -> str:
     return ""
 
 
+class Fixed(Sampler):
+    """Sample i is digit i a little brighter, whatever the model; from sample ``lost`` on it is not a number."""
+
+    lost = 1000
+
+    def plan(self, process):
+        return []
+
+    def start(self, process, noise):
+        images = torch.from_numpy(np.stack([digits().value(int(i)) for i in noise.indices])).float() / 16.0 + 0.1
+        return torch.where(noise.indices.view(-1, 1, 1, 1) < self.lost, images, math.nan)
+
+    def step(self, *arguments):
+        raise AssertionError
+
+
+def evaluated(folder: Path, name: str, many: dict, lost: int = 1000, **keys) -> dict:
+    """A training that evaluates, and a test; what each process holds of the figures."""
+    method, walk = ncsn(), Fixed()
+    walk.lost = lost
+    logger = RunLogger(name, root=folder)
+    logger.clock = method.clock
+    keys = {"every_n_steps": 1, "sampler": walk, "test_sampler": Fixed(), "test_seeds": (0, 1), "keep": 2, **keys}
+    evaluator = Evaluator(test_samples=keys["samples"], **keys)
+    callbacks = [EMA([64]), evaluator, Checkpoint()]
+    data = digits_data()
+    made = fit(method, data, folder, 64, callbacks=callbacks, logger=logger, **many)
+    last = evaluator.last
+    if name == "odd":
+        made.test(method, datamodule=data, verbose=False)
+    return {"last": last, "tested": evaluator.last, "run_dir": str(logger.run_dir)}
+
+
 def everything(folder: Path, many: dict) -> dict:
     """All cases, on one process or on each of two."""
     results = {
@@ -123,6 +159,10 @@ def everything(folder: Path, many: dict) -> dict:
         results["continued"] = run(folder, "continued", many, ckpt_path=folder / "begun.ckpt")
     else:
         fit(begun, digits_data(), folder, 32, callbacks=[EMA([64], ramp=1.0)]).save_checkpoint(folder / "begun.ckpt")
+    results["odd"] = evaluated(folder, "odd", many, samples=37, batch_size=4)
+    results["few"] = evaluated(folder, "few", many, samples=1, batch_size=4, metrics=["memorisation"], keep=0)
+    # Of two processes the second alone has sample 35.
+    results["diverged"] = evaluated(folder, "diverged", many, samples=36, batch_size=4, lost=35)
     predicted(folder, many)
     results["refused"] = refused(folder, many)
     return results
@@ -160,6 +200,7 @@ def two(tmp_path_factory, one):
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*found_in, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
+        "LIT_DIFFUSION_CACHE": str(folder / "cache"),  # The statistics of the real data are theirs too.
         "TORCHELASTIC_RUN_ID": "test",
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -246,6 +287,58 @@ def test_the_held_out_loss_counts_every_image_once(one, two):
 def test_a_run_of_one_process_is_continued_by_two(one, two):
     assert close(one[1]["plain"]["weights"], two[1][0]["continued"]["weights"])
     assert close(one[1]["plain"]["average"], two[1][0]["continued"]["average"])
+
+
+@pytest.mark.parametrize(("name", "stages"), [("odd", ["fit", "fit", "test", "test"]), ("few", ["fit", "fit"])])
+def test_the_figures_are_those_of_one_process(one, two, name, stages):
+    """Of an odd number of samples, and of fewer than there are processes; every event once."""
+    (single,), (shared,) = (list((folder / name).iterdir()) for folder in (one[0], two[0]))
+    expected, found = events(single, "evaluation"), events(shared, "evaluation")
+    assert [event["protocol"]["stage"] for event in expected] == stages
+    for mine, theirs in zip(expected, found, strict=True):
+        values = {key: value for key, value in mine.items() if "/digits-" in key}
+        assert len(values) == (11 if name == "odd" else 4)
+        assert {key: theirs[key] for key in values} == pytest.approx(values, rel=1e-6, abs=1e-6)
+        assert theirs["errors"] == pytest.approx(mine["errors"], rel=1e-6, abs=1e-6)
+        assert theirs["protocol"] == mine["protocol"]
+        kept = [np.load(run_dir / mine["samples_file"])["arr_0"] for run_dir in (single, shared)]
+        assert np.array_equal(*kept)
+    for process in two[1]:
+        assert process[name]["last"]["values"] == pytest.approx(one[1][name]["last"]["values"], rel=1e-6, abs=1e-6)
+        assert process[name]["tested"]["values"] == pytest.approx(one[1][name]["tested"]["values"], rel=1e-6, abs=1e-6)
+    shown = [sorted(path.name for path in (run_dir / "samples").iterdir()) for run_dir in (single, shared)]
+    assert shown[0] == shown[1]
+    for path in (single / "samples").glob("neighbours-*.png"):
+        assert path.read_bytes() == (shared / "samples" / path.name).read_bytes()
+    assert [event["event"] for event in events(shared)] == [event["event"] for event in events(single)]
+
+
+def test_the_best_of_two_processes_are_those_of_one(one, two):
+    lists = []
+    for folder in (one[0], two[0]):
+        (checkpoints,) = (folder / "odd").glob("*/checkpoints")
+        lists.append([(e["file"], e["images"]) for e in json.loads((checkpoints / "best.json").read_text())])
+        assert {path.name for path in checkpoints.glob("best-*.ckpt")} == {name for name, _ in lists[-1]}
+    assert lists[0] == lists[1]
+    assert [images for _, images in lists[0]] == [32, 64]
+
+
+def test_a_walk_that_diverges_on_one_process_is_a_note_on_both(one, two):
+    for _, results in (one, (two[0], two[1][0]), (two[0], two[1][1])):
+        run = results["diverged"]
+        assert run["last"] == {}
+        assert events(Path(run["run_dir"]), "evaluation") == []
+        assert events(Path(run["run_dir"]))[-1]["status"] == "success"
+
+
+def test_nothing_but_speaking_is_left_to_the_first_process():
+    """What a decorator skips on the others is no place for a figure: they would wait for it, or lack it."""
+    root, found = Path(lit_diffusion.__file__).parent, []
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if any("rank_zero" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])):
+                found.append((path.relative_to(root).as_posix(), node.name))
+    assert found == [("run.py", "print_note")]
 
 
 def test_predict_gives_the_same_samples(one, two):

@@ -214,5 +214,5 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_kept(workdir, run, mo
 
 def test_fetch_says_what_it_takes():
     assert "fetch data CIFAR10" in refusal(["fetch", "data"])
-    assert "no weights" in refusal(["fetch", "weights", "inception"])
+    assert "weights is 'imagenet'; choose one of inception, vgg16" in refusal(["fetch", "weights", "imagenet"])
     assert "imagenet" in refusal(["fetch", "data", "imagenet"]).lower()

@@ -1,0 +1,236 @@
+"""``evaluate``: the same figures whatever the images come in, and one line for what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import digits
+
+from lit_diffusion.__main__ import as_one_line, dispatch, main
+from lit_diffusion.errors import UserError
+from lit_diffusion.metrics import load_extractor
+from lit_diffusion.metrics.frechet import gaussian_of
+from lit_diffusion.metrics.reference import RealData
+
+
+def digit_images(first, count):
+    """Digits as bytes ``[count, 8, 8, 1]``."""
+    return RealData.of(digits(), torch.arange(len(digits())), "all").values(torch.arange(first, first + count))
+
+
+def save_folder(folder, images):
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(folder / f"{number:04d}.png")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with 60 digits as an archive, as files and in a zip file, and 80 others."""
+    folder = tmp_path_factory.mktemp("given")
+    images = digit_images(0, 60)
+    np.savez(folder / "images.npz", arr_0=images)
+    save_folder(folder / "images", images)
+    shutil.make_archive(str(folder / "images"), "zip", folder / "images")
+    np.savez(folder / "others.npz", arr_0=digit_images(100, 80))
+    (folder / "words.txt").write_text("a digit\n" * 60)
+    (folder / "few.txt").write_text("a digit\n" * 59)
+    np.savez(folder / "one.npz", arr_0=images[:1])
+    np.savez(folder / "floats.npz", arr_0=images / 255.0)
+    np.savez(folder / "large.npz", arr_0=np.zeros((30, 16, 16, 1), np.uint8))
+    np.savez(folder / "wrong_moments.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for name in ("corrupt", "two_sizes"):
+        save_folder(folder / name, images)
+    (folder / "corrupt" / "0007.png").write_bytes(b"\x89PNG broken")
+    Image.fromarray(np.zeros((9, 8), np.uint8)).save(folder / "two_sizes" / "0031.png")
+    (folder / "empty").mkdir()
+    (folder / "torn.npz").write_bytes((folder / "images.npz").read_bytes()[:500])
+    return folder
+
+
+@pytest.fixture
+def evaluate(given, tmp_path, monkeypatch):
+    """Run it beside the files; what it wrote."""
+    monkeypatch.chdir(given)
+
+    def call(samples, reference, *arguments):
+        given = ["--samples", samples, "--reference", reference, "--out", tmp_path / "out.json", *arguments]
+        dispatch(["evaluate", *map(str, given)])
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return call
+
+
+ALL = {
+    *(f"{name}/digits-60" for name in ("fd", "is", "kd", "precision", "recall", "density", "coverage")),
+    *(f"{name}/digits-60" for name in ("near_copies", "nn_ratio", "memorised", "authenticity")),
+}
+
+
+def test_archive_folder_and_zip_file_have_the_same_figures(evaluate):
+    found = [evaluate(name, "others.npz") for name in ("images.npz", "images", "images.zip")]
+    assert set(found[0]["values"]) == ALL
+    assert found[0]["values"]["fd/digits-60"] > 1.0
+    for other in found[1:]:
+        assert other["values"] == found[0]["values"]
+        assert other["errors"] == found[0]["errors"]
+    as_reference = [evaluate("others.npz", name)["values"] for name in ("images.npz", "images", "images.zip")]
+    assert as_reference[0] == as_reference[1] == as_reference[2]
+
+
+def test_a_data_source_by_name_is_its_images(evaluate, given):
+    np.savez(given / "all.npz", arr_0=digit_images(0, 1797))
+    by_name, by_file = (evaluate("images.npz", reference) for reference in ("Digits", "all.npz"))
+    assert by_name["values"] == by_file["values"]
+    assert by_name["protocol"]["reference_source"] == "digits"
+    assert by_name["protocol"]["n_real"] == 1797
+    assert by_name["values"]["near_copies/digits-60"] == 1.0
+    everything = evaluate("all.npz", "Digits", "--metrics", "fid,precision")["values"]
+    assert everything["fd/digits-1797"] == pytest.approx(0.0, abs=1e-6)
+    assert everything["precision/digits-1797"] == 1.0
+
+
+def test_images_against_themselves(evaluate, capsys):
+    values = evaluate("images.npz", "images")["values"]
+    assert values["fd/digits-60"] == pytest.approx(0.0, abs=1e-5)  # 60 images span no 64 dimensions
+    for name in ("precision", "recall", "coverage", "near_copies", "memorised"):
+        assert values[f"{name}/digits-60"] == 1.0
+    assert "note: many samples are copies of reference images" in capsys.readouterr().out
+    evaluate("images.npz", "others.npz")
+    assert "copies of reference" not in capsys.readouterr().out
+
+
+def test_what_is_written_and_printed(evaluate, capsys, given):
+    found = evaluate("images.npz", "others.npz", "--metrics", "fid,precision,is")
+    assert found["format_version"] == 1
+    assert set(found["values"]) == {"fd/digits-60", "precision/digits-60", "is/digits-60"}
+    assert set(found["errors"]) == {"is/digits-60"}
+    assert found["intervals"] == {}
+    protocol = found["protocol"]
+    assert (protocol["extractor"], protocol["n_real"], protocol["n_fake"]) == ("digits-classifier", 80, 60)
+    assert (protocol["samples"], protocol["stage"], protocol["split"]) == ("images.npz", "evaluate", "all")
+    assert protocol["reference_source"] == "others"
+    assert len(protocol["reference"]) == len(protocol["samples_fingerprint"]) == 16
+    said = capsys.readouterr().out
+    assert "60 samples against 80 of others, digits-classifier\n" in said
+    for name, value in found["values"].items():
+        assert f"  {name:<28} {value:.6g}" in said
+    assert f"+- {found['errors']['is/digits-60']:.2g}" in said
+    assert "60 samples are fewer than the 64 dimensions" in said
+    evaluate("images.npz", "others.npz", "--metrics", "precision")
+    assert "fewer than" not in capsys.readouterr().out
+
+
+def test_the_batch_changes_nothing(evaluate):
+    one, other = (evaluate("images.npz", "others.npz", "--batch_size", size)["values"] for size in (7, 250))
+    assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_intervals_where_asked_for(evaluate, capsys):
+    found = evaluate("images.npz", "others.npz", "--bootstrap", 50, "--metrics", "fid,precision,is,memorisation")
+    assert set(found["intervals"]) == set(found["values"])
+    for name, (low, high) in found["intervals"].items():
+        assert low <= high
+        assert f"[{low:.6g}, {high:.6g}]" in capsys.readouterr().out or name != "fd/digits-60"
+    low, high = found["intervals"]["precision/digits-60"]
+    assert low < found["values"]["precision/digits-60"] < high
+
+
+def test_moments_alone_are_enough_for_the_frechet_distance_alone(evaluate, given):
+    extractor = load_extractor("digits", (1, 8, 8))
+    gaussian = gaussian_of(extractor(digit_images(100, 80)).features)
+    np.savez(given / "moments.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
+    found = evaluate("images.npz", "moments.npz")
+    assert set(found["values"]) == {"fd/digits-60", "is/digits-60"}  # the latter knows nothing of the reference
+    images = evaluate("images.npz", "others.npz", "--metrics", "fid")
+    assert found["values"]["fd/digits-60"] == pytest.approx(images["values"]["fd/digits-60"], rel=1e-6)
+    with pytest.raises(UserError, match="kid cannot be had: the reference holds mean and covariance only"):
+        evaluate("images.npz", "moments.npz", "--metrics", "fid,kid")
+
+
+@pytest.mark.parametrize(
+    ("samples", "reference", "arguments", "said"),
+    [
+        ("nowhere.npz", "others.npz", (), "there is no file nowhere.npz"),
+        ("nowhere", "others.npz", (), "nowhere"),
+        ("images.npz", "nowhere", (), "there is no such file, folder or data source; give images, or one of "),
+        ("images.npz", "nowhere.npz", (), "there is no file nowhere.npz"),
+        ("images.npz", "Digitz", (), "Digits"),
+        ("images.npz", "ImageFolder", (), "--reference ImageFolder needs arguments"),
+        ("images.npz", "GaussianMixturePoints", (), "holds points; evaluate compares images"),
+        ("corrupt", "others.npz", (), "0007.png in corrupt is not a whole image"),
+        ("images.npz", "corrupt", (), "0007.png in corrupt is not a whole image"),
+        ("two_sizes", "others.npz", (), "0031.png in two_sizes is [1, 9, 8], 0000.png is [1, 8, 8]"),
+        ("empty", "others.npz", (), "no image in empty"),
+        ("torn.npz", "others.npz", (), "torn.npz"),
+        ("images.npz", "torn.npz", (), "torn.npz"),
+        ("floats.npz", "others.npz", (), "is float64, images must be uint8"),
+        ("images.npz", "floats.npz", (), "is float64, images must be uint8"),
+        ("images.npz", "large.npz", (), "the samples are 8 x 8, the reference is 16 x 16"),
+        ("images.npz", "wrong_moments.npz", (), "this extractor's features have 64 dimensions"),
+        ("large.npz", "large.npz", ("--extractor", "digits"), "extractor digits sees 8 x 8 grey images"),
+        ("large.npz", "large.npz", (), "run `python -m lit_diffusion fetch weights inception`"),
+        ("one.npz", "others.npz", ("--metrics", "fid"), "fid cannot be had: it needs at least 2 samples, there are 1"),
+        ("one.npz", "others.npz", ("--metrics", "precision"), "neighbourhoods of 5 need more than 5"),
+        ("images.npz", "one.npz", (), "at least 2 samples, there are 1"),
+        ("images.npz", "others.npz", ("--metrics", "fidd"), "--metrics is 'fidd'; choose one of fid,"),
+        ("images.npz", "others.npz", ("--metrics", ","), "--metrics is empty"),
+        ("images.npz", "others.npz", ("--metrics", "fid_infinity"), "FD-infinity in 64 dimensions needs"),
+        ("images.npz", "others.npz", ("--extractor", "incepton"), "inception"),
+        ("images.npz", "others.npz", ("--batch_size", "0"), "--batch_size is 0"),
+        ("images.npz", "others.npz", ("--kid_subset_size", "0"), "kid_subset_size is 0"),
+        ("images.npz", "others.npz", ("--device", "warp"), "--device warp cannot be used"),
+        ("images.npz", "others.npz", ("--metricz", "fid"), "there is no key 'metricz'"),
+        ("images.npz", "others.npz", ("--weights_path", "nowhere"), "nowhere"),
+        ("images.npz", "others.npz", ("--metrics", "clip_score"), "clip_score needs --captions"),
+        ("images.npz", "others.npz", ("--captions", "words.txt"), "--captions are for it"),
+        (
+            "images.npz",
+            "others.npz",
+            ("--metrics", "clip_score", "--captions", "few.txt"),
+            "few.txt has 59 lines for 60 images",
+        ),
+        (
+            "images.npz",
+            "others.npz",
+            ("--metrics", "clip_score", "--captions", "none.txt"),
+            "cannot read the captions none.txt",
+        ),
+        (
+            "images.npz",
+            "others.npz",
+            ("--metrics", "clip_score", "--captions", "words.txt"),
+            "run `python -m lit_diffusion fetch weights clip`",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(evaluate, tmp_path, samples, reference, arguments, said):
+    with pytest.raises(UserError) as caught:
+        evaluate(samples, reference, *arguments)
+    line = as_one_line(caught.value)
+    assert said in line
+    assert "\n" not in str(caught.value)
+    assert len(line) < 500
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_result_goes_is_checked_before_the_work(evaluate, given, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_diffusion.commands.evaluate.images_as_given", lambda path: 1 / 0)
+    for out, said in (("out.txt", "give a name that ends in .json"), ("words.txt/out.json", "cannot write to")):
+        with pytest.raises(UserError, match=said):
+            evaluate("images.npz", "others.npz", "--out", out)
+
+
+def test_the_process_exits_with_2(given, monkeypatch, capsys):
+    monkeypatch.chdir(given)
+    monkeypatch.setattr(sys, "argv", ["lit_diffusion", "evaluate", "--samples", "nowhere.npz", "--reference", "Digits"])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("lit_diffusion: error: there is no file nowhere.npz")
+    assert "Traceback" not in said
