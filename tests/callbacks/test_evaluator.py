@@ -232,6 +232,15 @@ def test_points_are_their_own_features(tmp_path):
     assert np.array_equal(np.load(run.run_dir / event["samples_file"])["arr_0"], expected)
 
 
+def test_what_a_walk_has_to_say_is_in_the_protocol(tmp_path):
+    class Doubtful(Fixed):
+        def caveat(self):
+            return "doubtful"
+
+    run = evaluated(tmp_path, 64, sampler=Doubtful(), metrics=IMAGE)
+    assert run.events[0]["protocol"]["caveat"] == "doubtful"
+
+
 def test_a_walk_that_diverges_is_a_note_and_the_training_goes_on(tmp_path, capsys):
     walk = Diverging(2, eta=1e-3)
 
@@ -439,6 +448,14 @@ def test_a_damaged_list_is_made_anew(tmp_path, capsys, content):
     assert [images for images, _ in listed(again)] == [128]
 
 
+def test_a_best_checkpoint_that_somebody_took_away_is_off_the_list(tmp_path):
+    first = evaluated(tmp_path, 64, metrics=IMAGE, keep=0)
+    gone = {"file": "best-gone.ckpt", "metric": "fd/digits-40", "value": 0.0, "images": 1}
+    (first.checkpoints / "best.json").write_text(json.dumps([gone]))
+    again = evaluated(tmp_path, 128, continues=True, ckpt_path=first.checkpoints / "last.ckpt", metrics=IMAGE)
+    assert [images for images, _ in listed(again)] == [128]
+
+
 # ---- continuing --------------------------------------------------------------------------------------------------
 
 
@@ -571,6 +588,8 @@ def test_auto_of_a_continued_run_is_what_it_was(tmp_path, monkeypatch):
     again = evaluated(tmp_path, 128, **keys, **ckpt)
     assert [event["protocol"]["n_fake"] for event in again.events] == [1000, 1000]
     assert len(events(again.run_dir, "budget")) == 1
+    elsewhere = evaluated(tmp_path / "elsewhere", 128, **keys, ckpt_path=ckpt["ckpt_path"])
+    assert (elsewhere.run_dir / "config.yaml").read_text() == "eval:\n  samples: 1000\n"
     given = evaluated(tmp_path, 192, **{**keys, "samples": 60}, **ckpt)
     assert given.events[-1]["protocol"]["n_fake"] == 60
 
@@ -703,9 +722,9 @@ def pairs(x):
 
 
 def test_one_seed_has_no_spread(tmp_path, capsys):
-    run = measured(tmp_path, test_seeds=(4,), metrics=IMAGE)
+    run = measured(tmp_path, test_seeds=(4,), metrics=["is"])  # without the metric of the best
     (summary,) = events(run.run_dir, "test")
-    assert summary["fd/digits-40/mean"] == summary["fd/digits-40/min"] == run.events[0]["fd/digits-40"]
+    assert summary["is/digits-40/mean"] == summary["is/digits-40/min"] == run.events[0]["is/digits-40"]
     said = capsys.readouterr().out
     assert "seed [4]:" in said
     assert "minimum" not in said
