@@ -101,7 +101,7 @@ class RowsMetric(Metric):
         self.add_state("rows", [], dist_reduce_fx=None)
         self.add_state("indices", [], dist_reduce_fx=None)
 
-    def keep(self, rows: Tensor, index: Tensor) -> None:
+    def update(self, rows: Tensor, index: Tensor) -> None:
         """Take in ``[B, D]`` of samples number ``index`` ``[B]``."""
         if len(rows) != len(index):
             raise ValueError(f"{len(rows)} rows for {len(index)} samples")

@@ -32,7 +32,9 @@ def scores_of_parts(logits: Tensor, parts: int) -> list[float]:
 
 
 class InceptionScore(RowsMetric):
-    """Mean and standard deviation over the parts; the deviation has the divisor of torch-fidelity, their number.
+    """Mean and standard deviation over the parts, of logits ``[B, K]`` a batch.
+
+    The deviation has torch-fidelity's divisor, the number of parts.
 
     The samples are shuffled before they are parted: a folder that is sorted by class would score 1. The order is
     torch-fidelity's for the same seed.
@@ -46,10 +48,6 @@ class InceptionScore(RowsMetric):
         super().__init__()
         self.splits = splits
         self.seed = seed
-
-    def update(self, logits: Tensor, index: Tensor) -> None:
-        """Take in logits ``[B, K]`` of samples number ``index`` ``[B]``."""
-        self.keep(logits, index)
 
     def compute(self) -> tuple[float, float]:
         """Mean and deviation over the parts.

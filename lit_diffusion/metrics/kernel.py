@@ -35,7 +35,9 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 class KernelDistance(RowsMetric):
-    """Mean and standard deviation over the subsets, which are torch-fidelity's for the same seed and counts.
+    """Mean and standard deviation over the subsets, of features ``[B, D]`` a batch.
+
+    The subsets are torch-fidelity's for the same seed and counts.
 
     Args:
         reference: features of the real data ``[M, D]``.
@@ -50,10 +52,6 @@ class KernelDistance(RowsMetric):
         self.subsets = subsets
         self.subset_size = subset_size
         self.seed = seed
-
-    def update(self, features: Tensor, index: Tensor) -> None:
-        """Take in features ``[B, D]`` of samples number ``index`` ``[B]``."""
-        self.keep(features, index)
 
     def compute(self) -> tuple[float, float]:
         """Mean and deviation over the subsets.

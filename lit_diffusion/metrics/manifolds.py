@@ -53,7 +53,7 @@ def compare_manifolds(
 
 
 class ManifoldMetrics(RowsMetric):
-    """Precision, recall, density and coverage of samples against real features.
+    """Precision, recall, density and coverage of samples' features, ``[B, D]`` a batch, against real ones.
 
     Args:
         real: features of the real data.
@@ -70,10 +70,6 @@ class ManifoldMetrics(RowsMetric):
         self.precision_neighbours = precision_neighbours
         self.density_neighbours = density_neighbours
         self.most = most
-
-    def update(self, features: Tensor, index: Tensor) -> None:
-        """Take in features ``[B, D]`` of samples number ``index`` ``[B]``."""
-        self.keep(features, index)
 
     def compute(self) -> dict[str, Tensor]:
         """The contributions of the samples of all processes, see :func:`compare_manifolds`.

@@ -73,7 +73,7 @@ class Memorisation(RowsMetric):
             images: uint8 ``[B, H, W, C]``.
         """
         distances, positions = nearest_exactly(features, self.real.features, 2, self.real.device, self.real.block_mb)
-        self.keep(torch.cat((distances, positions[:, :1].double()), dim=1), index)
+        super().update(torch.cat((distances, positions[:, :1].double()), dim=1), index)
         if images is not None and self.pairs:
             found = [
                 Pair(float(distances[k, 0]), int(index[k]), int(positions[k, 0]), images[k])

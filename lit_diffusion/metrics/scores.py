@@ -414,9 +414,6 @@ class Scores:
 class _Rows(RowsMetric):
     """The features themselves, to be resampled."""
 
-    def update(self, features: Tensor, index: Tensor) -> None:
-        self.keep(features, index)
-
     def compute(self) -> Tensor:
         return self.all_rows()
 

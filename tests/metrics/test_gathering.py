@@ -109,20 +109,17 @@ def test_no_metric_touches_the_generators_of_training(tmp_path):
 
 
 class Rows(RowsMetric):
-    def update(self):
-        """Nothing of its own."""
-
     compute = RowsMetric.all_rows
 
 
 def test_rows_come_in_the_order_of_their_numbers():
     metric = Rows()
-    metric.keep(torch.tensor([[3.0], [1.0]]), torch.tensor([30, 10]))
-    metric.keep(torch.tensor([[2.0]]), torch.tensor([20]))
+    metric.update(torch.tensor([[3.0], [1.0]]), torch.tensor([30, 10]))
+    metric.update(torch.tensor([[2.0]]), torch.tensor([20]))
     assert metric.all_rows().tolist() == [[1.0], [2.0], [3.0]]
     with pytest.raises(ValueError, match="2 rows for 1 samples"):
-        metric.keep(torch.zeros(2, 1), torch.tensor([1]))
-    metric.keep(torch.zeros(1, 1), torch.tensor([10]))
+        metric.update(torch.zeros(2, 1), torch.tensor([1]))
+    metric.update(torch.zeros(1, 1), torch.tensor([10]))
     with pytest.raises(ValueError, match="two samples have one number"):
         metric.all_rows()
 
