@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def evaluated(folder: Path, name: str, many: dict, lost: int = 1000, **keys) -> 
     logger = RunLogger(name, root=folder)
     logger.clock = method.clock
     keys = {"every_n_steps": 1, "sampler": walk, "test_sampler": Fixed(), "test_seeds": (0, 1), "keep": 2, **keys}
-    evaluator = Evaluator(test_samples=keys["samples"], **keys)
+    evaluator = Evaluator(test_samples=37, **keys)
     callbacks = [EMA([64]), evaluator, Checkpoint()]
     data = digits_data()
     made = fit(method, data, folder, 64, callbacks=callbacks, logger=logger, **many)
@@ -138,6 +139,16 @@ def evaluated(folder: Path, name: str, many: dict, lost: int = 1000, **keys) -> 
     if name == "odd":
         made.test(method, datamodule=data, verbose=False)
     return {"last": last, "tested": evaluator.last, "run_dir": str(logger.run_dir)}
+
+
+def chosen(folder: Path, many: dict) -> dict:
+    """``auto`` where the first process finds samples cheap, and the other dear."""
+    dear = os.environ.get("RANK", "0") != "0"
+    with (
+        patch.object(Evaluator, "_seconds_a_sample", lambda *_: 1e9 if dear else 1e-9),
+        patch("lit_diffusion.callbacks.evaluator.COUNTS", (20, 40)),
+    ):
+        return evaluated(folder, "auto", many, samples="auto", metrics=["fid"])
 
 
 def everything(folder: Path, many: dict) -> dict:
@@ -163,6 +174,7 @@ def everything(folder: Path, many: dict) -> dict:
     results["few"] = evaluated(folder, "few", many, samples=1, batch_size=4, metrics=["memorisation"], keep=0)
     # Of two processes the second alone has sample 35.
     results["diverged"] = evaluated(folder, "diverged", many, samples=36, batch_size=4, lost=35)
+    results["auto"] = chosen(folder, many)
     predicted(folder, many)
     results["refused"] = refused(folder, many)
     return results
@@ -321,6 +333,11 @@ def test_the_best_of_two_processes_are_those_of_one(one, two):
         assert {path.name for path in checkpoints.glob("best-*.ckpt")} == {name for name, _ in lists[-1]}
     assert lists[0] == lists[1]
     assert [images for _, images in lists[0]] == [32, 64]
+
+
+def test_auto_is_one_choice_for_all(one, two):
+    for results in (one[1], *two[1]):
+        assert results["auto"]["last"]["protocol"]["n_fake"] == 40
 
 
 def test_a_walk_that_diverges_on_one_process_is_a_note_on_both(one, two):

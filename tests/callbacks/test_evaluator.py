@@ -459,38 +459,42 @@ def test_a_best_checkpoint_that_somebody_took_away_is_off_the_list(tmp_path):
 # ---- continuing --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_continued_after_its_end_is_not_evaluated_twice_there(tmp_path):
-    first = evaluated(tmp_path, 96, metrics=IMAGE)
+@pytest.mark.parametrize("end", [96, 128])  # where an evaluation is due, and where it is not
+def test_a_run_continued_after_its_end_is_not_evaluated_twice_there(tmp_path, capsys, end):
+    first = evaluated(tmp_path, end, metrics=IMAGE)
     last = first.checkpoints / "last.ckpt"
-    again = evaluated(tmp_path, 96, continues=True, ckpt_path=last, metrics=IMAGE)
-    assert [event["images"] for event in again.events] == [64, 96]
+    again = evaluated(tmp_path, end, continues=True, ckpt_path=last, metrics=IMAGE)
+    assert [event["images"] for event in again.events] == [64, end]
     further = evaluated(tmp_path, 160, continues=True, ckpt_path=last, metrics=IMAGE)
-    assert [event["images"] for event in further.events] == [64, 96, 128, 160]
+    assert [event["images"] for event in further.events] == sorted({64, end, 128, 160})
+    assert "is missing" not in capsys.readouterr().out
 
 
 class Killed(BaseException):
     """As SIGKILL: nothing is caught."""
 
 
-@pytest.mark.parametrize("moment", ["generating", "recorded", "best saved"])
+@pytest.mark.parametrize("moment", ["generating", "recorded", "best saved", "best listed"])
 def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, capsys, moment):
     """Twice, the second time while it is made up for; then all is as if nothing had happened."""
     straight = evaluated(tmp_path / "straight", 192, metrics=IMAGE, keep=2)
-    target, name = {
+    target, name = {  # what is called first after that moment
         "generating": (module, "generate_in_batches"),
         "recorded": (Evaluator, "_keep_the_best"),
         "best saved": (module, "atomic_write"),
+        "best listed": (Evaluator, "_save_last"),
     }[moment]
     whole, calls = getattr(target, name), []
 
     def cut(*arguments, **keys):
-        if moment != "best saved" or arguments[0].name == "best.json":
+        begins = {"best saved": lambda: arguments[0].name == "best.json", "best listed": lambda: "again" in keys}
+        if begins.get(moment, lambda: True)():
             calls.append(arguments)
             if len(calls) in (2, 3):
                 raise Killed
         return whole(*arguments, **keys)
 
-    monkeypatch.setattr(target, name, cut)
+    monkeypatch.setattr(target, name, staticmethod(cut) if name == "_save_last" else cut)
     last = tmp_path / "broken" / "run" / "checkpoints" / "last.ckpt"
     keys = {"metrics": IMAGE, "keep": 2}
     for attempt in range(3):
@@ -499,7 +503,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, 
             with pytest.raises(Killed):
                 evaluated(tmp_path / "broken", 192, **keys, **ckpt)
             assert torch.load(last, weights_only=True)["lit_diffusion"]["images_seen"] == 128
-            assert [entry["images"] for entry in read_best(last.parent)] == [64]
+            assert [entry["images"] for entry in read_best(last.parent) if entry["images"] != 128] == [64]
         else:
             broken = evaluated(tmp_path / "broken", 192, **keys, **ckpt)
     assert capsys.readouterr().out.count("the evaluation at 128 images is missing: made now") == 2

@@ -234,3 +234,12 @@ def test_the_process_exits_with_2(given, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("lit_diffusion: error: there is no file nowhere.npz")
     assert "Traceback" not in said
+
+
+def test_fetch_says_where_the_weights_are(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("lit_diffusion.commands.fetch.fetch_weights", lambda name: tmp_path / f"{name}.pth")
+    dispatch(["fetch", "weights", "vgg16"])
+    assert capsys.readouterr().out == f"vgg16 is in {tmp_path / 'vgg16.pth'}\n"
+    for arguments in (["weights"], ["weights", "vgg16", "clip"], ["wheights", "vgg16"]):
+        with pytest.raises(UserError, match="fetch takes what and its name"):
+            dispatch(["fetch", *arguments])
