@@ -427,7 +427,7 @@ def _at_most(features: Tensor, most: int) -> Tensor:
 
 def bias_caveat(extractor: Extractor, count: int) -> str | None:
     """What to say of a Frechet distance of so few samples; None where there are enough."""
-    if count > extractor.dimension:
+    if count >= extractor.dimension:
         return None
     return (
         f"{count} samples are fewer than the {extractor.dimension} dimensions of {extractor.name}'s features: the "

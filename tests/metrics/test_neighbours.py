@@ -59,6 +59,8 @@ def test_near_copies_are_told_apart():
     found, positions = nearest_exactly(queries, twins, 2)
     expected = sklearns(queries, twins, 2)[1]
     assert positions.tolist() == expected.tolist() == [[k, 60 + k] for k in range(60)]
+    assert nearest_exactly(queries, twins, 1)[1].flatten().tolist() == list(range(60))
+    assert nearest(queries, twins, 1)[1].flatten().tolist() != list(range(60))
     true = (queries.double()[:, None] - twins.double()[expected]).norm(dim=2)
     torch.testing.assert_close(found, true, rtol=1e-12, atol=0.0)
 

@@ -142,12 +142,24 @@ def test_whatever_the_features_depend_on_makes_another_file(change, tmp_path, mo
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_another_size_makes_another_file(tmp_path, inception_file):
+class Unread(InMemory):
+    """A source on disk whose fingerprint is of its folder alone."""
+
+    def fingerprint(self):
+        return "same"
+
+
+@pytest.mark.parametrize("change", ["size", "levels", "name"])
+def test_the_same_folder_read_otherwise_makes_another_file(change, inception_file):
     inception = load_extractor("inception", (3, 8, 8), inception_file)
     keys = set()
-    for size in (8, 9):
-        data = InMemory(np.zeros((3, 3, size, size), np.uint8))
-        keys.add(reference.record_key(reference.reference_record(RealData.of(data, torch.arange(3), "all"), inception)))
+    for other in (False, True):
+        size = 9 if change == "size" and other else 8
+        source = Unread(np.zeros((3, 3, size, size), np.uint8))
+        source.levels = 17 if change == "levels" and other else 256
+        source.name = "b" if change == "name" and other else "a"
+        data = RealData.of(source, torch.arange(3), "all")
+        keys.add(reference.record_key(reference.reference_record(data, inception)))
     assert len(keys) == 2
 
 
@@ -192,6 +204,17 @@ def test_a_damaged_file_is_made_anew(small, tmp_path):
     assert path.read_bytes()[-200:] != b""
     assert equal(reference_of(*small, tmp_path, say=lines.append), expected)
     assert len(lines) == 1
+
+
+def test_a_changed_number_in_a_sound_archive_is_noticed(small, tmp_path):
+    expected = reference_of(*small, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    np.savez(path, **{**arrays, "mean": arrays["mean"] + 1e-12})
+    lines = []
+    assert equal(reference_of(*small, tmp_path, say=lines.append), expected)
+    assert "its checksum does not fit its contents" in lines[0]
 
 
 def test_statistics_under_a_false_name_are_not_taken(small, tmp_path):

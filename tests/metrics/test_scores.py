@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,7 +275,9 @@ def test_pairs_are_kept_of_images_only():
 
 
 def test_the_protocol_says_what_the_figures_depend_on():
-    scores = Scores(ALL, Linear(), reference_to(points(60, 0), split="train", reference_source="x"), (3,), OPTIONS)
+    reference = reference_to(points(60, 0), split="train", reference_source="x")
+    reference = replace(reference, gaussian=replace(reference.gaussian, count=1234))  # Of all; some keep features.
+    scores = Scores(ALL, Linear(), reference, (3,), OPTIONS)
     assert scores.protocol(80) == {
         "extractor": "linear",
         "extractor_sha256": "",
@@ -282,7 +285,7 @@ def test_the_protocol_says_what_the_figures_depend_on():
         "reference": scores.reference.key,
         "reference_source": "x",
         "split": "train",
-        "n_real": 60,
+        "n_real": 1234,
         "n_fake": 80,
         "is_splits": 4,
         "kid_subsets": 5,
@@ -334,9 +337,8 @@ def test_a_sample_counts_once():
 
 
 def test_few_samples_are_warned_of():
-    assert bias_caveat(Linear(), 4) is None
-    said = bias_caveat(Linear(), 3)
-    assert "3 samples are fewer than the 3 dimensions" in said or "3 samples" in said
+    assert bias_caveat(Linear(), 3) is None
+    assert "2 samples are fewer than the 3 dimensions of digits's features" in bias_caveat(Linear(), 2)
 
 
 # ---- the best -----------------------------------------------------------------------------------------------------
