@@ -58,7 +58,9 @@ def flat(value):
     return torch.cat([v.flatten() for v in value.values()]).tolist() if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("modes", itertools.product([False, True], repeat=5), ids=lambda m: "".join("-i"[x] for x in m))
+@pytest.mark.parametrize(
+    "modes", [*itertools.product([False, True], repeat=5)], ids=lambda m: "".join("-i"[x] for x in m)
+)
 @pytest.mark.parametrize("name", MAKERS)
 def test_inference_mode_may_come_and_go(name, modes):
     """Made, reset, updated twice and computed, each in or out of it."""
