@@ -203,7 +203,10 @@ def test_the_cadence_and_the_end_once(tmp_path, keys, at):
 
 
 def test_a_try_run_evaluates_nothing(tmp_path):
-    assert evaluated(tmp_path, fast_dev_run=2).events == []
+    run = evaluated(tmp_path, fast_dev_run=2, test_samples=40)
+    run.trainer.test(run.method, datamodule=digits_data(), verbose=False)
+    assert run.method.clock.images == 64
+    assert run.evaluator.last == {}
 
 
 def test_no_more_samples_are_kept_than_a_person_looks_at(tmp_path):
@@ -477,7 +480,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("moment", ["generating", "recorded", "best saved", "best listed"])
 def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, capsys, moment):
     """Twice, the second time while it is made up for; then all is as if nothing had happened."""
-    straight = evaluated(tmp_path / "straight", 192, metrics=IMAGE, keep=2)
+    keys = {"metrics": IMAGE, "keep": 2, "best": "is", "seed": 7}
+    straight = evaluated(tmp_path / "straight", 192, **keys)
+    assert straight.events[1]["is/digits-40"] > straight.events[0]["is/digits-40"]  # the one cut short is the best then
     target, name = {  # what is called first after that moment
         "generating": (module, "generate_in_batches"),
         "recorded": (Evaluator, "_keep_the_best"),
@@ -486,17 +491,16 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, 
     }[moment]
     whole, calls = getattr(target, name), []
 
-    def cut(*arguments, **keys):
-        begins = {"best saved": lambda: arguments[0].name == "best.json", "best listed": lambda: "again" in keys}
+    def cut(*arguments, **more):
+        begins = {"best saved": lambda: arguments[0].name == "best.json", "best listed": lambda: "again" in more}
         if begins.get(moment, lambda: True)():
             calls.append(arguments)
             if len(calls) in (2, 3):
                 raise Killed
-        return whole(*arguments, **keys)
+        return whole(*arguments, **more)
 
     monkeypatch.setattr(target, name, staticmethod(cut) if name == "_save_last" else cut)
     last = tmp_path / "broken" / "run" / "checkpoints" / "last.ckpt"
-    keys = {"metrics": IMAGE, "keep": 2}
     for attempt in range(3):
         ckpt = {"ckpt_path": last, "continues": True} if attempt else {}
         if attempt < 2:

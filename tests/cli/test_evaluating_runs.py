@@ -239,7 +239,7 @@ def chosen(run_dir):
     ]
 
 
-def test_what_auto_chose_is_written_down_and_kept(run, workdir, monkeypatch):
+def test_what_auto_chose_is_written_down_and_kept(run, workdir, monkeypatch, capsys):
     monkeypatch.setattr(module, "COUNTS", (30, 10**9))
     fit_it = changed(workdir, eval={"samples": "auto", "metrics": ["fid"]})
     run(*fit_it, "--run_dir", "r", "--trainer.max_images", 64)
@@ -248,6 +248,7 @@ def test_what_auto_chose_is_written_down_and_kept(run, workdir, monkeypatch):
     for run_dir, images in (("r", 128), ("new", 192)):  # the file of both says auto
         run(*fit_it, "--run_dir", run_dir, "--ckpt_path", "r/checkpoints/last.ckpt", "--trainer.max_images", images)
         assert chosen(workdir / run_dir) == [30, 30, 30, 30]
+    assert "differs from the checkpoint: eval.samples" not in capsys.readouterr().out
     run("fit", "--config", "r/config.yaml", "--run_dir", "again", "--trainer.max_images", 64)
     assert [event["protocol"]["n_fake"] for event in events(workdir / "again", "evaluation")] == [30]
     given = ("--eval.samples", 25, "--trainer.max_images", 192)
