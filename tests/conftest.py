@@ -1,9 +1,21 @@
 """What every test shares: one thread, because small tensors on shared cores are slower with two; a cache of its own."""
 
+import os
+
 import pytest
 import torch
 
+THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+@pytest.fixture
+def all_cores():
+    """For a test that is the run that a user makes."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
-import torch
 from digits_table import judged, sample, train
 from judge import judge
 from sklearn.datasets import load_digits
@@ -23,15 +20,6 @@ def test_the_judge_tells_good_from_bad():
     collapsed = judge(np.repeat(real[:10], 90, axis=0)[:450])
     assert collapsed["classes"] < 9.5
     assert collapsed["frechet_hidden"] > 0.4
-
-
-@pytest.fixture
-def all_cores():
-    """The fast tests run on one thread; this is the run that a user makes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    yield
-    torch.set_num_threads(before)
 
 
 LIMITS = {
