@@ -38,7 +38,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.autocast(device.type, enabled=False))
             if device.type == "cuda":
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+                cudnn = torch.backends.cudnn
+                as_set = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+                stack.enter_context(cudnn.flags(**as_set, allow_tf32=False))
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)

@@ -135,7 +135,7 @@ def reference_of(
         say: prints one line.
 
     Raises:
-        UserError: if there are fewer than two data, or the cache cannot be written.
+        UserError: if there are fewer than two data.
     """
     record = reference_record(data, extractor)
     path = (folder or cache_folder("references")) / f"{record_key(record)}.npz"
@@ -164,7 +164,10 @@ def reference_of(
     order = gathered(torch.cat(numbers)[:, None])[:, 0].argsort()
     reference = Reference(moments.gaussian(), gathered(torch.cat(rows))[order], kept, record)
     if rank == 0:
-        _write(path, reference)
+        try:
+            _write(path, reference)
+        except UserError as error:  # A run of hours does not end for a cache.
+            say(f"the reference statistics are not kept: {error}")
     return reference
 
 

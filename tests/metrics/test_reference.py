@@ -302,3 +302,13 @@ def test_moments_of_another_dimension_are_refused(tmp_path):
     np.savez(tmp_path / "m.npz", mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(UserError, match=r"mu \[3\] and sigma \[4, 4\].*3 dimensions"):
         reference_of_moments(tmp_path / "m.npz", 3)
+
+
+def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "file").touch()
+    said = []
+    found = reference_of(real(), extractor(), tmp_path / "file" / "folder", say=said.append)
+    assert equal(found, reference_of(real(), extractor(), tmp_path))
+    (line,) = said
+    assert line.startswith("the reference statistics are not kept: cannot write")
+    assert "\n" not in line
