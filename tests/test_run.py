@@ -39,7 +39,7 @@ def test_run_ids_are_unique_and_sort_by_time():
     assert len(set(ids)) == 2000
     assert all(re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", run_id) for run_id in ids)
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002 (not from a seed)
+    np.random.seed(0)  # not from a seed
     assert new_run_id() not in ids
 
 

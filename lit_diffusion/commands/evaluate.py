@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def _metrics(given: str) -> list[MetricName]:
         require_choice("", "--metrics", name, get_args(MetricName))
     if not names:
         raise UserError("--metrics is empty; name one, e.g. --metrics fid,precision,recall")
-    return names  # type: ignore[return-value]
+    return cast("list[MetricName]", names)
 
 
 def _captions(path: Path, count: int) -> list[str]:

@@ -58,7 +58,7 @@ def test_a_resample_draws_every_datum_equally_often():
 def test_the_interval_of_a_biased_statistic_is_about_its_figure():
     """A resample's Frechet distance is larger: it has fewer different samples."""
     reference, x = gaussian_of(normal(5000, 0, 10)), normal(200, 1, 10)
-    statistic = lambda chosen: frechet_distance(reference, gaussian_of(x[chosen]))  # noqa: E731
+    statistic = lambda chosen: frechet_distance(reference, gaussian_of(x[chosen]))
     figure = statistic(torch.arange(200))
     low, high = bootstrap_interval(statistic, 200, 100)
     assert low < figure < high
@@ -67,6 +67,6 @@ def test_the_interval_of_a_biased_statistic_is_about_its_figure():
 
 def test_the_seed_decides():
     x = normal(50, 1)[:, 0]
-    mean = lambda chosen: float(x[chosen].mean())  # noqa: E731
+    mean = lambda chosen: float(x[chosen].mean())
     assert bootstrap_interval(mean, 50, 50, 1) == bootstrap_interval(mean, 50, 50, 1)
     assert bootstrap_interval(mean, 50, 50, 1) != bootstrap_interval(mean, 50, 50, 2)

@@ -98,8 +98,8 @@ def test_no_metric_touches_the_generators_of_training(tmp_path):
     extractor = load_extractor("digits", (1, 8, 8))
     images = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002 (what others may use)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    np.random.seed(5)  # what others may use
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     reference = reference_of(RealData.of(InMemory(images), torch.arange(60), "all"), extractor, tmp_path)
     metrics = ("fid", "is", "kid", "precision", "recall", "density", "coverage", "memorisation")
     options = ScoreOptions(kid_subsets=3, kid_subset_size=20, manifold_samples=30, bootstrap=3)
@@ -107,7 +107,7 @@ def test_no_metric_touches_the_generators_of_training(tmp_path):
     scores.update(255 - images.transpose(0, 2, 3, 1), torch.arange(60))
     assert len(scores.compute(60).values) == 11
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[1]
 
 
 class Rows(RowsMetric):

@@ -23,7 +23,7 @@ def score(x, reference, *args, **keys):
 
 def test_it_is_the_sum_over_different_pairs():
     x, y = features(5, 1).double(), features(5, 2, 0.5).double()
-    k = lambda a, b: float((a @ b / 6 + 1) ** 3)  # noqa: E731
+    k = lambda a, b: float((a @ b / 6 + 1) ** 3)
     within = sum(k(z[i], z[j]) for z in (x, y) for i in range(5) for j in range(5) if i != j) / 20
     between = sum(k(a, b) for a in x for b in y) / 25
     assert squared_mmd(x, y) == pytest.approx(within - 2 * between, rel=1e-12)
@@ -51,8 +51,8 @@ def test_of_whole_sets_it_is_torchmetrics():
 
 def test_it_is_unbiased_at_any_size():
     """Of two Gaussians N(0, I) and N(m, I) in one dimension: ``E k(x, y) = E (xy + 1)^3``, by moments."""
-    moment = lambda m: np.array([1.0, m, m**2 + 1, m**3 + 3 * m])  # noqa: E731
-    expected_kernel = lambda a, b: float((np.array([1, 3, 3, 1]) * moment(a) * moment(b)).sum())  # noqa: E731
+    moment = lambda m: np.array([1.0, m, m**2 + 1, m**3 + 3 * m])
+    expected_kernel = lambda a, b: float((np.array([1, 3, 3, 1]) * moment(a) * moment(b)).sum())
     exact = expected_kernel(0, 0) + expected_kernel(0.7, 0.7) - 2 * expected_kernel(0, 0.7)
     found = [squared_mmd(features(4, k, 0, 1).double(), features(4, 10**6 + k, 0.7, 1).double()) for k in range(8000)]
     assert abs(np.mean(found) - exact) < 4.0 * np.std(found) / 8000**0.5

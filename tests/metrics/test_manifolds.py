@@ -24,8 +24,8 @@ def means(samples, real, *args, block_mb=256):
 def by_definition(samples, real, precision_k, density_k):
     """As the papers have it, with all distances at once."""
     x, y = samples.double().numpy(), real.double().numpy()
-    between = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))  # noqa: E731
-    radius = lambda a, k: np.sort(between(a, a), axis=1)[:, k]  # noqa: E731 (column 0 is the point itself)
+    between = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+    radius = lambda a, k: np.sort(between(a, a), axis=1)[:, k]  # column 0 is the point itself
     d = between(x, y)
     return {
         "precision": (d <= radius(y, precision_k)[None]).any(1).mean(),
