@@ -26,6 +26,7 @@ from lit_diffusion.metrics.features import Extractor, ExtractorName, default_ext
 from lit_diffusion.metrics.gathering import many_processes, summed
 from lit_diffusion.metrics.reference import RealData, reference_of
 from lit_diffusion.metrics.scores import (
+    HIGHER_IS_BETTER,
     MetricName,
     Result,
     ScoreOptions,
@@ -35,7 +36,7 @@ from lit_diffusion.metrics.scores import (
     is_better,
 )
 from lit_diffusion.precision import precision_name
-from lit_diffusion.run import print_note, run_logger_of
+from lit_diffusion.run import RunLogger, print_note, run_logger_of
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.samplers.base import in_words
 from lit_diffusion.sampling import DivergedError, generate_in_batches
@@ -143,6 +144,7 @@ class Evaluator(Drawing):
         self._chosen: int | None = None
         self._loaded: Extractor | None = None
         self._scores: Scores | None = None
+        self._data: RealData | None = None
         self._began = 0.0
         self._began_at = 0
         self._warned = False
@@ -209,7 +211,7 @@ class Evaluator(Drawing):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the networks."""
-        self._loaded = self._scores = None
+        self._loaded = self._scores = self._data = None
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` chose and the last figures, for a checkpoint."""
@@ -235,7 +237,8 @@ class Evaluator(Drawing):
     def _weights(self, trainer: pl.Trainer) -> str:
         return averages_of(trainer).kept(self.weights)
 
-    def _check(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> None:
+    def _check(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> list[MetricName]:
+        """The metrics that can be had; loads the extractor."""
         choose_average(averages_of(trainer).half_lives, self._weights(trainer))
         self._walk(method, stage).check(method.denoiser)
         data = self._datamodule(trainer)
@@ -251,6 +254,7 @@ class Evaluator(Drawing):
         chosen = choose_metrics(self.metrics, self._loaded, count, real, self.options)
         if self.keep and stage == "fit" and self.best not in chosen:
             raise UserError(f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(chosen)}")
+        return chosen
 
     @staticmethod
     def _datamodule(trainer: pl.Trainer) -> DataModule:
@@ -268,18 +272,16 @@ class Evaluator(Drawing):
 
     def _make_scores(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> Scores:
         """Ready to take samples in; what is known of the real data is found once a run."""
-        self._check(trainer, method, count, stage)
+        chosen = self._check(trainer, method, count, stage)
         assert self._loaded is not None
         data, extractor = self._datamodule(trainer), self._loaded.to(method.device)
         if self._scores is None:
-            real = self._real(data)
+            self._data = self._real(data)  # Kept: finding out which data these are may read them all.
             shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
             reference = reference_of(
-                real, extractor, None, trainer.global_rank, trainer.world_size, shown, say=print_note
+                self._data, extractor, None, trainer.global_rank, trainer.world_size, shown, say=print_note
             )
-            chosen = choose_metrics(self.metrics, extractor, count, len(reference.features), self.options)
             self._scores = Scores(chosen, extractor, reference, tuple(data.facts.shape), self.options, PAIRS)
-        self._scores.reset()
         self._scores.to(method.device)
         return self._scores
 
@@ -348,8 +350,8 @@ class Evaluator(Drawing):
                 "  these samples look like copies of training images (near_copies): see samples/neighbours-*.png; more "
                 "data, dropout, mirroring or a shorter training help"
             )
-        assert self._loaded is not None
-        caveat = bias_caveat(self._loaded, protocol["n_fake"]) if "fid" in self._wanted else None
+        assert self._scores is not None
+        caveat = bias_caveat(self._scores.extractor, protocol["n_fake"]) if "fid" in self._scores.metrics else None
         if caveat is not None and not self._warned:
             self._warned = True
             print_note(f"  note: {caveat}")
@@ -374,21 +376,16 @@ class Evaluator(Drawing):
             values["intervals"] = {key: list(interval) for key, interval in result.intervals.items()}
         run.record("evaluation", values)
         if protocol["stage"] == "fit" or protocol["seed"] == self.test_seeds[0]:
-            self._draw_pairs(trainer, method, result)
+            self._draw_pairs(run, method, result)
 
-    @property
-    def _wanted(self) -> tuple[MetricName, ...]:
-        return () if self._scores is None else self._scores.metrics
-
-    def _draw_pairs(self, trainer: pl.Trainer, method: Method, result: Result) -> None:
+    def _draw_pairs(self, run: RunLogger, method: Method, result: Result) -> None:
         """The samples closest to training images, each above the image."""
-        run = run_logger_of(trainer)
-        assert run is not None
         assert self._scores is not None
+        assert self._data is not None
         if not result.pairs:
             return
         positions = torch.tensor([pair.neighbour for pair in result.pairs])
-        real = self._real(self._datamodule(trainer)).values(self._scores.reference.positions[positions])
+        real = self._data.values(self._scores.reference.positions[positions])
         both = np.concatenate((np.stack([pair.image for pair in result.pairs]), real))
         caption = f"samples nearest to a training image, above it; {method.clock.images} images seen"
         distances = {"distances": [round(pair.distance, 6) for pair in result.pairs]}
@@ -468,8 +465,7 @@ class Evaluator(Drawing):
         if not trainer.is_global_zero:
             return
         kept.append({"file": name, "metric": key, "value": value, "images": method.clock.images})
-        higher = is_better(self.best, 1.0, 0.0)
-        kept.sort(key=lambda entry: -entry["value"] if higher else entry["value"])
+        kept.sort(key=lambda entry: entry["value"], reverse=self.best in HIGHER_IS_BETTER)
         with atomic_write(folder / BEST) as file:
             file.write((json.dumps([*kept[: self.keep], *others], indent=1) + "\n").encode())
         for name in {entry["file"] for entry in before} - {entry["file"] for entry in kept[: self.keep]}:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
 import sys
@@ -22,6 +21,7 @@ from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
+from lit_diffusion.images import png_bytes
 from lit_diffusion.parser import Parser
 from lit_diffusion.protocol import differing_keys
 
@@ -225,11 +225,7 @@ def _images(path: Path, count: int) -> dict[str, Any]:
 
 def _png(image: np.ndarray) -> str:
     """uint8 ``[C, H, W]`` as a PNG file in base64."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(png_bytes(image.transpose(1, 2, 0))).decode()
 
 
 def _make_names_unique(entries: Iterable[Entry]) -> None:
