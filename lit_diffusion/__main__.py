@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lit_diffusion import __version__
+from lit_diffusion import __version__, interrupts
 from lit_diffusion.errors import UserError
 
 COMMANDS = {
@@ -104,12 +104,25 @@ def as_one_line(error: UserError) -> str:
 
 
 def main() -> int:
-    """The console's entry point: 0, or 2 with one line for a mistake that the user can mend."""
+    """The console's entry point.
+
+    Returns:
+        0; 2 with one line for a mistake that the user can mend; 75 with one line for a training that was asked to stop
+        by SIGTERM, SIGUSR1 or Ctrl-C and has saved its state.
+    """
+    if sys.argv[1:2] == ["fit"]:
+        interrupts.listen()  # Before anything slow is imported: a signal is not lost while a run starts.
     try:
         dispatch(sys.argv[1:])
+    except interrupts.Interrupted as stop:
+        if not stop.quiet:
+            sys.stderr.write(f"lit_diffusion: {as_one_line(stop)}\n")
+        return stop.exit_code
     except UserError as error:
         sys.stderr.write(f"lit_diffusion: error: {as_one_line(error)}\n")
         return 2
+    finally:
+        interrupts.forget()
     return 0
 
 

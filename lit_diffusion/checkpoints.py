@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_diffusion.callbacks.checkpoint import LAST, PREVIOUS
 from lit_diffusion.callbacks.ema import choose_average, load_average
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.datamodule import DataModule
@@ -15,22 +17,56 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.formats import CHECKPOINT_KEY, require_known_format
 from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser, users_own_errors
+from lit_diffusion.run import print_note
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not whole."""
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """A run's newest checkpoint that is whole, and its contents; None where it has written none yet.
+
+    Raises:
+        DamagedError: if none of those that are there is whole.
+        UserError: if it is of an unknown format version.
+    """
+    damaged: DamagedError | None = None
+    for name in (LAST, PREVIOUS):
+        path = run_dir / "checkpoints" / name
+        if not path.is_file():
+            continue
+        try:
+            found = read_checkpoint(path)
+        except DamagedError as error:
+            damaged = error
+            continue
+        if damaged is not None:
+            print_note(f"{damaged}; continuing from {path}, the one before")
+        return path, found
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The contents of a checkpoint of this project, on the CPU; never unpickles code.
 
     Raises:
-        UserError: if the file is missing, truncated, foreign, or of an unknown format version.
+        DamagedError: if the file is truncated or its bytes are not those that were written.
+        UserError: if it is missing, foreign, or of an unknown format version.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist; a run keeps its own in <run_dir>/checkpoints/last.ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as parts:  # torch.load does not look at the checksums that torch.save wrote.
+            if (broken := parts.testzip()) is not None:
+                raise ValueError(f"checksum of {broken}")
     except Exception as error:  # A damaged file makes the unpickler raise whatever it may.
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(
+        raise DamagedError(
             f"cannot read checkpoint {path}: truncated, or not a checkpoint ({reason}); use an earlier one"
         ) from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:

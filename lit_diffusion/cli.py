@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -33,7 +33,13 @@ from lit_diffusion.callbacks import (
     Telemetry,
 )
 from lit_diffusion.callbacks.evaluator import read_best
-from lit_diffusion.checkpoints import build_method, checkpoint_config, read_checkpoint, require_fitting_weights
+from lit_diffusion.checkpoints import (
+    build_method,
+    checkpoint_config,
+    newest_checkpoint,
+    read_checkpoint,
+    require_fitting_weights,
+)
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import packaged_experiment
@@ -46,7 +52,7 @@ from lit_diffusion.trainer import Trainer, callbacks_of
 # Interpolations are resolved after all files and arguments are merged, and absolute ones work below subcommands.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
-OF_THE_RUN = frozenset({"config", "run_dir", "ckpt_path", "init_from", "format_version", "experiment"})
+OF_THE_RUN = frozenset({"config", "run_dir", "resume", "ckpt_path", "init_from", "format_version", "experiment"})
 """Keys that belong to one run, not to what is computed: not inherited from a checkpoint, not compared with it."""
 
 
@@ -96,6 +102,12 @@ class CLI(LightningCLI):
             "--run_dir", type=str | None, default=None, help="The run's directory; null: runs/<experiment>/<run id>."
         )
         parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: start in --run_dir where there is no run, continue the one that is there; null: start.",
+        )
+        parser.add_argument(
             "--init_from", type=str | None, default=None, help="Checkpoint whose weights to start from, nothing else."
         )
         parser.add_lightning_class_args(EMA, "ema")
@@ -112,13 +124,23 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] | None = None
         self.inherited: dict[str, Any] = {}
         command, *rest = list(args)
-        ckpt_path = _last_option(rest, "--ckpt_path")
-        if ckpt_path is None:
+        self.continues = False
+        """Whether the run that is in run_dir goes on."""
+        ckpt_path, run_dir, resume = (_last_option(rest, f"--{key}") for key in ("ckpt_path", "run_dir", "resume"))
+        if ckpt_path is None and (resume != "auto" or run_dir is None or not Path(run_dir, "checkpoints").is_dir()):
             self.config = parser.parse_args([command, *rest])
-            ckpt_path = self.config[command].get("ckpt_path")
-            if ckpt_path is None:
-                return
-        self.checkpoint = read_checkpoint(ckpt_path)
+            ckpt_path, run_dir, resume = (self.config[command].get(key) for key in ("ckpt_path", "run_dir", "resume"))
+        if resume == "auto":
+            newest = self._newest(command, ckpt_path, run_dir)
+            if newest is not None:
+                ckpt_path, self.checkpoint = str(newest[0]), newest[1]
+                rest += ["--ckpt_path", ckpt_path]
+        if ckpt_path is None:
+            if not hasattr(self, "config"):
+                self.config = parser.parse_args([command, *rest])
+            return
+        if self.checkpoint is None:
+            self.checkpoint = read_checkpoint(ckpt_path)
         self.inherited = {
             key: value
             for key, value in checkpoint_config(self.checkpoint, ckpt_path).items()
@@ -128,6 +150,17 @@ class CLI(LightningCLI):
             path = Path(folder) / "checkpoint.yaml"
             path.write_text(yaml.safe_dump(self.inherited))
             self.config = parser.parse_args([command, "--config", str(path), *rest])
+
+    def _newest(self, command: str, ckpt_path: str | None, run_dir: str | None) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that ``--resume auto`` means."""
+        if command != "fit":
+            raise UserError(f"--resume continues a training; {command} takes --ckpt_path")
+        if run_dir is None:
+            raise UserError("--resume auto needs --run_dir, the directory in which the run is started and continued")
+        if ckpt_path is not None:
+            raise UserError("give --resume auto or --ckpt_path, not both")
+        self.continues = (Path(run_dir) / "run_id").is_file()
+        return newest_checkpoint(Path(run_dir)) if self.continues else None
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning's would let the checkpoint override the command line."""
@@ -180,7 +213,7 @@ class CLI(LightningCLI):
             method.on_load_checkpoint(self.checkpoint)  # Now, so that the first event of the run says where it starts.
             print_note(f"checkpoint {section.ckpt_path}: {method.clock.images} images seen")
             self._print_differences(section)
-        if section.init_from is not None:
+        if section.init_from is not None and not self.continues:  # A continued run has its own weights.
             if self.checkpoint is not None:
                 raise UserError("give --ckpt_path (continue a run) or --init_from (start from weights), not both")
             weights = read_checkpoint(section.init_from)["state_dict"]
@@ -198,7 +231,7 @@ class CLI(LightningCLI):
     def _config_text(self, section: Namespace) -> str:
         """config.yaml: complete, resolved, runnable again as it is."""
         again = section.clone()
-        for key in ("run_dir", "ckpt_path", "init_from"):
+        for key in ("run_dir", "resume", "ckpt_path", "init_from"):
             again[key] = None
         again["experiment"] = self._experiment(section)
         return str(self._parser(self.subcommand).dump(again, skip_unset=False, format="yaml"))
@@ -236,21 +269,23 @@ class CLI(LightningCLI):
 
     def _make_run_logger(self, section: Namespace) -> RunLogger:
         run_dir = None if section.run_dir is None else Path(section.run_dir)
-        continues = False
         if self.subcommand == "fit" and run_dir is not None and self.checkpoint is not None:
-            continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
-            if continues:
+            self.continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
+        if self.continues:
+            assert run_dir is not None
+            seen, last = -1, {}  # Killed before its first checkpoint: from the beginning, all events are made again.
+            if self.checkpoint is not None:
                 seen = self.checkpoint[CHECKPOINT_KEY]["images_seen"]
                 last = self.checkpoint.get("callbacks", {}).get("Evaluator", {}).get("last", {})
-                lost = drop_lost_events(run_dir, seen, last.get("images") == seen)
-                print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
+            lost = drop_lost_events(run_dir, seen, last.get("images") == seen)
+            print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
         return RunLogger(
             experiment=self._experiment(section),
             config_text=self._config_text(section),
             config=self.model.run_config,
             run_dir=run_dir,
             dashboard=self.config_init[self.subcommand]["wandb"],
-            continues=continues,
+            continues=self.continues,
         )
 
     # ---- what is said at the end -------------------------------------------------------------------------------

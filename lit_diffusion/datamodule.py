@@ -17,6 +17,7 @@ from lit_diffusion.backbones.base import Condition
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
+from lit_diffusion.interrupts import leave_it_to_the_main_process
 from lit_diffusion.randomness import keyed_permutation, keyed_uniform
 
 SPLIT_SEED = 0
@@ -221,6 +222,12 @@ class DataModule(pl.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    @property
+    def rows_at_once(self) -> int:
+        """Training images of one forward pass in a process."""
+        share = self.global_batch_size // self._place[1]
+        return min(share, self.micro_batch_size or share)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless, from the images seen so far."""
         rank, world_size = self._place
@@ -256,6 +263,7 @@ class DataModule(pl.LightningDataModule):
             collate_fn=_Numbered.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_it_to_the_main_process,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -203,6 +203,29 @@ class NetworkDenoiser(Denoiser):
         NOISE_INPUTS[noise_input](process, end)
         self.autocast_dtype: torch.dtype | None = None
         """The type the backbone computes in under mixed precision, None for float32 throughout."""
+        self.rows: int | None = None
+        """How many rows the backbone is given at once, filled up and taken apart; None: as many as there are."""
+
+    def compile_backbone(self, rows: int | None) -> None:
+        """Compile the backbone in place, as one graph, for batches of one size, which is all that it is given then.
+
+        The names of the weights stay, and weights that are written over in place are seen.
+
+        Args:
+            rows: of the batches, those of training; None: whatever comes, compiled again for each size.
+        """
+        self.rows = rows
+        self.backbone.compile(fullgraph=True, dynamic=False)
+
+    def _evaluate(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> Tensor:
+        rows, given = self.rows, len(x)
+        if rows is None or given == rows:
+            return self.backbone(x, c_noise, cond)
+        number = torch.arange(-(-given // rows) * rows, device=x.device).clamp(max=given - 1)  # The last row fills up.
+        parts = [
+            self.backbone(x[part], c_noise[part], None if cond is None else cond[part]) for part in number.split(rows)
+        ]
+        return torch.cat(parts)[:given]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`."""
@@ -215,7 +238,7 @@ class NetworkDenoiser(Denoiser):
         c_noise = NOISE_INPUTS[self.noise_input](self.process, level).to(torch.float32)
         x_in = x_in.to(next(self.backbone.parameters()).dtype)
         with torch.autocast(x_t.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            raw = self.backbone(x_in, c_noise, cond)
+            raw = self._evaluate(x_in, c_noise, cond)
         share = None
         if self.learned_variance:
             raw, told = raw.chunk(2, dim=1)

@@ -212,6 +212,8 @@ class RunLogger(Logger):
         self.dashboard = dashboard
         self.clock = Clock()
         self.continues = continues
+        self.interrupted = False
+        """Whether the run ends because it was asked to stop; it can be continued."""
         self.weights = "raw"
         """What the model has at the moment; whoever gives it an average for a while says so here."""
         self._wanted = run_dir
@@ -255,9 +257,9 @@ class RunLogger(Logger):
         """The last event of a fit, validate, test or predict, and the dashboard's end."""
         if self._run_dir is None:
             return
-        self.record("end", {"status": status})
+        self.record("end", {"status": "interrupted" if self.interrupted else status})
         if self.dashboard is not None:
-            self.dashboard.close(failed=status != "success")
+            self.dashboard.close(failed=status != "success" and not self.interrupted)
 
     # ---- the directory -----------------------------------------------------------------------------------------
 
@@ -297,28 +299,26 @@ class RunLogger(Logger):
     def _create(self) -> tuple[str, str]:
         run_id = new_run_id()
         directory = self._wanted if self._wanted is not None else self.root / self.experiment_name / run_id
-        if self.continues:
-            _require_known_events(directory)
-            try:
-                return (directory / "run_id").read_text().strip(), str(directory.resolve())
-            except OSError as error:
-                raise UserError(f"cannot continue the run in {directory}: {error}; choose another --run_dir") from error
-        if any((directory / name).exists() for name in RUN_DIR_FILES):
+        if not self.continues and any((directory / name).exists() for name in RUN_DIR_FILES):
             raise UserError(
-                f"run_dir {directory} already holds a run; choose another, or continue that one with "
-                f"--ckpt_path {directory}/checkpoints/last.ckpt"
+                f"run_dir {directory} already holds a run; choose another, or continue that one with --resume auto"
             )
+        if self.continues and (directory / "metrics.jsonl").exists():
+            _require_known_events(directory)
         try:
+            if self.continues:
+                run_id = (directory / "run_id").read_text().strip()
             (directory / "samples").mkdir(parents=True, exist_ok=True)
             (directory / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot make the run's directory {directory}: {error.strerror}; choose another with --run_dir"
-            ) from error
-        with atomic_write(directory / "run_id") as id_file:
-            id_file.write(f"{run_id}\n".encode())
-        with atomic_write(directory / "config.yaml") as config_file:
-            config_file.write(self.config_text.encode())
+            what = "continue the run in" if self.continues else "make the run's directory"
+            raise UserError(f"cannot {what} {directory}: {error}; choose another with --run_dir") from error
+        if not self.continues:
+            with atomic_write(directory / "run_id") as id_file:
+                id_file.write(f"{run_id}\n".encode())
+        if not (directory / "config.yaml").exists():  # Which a kill at the very beginning may have left out.
+            with atomic_write(directory / "config.yaml") as config_file:
+                config_file.write(self.config_text.encode())
         return run_id, str(directory.resolve())
 
     def settle(self, key: str, value: Any) -> None:
@@ -394,7 +394,7 @@ def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) ->
 
     Args:
         run_dir: of the run that is continued.
-        images_seen: by the checkpoint.
+        images_seen: by the checkpoint; -1 where there is none, so that all events are made again.
         evaluated: whether the checkpoint has the figures of an evaluation at that moment, if there was one; else it is
             made again too.
 
@@ -406,8 +406,10 @@ def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) ->
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return 0
-    _require_known_events(run_dir)
     path = run_dir / "metrics.jsonl"
+    if images_seen < 0 and not path.exists():
+        return 0
+    _require_known_events(run_dir)
     kept: list[str] = []
     lost: list[str] = []
     for line in path.read_text().splitlines():

@@ -1,58 +1,130 @@
-"""Many samples from a method, batch by batch, at one fixed batch shape."""
+"""Many samples from a method, batch by batch, at one fixed batch shape, alone or with other processes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
-from lit_diffusion.samplers.base import Progress, Sampler
+from lit_diffusion.metrics.gathering import summed
+from lit_diffusion.samplers.base import OnStep, Progress, Sampler
 
 
 class DivergedError(UserError):
     """A walk ended in NaN or infinity."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process makes of a number of samples that several make together.
+
+    Attributes:
+        indices: int64 ``[n]``, its samples: every world_size-th, so that no two processes make one.
+        batches: how many batches it makes; as many as every other process, if need be of samples that are dropped,
+            since a sharded network is evaluated by all processes or by none.
+    """
+
+    indices: Tensor
+    batches: int
+
+    @classmethod
+    def of(cls, count: int, batch_size: int, rank: int, world_size: int) -> Share:
+        """Of samples ``0 .. count - 1``."""
+        largest = math.ceil(count / world_size)
+        return cls(torch.arange(rank, count, world_size), math.ceil(largest / batch_size))
+
+
 def generate_in_batches(
     method: Method,
-    indices: Tensor,
+    samples: Tensor | Share,
     seed: int,
     batch_size: int,
     sampler: Sampler | None = None,
     label: int | None = None,
     show_progress: bool = True,
+    on_step: OnStep | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples number ``indices`` of a seed, in order, on the CPU: the next numbers ``[b]`` and samples ``[b, *shape]``.
+    """Samples of a seed, in order, on the CPU: the next numbers ``[b]`` and samples ``[b, *shape]``.
 
     The network always sees the same batch shape, so that nothing is compiled or tuned twice: the last batch is filled
     up with further samples, which are dropped.
 
+    Args:
+        method: the model.
+        samples: int64 ``[n]``, which samples; or this process's share of them: then all processes come, and whatever
+            ends the work of one ends it for all after the same batch.
+        seed: of the samples.
+        batch_size: at a time.
+        sampler: None for the method's own.
+        label: class of all samples; None: all classes in turn, where there are any.
+        show_progress: draw a bar.
+        on_step: called after every sampler step.
+
     Raises:
         DivergedError: if a walk ended in NaN.
+        Interrupted: if the run was asked to stop.
         UserError: if the sampler does not fit.
     """
     sampler = sampler or method.sampler
-    sampler.check(method.denoiser)
-    parts = indices.split(batch_size) if len(indices) else ()
+    method.check_walk(sampler)
+    together = isinstance(samples, Share)
+    indices = samples.indices if isinstance(samples, Share) else samples
+    batches = samples.batches if isinstance(samples, Share) else math.ceil(len(indices) / batch_size)
+    size = max(1, min(batch_size, len(indices)))
     length = sampler.length(method.denoiser.process)
     name = f"sampling {len(indices)}"
-    with tqdm(total=length * len(parts), unit=" steps", desc=name, leave=None, disable=not show_progress) as bar:
+    begun = 0
+    with tqdm(total=length * batches, unit=" steps", desc=name, leave=None, disable=not show_progress) as bar:
 
-        def on_step(progress: Progress) -> None:
+        def stepped(progress: Progress) -> None:
+            if not method.sharded:  # A sharded network's other processes wait for this one at every evaluation.
+                _stop_if_asked()
             bar.update(begun + progress.step - bar.n)
+            if on_step is not None:
+                on_step(progress)
 
-        for number, part in enumerate(parts):
+        for number in range(batches):
             begun = number * length
-            missing = min(batch_size, len(indices)) - len(part)
-            filled = torch.cat((part, part[-1] + 1 + torch.arange(missing)))
-            x = method.generate(filled, seed, method.condition(filled, label), sampler, on_step)[: len(part)].cpu()
-            if not torch.isfinite(x).all():
-                raise DivergedError(
-                    f"the sampler diverged (NaN or infinity among samples {int(part[0])} to {int(part[-1])}): "
-                    f"choose smaller steps or other weights"
-                )
+            part = indices[number * size : (number + 1) * size]
+            first = int(part[-1]) + 1 if len(part) else 0
+            filled = torch.cat((part, first + torch.arange(size - len(part))))
+            trouble: UserError | None = None
+            try:
+                x = method.generate(filled, seed, method.condition(filled, label), sampler, stepped)[: len(part)].cpu()
+                if not torch.isfinite(x).all():
+                    trouble = DivergedError(
+                        f"the sampler diverged (NaN or infinity among samples {int(part[0])} to {int(part[-1])}): "
+                        f"choose smaller steps or other weights"
+                    )
+                _stop_if_asked()
+            except Interrupted as caught:
+                trouble = caught
+            if together:
+                trouble = _of_all(trouble)
+            if trouble is not None:
+                raise trouble
             yield part, x
+
+
+def _stop_if_asked() -> None:
+    if (signal := interrupts.asked()) is not None:
+        raise Interrupted(f"stopped by {signal} while sampling")
+
+
+def _of_all(trouble: UserError | None) -> UserError | None:
+    """The trouble of this process, or word of another's; all processes come."""
+    mine = torch.tensor([isinstance(trouble, Interrupted), isinstance(trouble, DivergedError)], dtype=torch.float64)
+    interrupted, diverged = summed(mine).tolist()
+    if interrupted:
+        return trouble if isinstance(trouble, Interrupted) else Interrupted("another process was asked to stop")
+    if diverged:
+        return trouble or DivergedError("the sampler diverged on another process")
+    return None

@@ -6,10 +6,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.precision import BackboneMixedPrecision, PrecisionName, autocast_dtype
+from lit_diffusion.sharding import ShardedStrategy
+
+
+class _NoHandlers(_SignalConnector):
+    """Lightning's save and broadcast inside the handler; ours set a flag, see :mod:`lit_diffusion.interrupts`."""
+
+    def register_signal_handlers(self) -> None:
+        self.received_sigterm = False
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -59,8 +68,15 @@ class Trainer(pl.Trainer):
                 # Lightning would begin the endless epoch again: the same images with the same noise.
                 raise UserError(f"trainer.{key} would repeat the same images and noise; set trainer.max_images")
         strategy = kwargs.get("strategy", "auto")
-        if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
-            raise UserError("trainer.strategy fsdp is not supported; use ddp")
+        if strategy == "fsdp":
+            kwargs["strategy"] = ShardedStrategy()
+        elif isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
+            raise UserError(
+                "trainer.strategy: Lightning's FSDPStrategy is not supported; give fsdp, which shares out the "
+                "backbone's weights through ModelParallelStrategy"
+            )
+        elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
+            raise UserError("trainer.strategy: a ModelParallelStrategy is given as fsdp here, which sets it up")
         if self.autocast_dtype is not None:
             device = "cuda" if self._wants_cuda(kwargs.get("accelerator", "auto")) else "cpu"
             plugins = kwargs.get("plugins") or []
@@ -72,6 +88,7 @@ class Trainer(pl.Trainer):
         kwargs["inference_mode"] = False
         kwargs["use_distributed_sampler"] = False
         super().__init__(**kwargs)
+        self._signal_connector = _NoHandlers(self)
 
     @staticmethod
     def _wants_cuda(accelerator: Any) -> bool:

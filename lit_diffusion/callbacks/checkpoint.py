@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, at a cadence and at the end."""
+"""Checkpoints that are whole or absent: at a cadence, when the run is asked to stop, and at the end."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lit_diffusion import interrupts
 from lit_diffusion.clock import Cadence
 from lit_diffusion.errors import UserError
+from lit_diffusion.files import sync_folder
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics.gathering import summed
 from lit_diffusion.run import run_logger_of
+from lit_diffusion.sharding import local
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""The newest checkpoint of a run, and the one before it, which is there if the disk should lose the newest."""
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
-    """Writes ``checkpoints/last.ckpt``: to a temporary name, synced, renamed.
+    """Writes ``checkpoints/last.ckpt``: to a temporary name, synced, renamed; the one before is ``previous.ckpt``.
 
     Args:
         every_n_images: how often, in images seen; null: not by images.
-        every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end.
+        every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end, and
+            when the run is asked to stop (SIGTERM, SIGUSR1, Ctrl-C).
     """
 
     def __init__(self, every_n_images: int | None = 100_000, every_n_steps: int | None = None) -> None:
@@ -29,6 +39,12 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.last: Path | None = None
         self.saved_at = -1
         """Images seen when last.ckpt was written."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here if any process was asked to: between two steps, when all that follows a step is done."""
+        self._stop_if_asked(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -43,6 +59,25 @@ class Checkpoint(pl.callbacks.Checkpoint):
         assert isinstance(pl_module, Method)
         if self.saved_at != pl_module.clock.images:
             self.save(trainer, pl_module)
+        self._stop_if_asked(trainer, pl_module)
+
+    def _stop_if_asked(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
+        assert isinstance(method, Method)
+        if not method.interrupted:
+            return
+        if self.saved_at != method.clock.images:
+            self.save(trainer, method)
+        if (run := run_logger_of(trainer)) is not None:
+            run.interrupted = True
+        by = interrupts.asked() or "another process's signal"
+        # Lightning's launcher takes a child's code for a crash, and kills the process that may still be writing.
+        child = not trainer.is_global_zero and isinstance(_environment(trainer), LightningEnvironment)
+        raise Interrupted(
+            f"stopped by {by} after {method.clock.images} images, saved in {self.last}: the same command with "
+            f"--run_dir {checkpoint_folder(trainer).parent} --resume auto continues",
+            exit_code=0 if child else interrupts.EXIT_CODE,
+            quiet=not trainer.is_global_zero,
+        )
 
     def save(self, trainer: pl.Trainer, method: Method) -> None:
         """Write last.ckpt; all processes come.
@@ -50,10 +85,16 @@ class Checkpoint(pl.callbacks.Checkpoint):
         Raises:
             UserError: see :func:`write_checkpoint`.
         """
-        path = checkpoint_folder(trainer) / "last.ckpt"
-        write_checkpoint(trainer, method, path)
-        self.last = path
+        folder = checkpoint_folder(trainer)
+        method.stopwatch.lap("logging")
+        write_checkpoint(trainer, method, folder / LAST, folder / PREVIOUS)
+        method.stopwatch.lap("checkpoint")
+        self.last = folder / LAST
         self.saved_at = method.clock.images
+
+
+def _environment(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.strategy, "cluster_environment", None)
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
@@ -62,34 +103,66 @@ def checkpoint_folder(trainer: pl.Trainer) -> Path:
     return (run.run_dir if run is not None else Path(trainer.default_root_dir)) / "checkpoints"
 
 
-def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path) -> None:
+def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: Path | None = None) -> None:
     """Write a checkpoint to a temporary name, sync, rename; all processes come.
 
+    Args:
+        trainer: whose state it is.
+        method: whose weights.
+        path: of the file; never torn: there is the file before or the new one.
+        previous: where the file before stays; None: nowhere.
+
     Raises:
-        UserError: if the weights are not finite, the disk is full or the folder not writable; a file that was there
-            before is untouched.
+        UserError: on every process, if the weights are not finite, the disk is full or the folder not writable; what
+            was there before is untouched.
     """
     # A finite gradient can still throw the weights out of range: at a learning rate far too large.
-    largest = torch._foreach_norm([p.detach() for p in method.denoiser.parameters()], float("inf"))
-    if not bool(torch.stack(largest).isfinite().all()):
+    largest = torch._foreach_norm([local(p.detach()) for p in method.denoiser.parameters()], float("inf"))
+    broken = torch.stack(largest).isfinite().logical_not().sum().double()
+    if float(summed(broken)) > 0.0:
         raise UserError(
             f"training diverged: the weights are not finite at step {method.clock.steps} ({method.clock.images} "
             f"images) and are not saved: lower the learning rate, and continue from the checkpoint before, if any"
         )
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Not Trainer.save_checkpoint: where one process fails to write, it leaves the others waiting.
+    state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    failure = _write(state, path, previous) if trainer.is_global_zero else None
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise UserError(
+            f"cannot write {path} ({failure}); the one before is untouched: free some space and continue from it"
+        )
+
+
+def _write(state: dict[str, Any], path: Path, previous: Path | None) -> str | None:
+    """On one process; returns what went wrong, None for nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")  # One name, so that what a kill leaves is written over.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
+        temporary.replace(path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         with suppress(OSError):  # Where the folder is a file, even looking for it fails.
             temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({str(error).splitlines()[0]}); the one before is untouched: "
-            f"free some space and continue from it"
-        ) from error
+        return str(error).splitlines()[0]
+    return None
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, so that it is there under the first until the new one replaces it."""
+    link = previous.with_name(f".{previous.name}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # A file system without hard links: for a moment there is only the previous one.
+        path.replace(previous)
+    else:
+        link.replace(previous)

@@ -9,12 +9,17 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lit_diffusion.clock import Cadence
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
+from lit_diffusion.run import print_note
 from lit_diffusion.trainer import callbacks_of
 
 
 class Drawing(pl.Callback, ABC):
     """Draws when its cadence is due and when the training ends, the end only once.
+
+    What was due when the run was asked to stop is left out and made when the run is continued, so that a continued run
+    has every picture and figure of one that never stopped.
 
     Args:
         cadence: how often.
@@ -23,6 +28,33 @@ class Drawing(pl.Callback, ABC):
     def __init__(self, cadence: Cadence) -> None:
         self.cadence = cadence
         self._drawn_at = -1
+        """Images seen when it last drew; every checkpoint carries it."""
+        self._knows_its_past = False
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint keeps the state."""
+        return type(self).__name__
+
+    def state_dict(self) -> dict[str, Any]:
+        """When it last drew, for a checkpoint."""
+        return {"drawn_at": self._drawn_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know what was drawn before the run stopped."""
+        self._drawn_at = state_dict["drawn_at"]
+        self._knows_its_past = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for what a stop cut off."""
+        assert isinstance(pl_module, Method)
+        clock = pl_module.clock
+        if clock.images > 0 and self.cadence.due(clock) and self._is_missing(pl_module):
+            self._draw_now(trainer, pl_module)
+
+    def _is_missing(self, method: Method) -> bool:
+        """Whether what was due at this moment was not drawn before the run stopped here."""
+        return self._knows_its_past and self._drawn_at < method.clock.images
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -33,10 +65,17 @@ class Drawing(pl.Callback, ABC):
             self._draw_now(trainer, pl_module)
 
     def _draw_now(self, trainer: pl.Trainer, method: Method) -> None:
-        self._drawn_at = method.clock.images
+        if method.interrupted:
+            return
         began = time.perf_counter()
-        self.draw(trainer, method)
+        try:
+            self.draw(trainer, method)
+            self._drawn_at = method.clock.images
+        except Interrupted as stop:
+            print_note(f"{stop}: it is made when the run is continued")
+            method.interrupted = True
         seconds = time.perf_counter() - began
+        method.stopwatch.exclude(seconds)
         for callback in callbacks_of(trainer):
             if hasattr(callback, "exclude"):  # What measures the training's speed does not count this.
                 callback.exclude(seconds)
@@ -49,4 +88,8 @@ class Drawing(pl.Callback, ABC):
 
     @abstractmethod
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
-        """Measure, save the picture and record its numbers."""
+        """Measure, save the picture and record its numbers.
+
+        Raises:
+            Interrupted: if the run was asked to stop meanwhile; on all processes or on none.
+        """

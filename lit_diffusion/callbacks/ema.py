@@ -21,6 +21,7 @@ from lit_diffusion.clock import in_images
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note
+from lit_diffusion.sharding import local, shared_out_like, whole
 from lit_diffusion.trainer import callbacks_of
 
 
@@ -87,8 +88,11 @@ class EMA(pl.Callback):
             batch = getattr(getattr(trainer, "datamodule", None), "global_batch_size", pl_module.clock.batch)
             self.half_lives = [in_images("ema", "half_life", None, n, batch) for n in steps]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start each average at the weights, on their own device, unless a checkpoint brought it."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start each average at the weights, on their own device, unless a checkpoint brought it.
+
+        Not earlier: sharded weights take a checkpoint's values only after ``on_fit_start``.
+        """
         assert isinstance(pl_module, Method)
         parameters = dict(pl_module.denoiser.named_parameters())
         if not self.shadows:
@@ -101,7 +105,7 @@ class EMA(pl.Callback):
         # In the order of the parameters, whatever the file's: they are averaged side by side.
         self.shadows = [
             {
-                name: shadow[name].to(p.device) if name in shadow else p.detach().clone()
+                name: shared_out_like(shadow[name], p) if name in shadow else p.detach().clone()
                 for name, p in parameters.items()
             }
             for shadow in self.shadows
@@ -109,11 +113,11 @@ class EMA(pl.Callback):
 
     def after_step(self, method: Method) -> None:
         """Average in the step that was just made; the method calls it, not for a skipped one."""
-        parameters = [p.detach() for p in method.denoiser.parameters()]
+        parameters = [local(p.detach()) for p in method.denoiser.parameters()]
         for half_life, shadow in zip(self.half_lives, self.shadows, strict=True):
             length = min(half_life, self.ramp * method.clock.images)
             decay = 0.5 ** (method.clock.batch / length)
-            torch._foreach_lerp_(list(shadow.values()), parameters, 1.0 - decay)
+            torch._foreach_lerp_([local(value) for value in shadow.values()], parameters, 1.0 - decay)
         self.updates += 1
 
     @contextmanager
@@ -128,10 +132,14 @@ class EMA(pl.Callback):
             return
         if position is not None and (not self.shadows or not self.shadows[position]):
             raise UserError(f"weights {weights!r} are not in this checkpoint; choose raw")
-        parameters = [p.detach() for p in method.denoiser.parameters()]
+        parameters = [local(p.detach()) for p in method.denoiser.parameters()]
         before, outer = [p.clone() for p in parameters], self._raw
         self._raw = before if outer is None else outer
-        torch._foreach_copy_(parameters, self._raw if position is None else list(self.shadows[position].values()))
+        given = self._raw
+        if position is not None:
+            shadow = self.shadows[position]
+            given = [local(shared_out_like(shadow[name], p)) for name, p in method.denoiser.named_parameters()]
+        torch._foreach_copy_(parameters, given)
         try:
             yield
         finally:
@@ -143,8 +151,9 @@ class EMA(pl.Callback):
         return weights if weights != "ema" or self.half_lives else "raw"
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, for a checkpoint."""
-        return {"half_lives": list(self.half_lives), "updates": self.updates, "shadows": self.shadows}
+        """The averages, for a checkpoint; of sharded weights all processes come."""
+        shadows = [{name: whole(value) for name, value in shadow.items()} for shadow in self.shadows]
+        return {"half_lives": list(self.half_lives), "updates": self.updates, "shadows": shadows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the averages of a checkpoint whose half-lives are still wanted; others start at its raw weights."""

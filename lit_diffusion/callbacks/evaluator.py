@@ -21,9 +21,10 @@ from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
-from lit_diffusion.metrics.gathering import many_processes, summed
+from lit_diffusion.metrics.gathering import many_processes
 from lit_diffusion.metrics.reference import RealData, reference_of
 from lit_diffusion.metrics.scores import (
     HIGHER_IS_BETTER,
@@ -39,7 +40,7 @@ from lit_diffusion.precision import precision_name
 from lit_diffusion.run import RunLogger, print_note, run_logger_of
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.samplers.base import in_words
-from lit_diffusion.sampling import DivergedError, generate_in_batches
+from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.trainer import callbacks_of
 
 Stage = Literal["fit", "test"]
@@ -164,16 +165,17 @@ class Evaluator(Drawing):
                 self._settle(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the watch; make up for an evaluation that a kill cut short."""
+        """Start the watch; make up for an evaluation that a kill or a stop cut short."""
         assert isinstance(pl_module, Method)
-        clock = pl_module.clock
-        self._began, self._began_at = time.perf_counter(), clock.images
-        missed = clock.images > 0 and self.cadence.due(clock) and self.last.get("images") != clock.images
+        self._began, self._began_at = time.perf_counter(), pl_module.clock.images
+        super().on_train_start(trainer, pl_module)
+
+    def _is_missing(self, method: Method) -> bool:
         # With its count not chosen yet it was never begun; the speed that a choice needs is not known yet either.
-        missed = missed and self._count is not None
-        if self._while_training(trainer) and missed:
-            print_note(f"the evaluation at {clock.images} images is missing: made now")
-            self._draw_now(trainer, pl_module)
+        missing = self._on and self._count is not None and self.last.get("images") != method.clock.images
+        if missing:
+            print_note(f"the evaluation at {method.clock.images} images is missing: made now")
+        return missing
 
     def exclude(self, seconds: float) -> None:
         """Do not count what was no training: ``auto`` goes by the speed of training."""
@@ -240,7 +242,7 @@ class Evaluator(Drawing):
     def _check(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> list[MetricName]:
         """The metrics that can be had; loads the extractor."""
         choose_average(averages_of(trainer).half_lives, self._weights(trainer))
-        self._walk(method, stage).check(method.denoiser)
+        method.check_walk(self._walk(method, stage))
         data = self._datamodule(trainer)
         if self._loaded is None:
             shape = tuple(data.facts.shape)
@@ -293,26 +295,26 @@ class Evaluator(Drawing):
         scores = self._make_scores(trainer, method, count, stage)
         weights = self._weights(trainer)
         walk = self._walk(method, stage)
-        mine = torch.arange(count)[trainer.global_rank :: trainer.world_size]
+        mine = Share.of(count, self.batch_size, trainer.global_rank, trainer.world_size)
         kept: dict[int, np.ndarray] = {}
-        diverged: DivergedError | None = None
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with averages_of(trainer).applied(method, weights):
-            try:
+        try:
+            with averages_of(trainer).applied(method, weights):
                 for index, x in generate_in_batches(method, mine, seed, self.batch_size, walk, show_progress=shown):
+                    if len(index) == 0:  # A batch for the others' sake.
+                        continue
                     data = self._as_seen(method, x)
                     scores.update(data, index)
                     kept |= {int(i): data[k] for k, i in enumerate(index) if i < KEPT_SAMPLES}
-            except DivergedError as caught:
-                diverged = caught
-        # Said to all before any of them waits for the others' features.
-        if float(summed(torch.tensor(float(diverged is not None)))) > 0.0:
-            error = diverged or DivergedError("the sampler diverged on another process")
+        except DivergedError as error:
             scores.release()
             if stage == "test":
-                raise error
+                raise
             print_note(f"evaluation at {method.clock.images} images: {error}; no figures this time")
             return None
+        except Interrupted:
+            scores.release()
+            raise
         result = scores.compute(count)
         scores.release()
         result.protocol.update(

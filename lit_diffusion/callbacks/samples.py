@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics.gathering import many_processes
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress
+from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 
 FILM_ROWS = 16
 """A film strip has at most so many rows, evenly spaced over the levels."""
@@ -45,6 +49,14 @@ class _Film:
         frames = [frame for _, frame in self.frames]
         keep = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FILM_ROWS - 1)).round().astype(int))
         return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
+
+
+def in_their_order(shares: Sequence[Tensor]) -> Tensor:
+    """The samples of all processes, of which process r made number r, r + world_size, ...: ``[N, ...]``."""
+    x = torch.empty(sum(len(share) for share in shares), *shares[0].shape[1:])
+    for rank, share in enumerate(shares):
+        x[rank :: len(shares)] = share
+    return x
 
 
 class Samples(Drawing):
@@ -88,18 +100,30 @@ class Samples(Drawing):
         return averages_of(trainer).kept(self.weights)
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
-        """Make the samples on process 0 and save their pictures."""
+        """Make the samples, each process its share, and save their pictures."""
         run = run_logger_of(trainer)
         facts = method.require_facts()
-        if run is None or self.count == 0 or not facts.is_image or not trainer.is_global_zero:
+        if run is None or self.count == 0 or not facts.is_image:
             return
         weights = self._weights(trainer)
-        indices = torch.arange(self.count)
-        cond = method.condition(indices)
-        film = _Film(self.film_columns)
-        on_step = film if self.film_columns else None
-        with averages_of(trainer).applied(method, weights):
-            x = method.generate(indices, self.seed, cond, on_step=on_step)
+        each = math.ceil(self.count / trainer.world_size)
+        share = Share.of(self.count, each, trainer.global_rank, trainer.world_size)
+        film = _Film(len(share.indices[share.indices < self.film_columns]))
+        try:
+            with averages_of(trainer).applied(method, weights):
+                made = generate_in_batches(
+                    method, share, self.seed, each, show_progress=False, on_step=film if self.film_columns else None
+                )
+                x = torch.cat([x for _, x in made])
+        except DivergedError:
+            print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
+            return
+        shares: list[Any] = [(x, film.rows(x))]
+        if many_processes():
+            shares = [None] * trainer.world_size
+            dist.all_gather_object(shares, (x, film.rows(x)))
+        if not trainer.is_global_zero:
+            return
         assert facts.value_range is not None
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
         values: dict[str, Any] = {
@@ -109,12 +133,12 @@ class Samples(Drawing):
         }
         if caveat := method.sampler.caveat():
             values["caveat"] = caveat
-        if not torch.isfinite(x).all():
-            print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
-            return
+        x = in_their_order([x for x, _ in shares])
         self.last = run.picture("samples", image_grid(to_uint8(x, facts.value_range)), caption, values)
-        if on_step is not None:
-            strip = torch.cat(film.rows(x))
+        if self.film_columns:
+            # Of a solver that chooses its steps processes may have different numbers: the ends are what they share.
+            height = min(len(rows) for _, rows in shares)
+            strip = torch.cat([in_their_order([rows[k - height] for _, rows in shares]) for k in range(height)])
             run.picture("film", image_grid(to_uint8(strip, facts.value_range), self.film_columns), caption, values)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,14 +161,12 @@ class Samples(Drawing):
         made = [x.cpu() for x in trainer.predict_loop.predictions if isinstance(x, Tensor)]
         mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
         shares: list[Any] = [mine]
-        if dist.is_available() and dist.is_initialized():
+        if many_processes():
             shares = [None] * trainer.world_size
             dist.all_gather_object(shares, mine)
         if run is None or not trainer.is_global_zero:
             return
-        x = torch.empty(sum(len(share) for share in shares), *facts.shape)
-        for rank, share in enumerate(shares):
-            x[rank :: len(shares)] = share
+        x = in_their_order(shares)
         if not torch.isfinite(x).all():
             raise UserError("the sampler diverged (NaN or infinity): choose smaller steps or other weights")
         array = x.numpy() if facts.value_range is None else to_uint8(x, facts.value_range)

@@ -47,7 +47,7 @@ class _AtEnd(pl.Callback, ABC):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw."""
         assert isinstance(pl_module, Method)
-        if not trainer.is_global_zero or run_logger_of(trainer) is None:
+        if not trainer.is_global_zero or run_logger_of(trainer) is None or pl_module.interrupted:
             return
         averages = averages_of(trainer)
         weights = averages.kept("ema")

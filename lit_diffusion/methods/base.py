@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -9,21 +10,30 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lit_diffusion import interrupts
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.clock import Clock, in_images
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
+from lit_diffusion.flops import forward_flops
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
+from lit_diffusion.metrics.gathering import many_processes
 from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
 from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.reverse import ReverseVariance
+from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import OnStep, Sampler
+from lit_diffusion.sharding import ShardedStrategy, gradients_kept_back, shard, whole
+from lit_diffusion.stopwatch import Stopwatch
 from lit_diffusion.trainer import callbacks_of
 
 NON_FINITE_IN_A_ROW = 3
@@ -76,11 +86,21 @@ class Method(pl.LightningModule):
         """The whole resolved configuration; the command line sets it, checkpoints carry it."""
         self.stepped = False
         """Whether the last training step changed the weights (False when its gradient was not finite)."""
+        self.overflowed = False
+        """Whether it was float16's range that its gradient left; the scaler then lowers its scale."""
+        self.stopwatch = Stopwatch()
+        self.flops: int | None = None
+        """Of one evaluation of the backbone for one datum; found when training is set up."""
+        self._validation_began = 0.0
         self.last_loss = torch.zeros(())
         self.last_gradient_norm = torch.zeros(())
         self.last_times = torch.zeros(0, dtype=torch.float64)
         self.last_losses = torch.zeros(0)
         """The losses of this process's images in the last step, and the times of their noise."""
+        self.interrupted = False
+        """Whether the run is to stop, since one of its processes was asked to; known to all at the same step."""
+        self.sharded = False
+        """Whether each process has a part of the weights only, so that all evaluate the backbone or none does."""
         self.skipped_steps = 0
         self._non_finite_in_a_row = 0
         self._configured: list[dict[str, Any]] = []
@@ -195,13 +215,52 @@ class Method(pl.LightningModule):
             self.clock.batch = datamodule.global_batch_size
         if stage == "fit" and getattr(self.trainer, "endless", False):
             raise UserError("a run needs an end: give trainer.max_images, trainer.max_steps or trainer.max_time")
+        self.sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        if self.sharded:
+            self._require_shardable()
         if stage in ("fit", "predict"):
-            self.sampler.check(self.denoiser)  # Before the work: the first samples may be drawn at its end.
+            self.check_walk(self.sampler)  # Before the work: the first samples may be drawn at its end.
         self.denoiser.autocast_dtype = getattr(self.trainer, "autocast_dtype", None)
+        if stage == "fit" and self.flops is None:
+            self.flops = forward_flops(self.denoiser.backbone)
         if getattr(self.trainer, "channels_last", False):
             self.denoiser.backbone.to(memory_format=torch.channels_last)
         if getattr(self.trainer, "compile", False):
-            self.denoiser.backbone.compile()
+            rows = datamodule.rows_at_once if isinstance(datamodule, DataModule) else None
+            self.denoiser.compile_backbone(rows)
+
+    def configure_model(self) -> None:
+        """Share the backbone's weights out, where the strategy asks for it."""
+        if self.sharded and not isinstance(self.denoiser.backbone, FSDPModule):
+            mesh = self.device_mesh
+            assert mesh is not None
+            shard(self.denoiser.backbone, mesh["data_parallel"])
+
+    def _require_shardable(self) -> None:
+        inside = {id(p) for p in self.denoiser.backbone.parameters()}
+        outside = [name for name, p in self.named_parameters() if id(p) not in inside and p.requires_grad]
+        if outside:
+            raise UserError(
+                f"trainer.strategy fsdp shares out the backbone's weights only, and {type(self).__name__} also learns "
+                f"{outside[0]}: use ddp"
+            )
+        if getattr(self.trainer, "compile", False):
+            raise UserError("trainer.strategy fsdp does not go with trainer.compile; choose one, or ddp with compile")
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError("trainer.strategy fsdp does not go with precision 16-mixed; use bf16-mixed, or ddp")
+
+    def check_walk(self, sampler: Sampler) -> None:
+        """Refuse, before any work, a sampler that cannot walk on this model as it is run.
+
+        Raises:
+            UserError: with the reason.
+        """
+        sampler.check(self.denoiser)
+        if self.sharded and sampler.adaptive:
+            raise UserError(
+                f"{type(sampler).__name__} chooses its own steps, and with trainer.strategy fsdp all processes must "
+                f"make equally many: choose a walk of fixed steps such as Heun or DDIM, or use ddp"
+            )
 
     def configure_optimizers(self) -> Optimizer:
         """The optimiser; its learning rate is the one after warm-up."""
@@ -220,6 +279,14 @@ class Method(pl.LightningModule):
             group.update(configured)
         self._stop_when_done()
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """The batch is here."""
+        self.stopwatch.lap("data")
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """All that follows a step is done."""
+        self.stopwatch.lap("logging")
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimiser step on this process's share of the global batch, in as many parts as its memory asks for."""
         # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
@@ -237,10 +304,15 @@ class Method(pl.LightningModule):
 
         self.optimise(losses(), len(parts))
         self.last_times, self.last_losses = torch.cat(times), torch.cat(at_levels)
-        if self.stepped and self.learns_from_losses:
-            # Processes hold consecutive rows of the global batch: put together they are in its order.
-            t, loss = self.all_gather((self.last_times, self.last_losses))
-            self.learn_from(t.flatten(), loss.flatten())
+        if self.stepped:
+            if self.learns_from_losses:
+                # Processes hold consecutive rows of the global batch: put together they are in its order.
+                t, loss = self.all_gather((self.last_times, self.last_losses))
+                self.learn_from(t.flatten(), loss.flatten())
+        else:
+            self._say_what_was_skipped(batch.index)
+        self._stop_when_done()
+        self.stopwatch.mark()
 
     def learn_from(self, t: Tensor, loss: Tensor) -> None:
         """What a method learns from the losses at times ``t`` of a step over all processes, in the batch's order."""
@@ -248,37 +320,50 @@ class Method(pl.LightningModule):
     def optimise(self, losses: Iterable[Tensor], count: int) -> None:
         """The one way from losses to weights: accumulate, check, clip, step, tick.
 
-        A step whose loss or gradient is not finite changes nothing but the clock; so the weights stay finite, and with
-        them every checkpoint and the EMA.
+        A step whose loss or gradient is not finite on any process changes nothing but the clock, on all of them; so
+        the weights stay finite, and with them every checkpoint and the EMA.
 
         Args:
             losses: ``count`` scalars that add up to this process's loss; made lazily, one graph at a time.
             count: how many.
-
-        Raises:
-            UserError: after three such steps in a row.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for done, loss in enumerate(losses, start=1):
-            with self._hold_sync() if done < count else nullcontext():
-                self.manual_backward(loss)
-            total += loss.detach()
+        with self.stopwatch.part("forward_backward", self.device):
+            for done, loss in enumerate(losses, start=1):
+                with self._hold_sync() if done < count else nullcontext():
+                    self.manual_backward(loss)
+                total += loss.detach()
+        with self.stopwatch.part("optimiser", self.device):
+            self._step(optimizer, total)
+        self.clock.tick()
+        if self.stepped:
+            # Averages follow here, not in a hook of the Trainer's, so that no callback sees one that is a step behind.
+            with self.stopwatch.part("ema", self.device):
+                for callback in callbacks_of(self.trainer):
+                    if hasattr(callback, "after_step"):
+                        callback.after_step(self)
+
+    def _step(self, optimizer: LightningOptimizer, total: Tensor) -> None:
+        """From gradients to weights, or to nothing where they are not finite."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf"))
-        # Gradients are averaged over the processes, so a NaN anywhere is a NaN everywhere; losses are not.
-        loss_is_finite = bool(self.trainer.strategy.reduce(torch.isfinite(total).float(), reduce_op="mean") == 1.0)
-        gradient_is_finite = bool(torch.isfinite(norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf")))
+        # What all processes must agree on, in one exchange: is every loss finite, was anyone asked to stop? Gradients
+        # are averaged over the processes, so a NaN anywhere is a NaN everywhere; losses and signals are not.
+        mine = torch.stack((total.isfinite().float(), total.new_tensor(float(interrupts.asked() is not None))))
+        finite, asked = self.trainer.strategy.reduce(mine, reduce_op="mean").tolist()
+        self.interrupted = self.interrupted or asked > 0.0
+        loss_is_finite, gradient_is_finite = finite == 1.0, bool(torch.isfinite(norm))
         self.stepped = loss_is_finite and gradient_is_finite
         # An overflow of float16 gradients is the scaler's business, it skips the step and lowers its scale; a gradient
         # that is not finite at a scale below 1 did not overflow.
-        overflow = scaler is not None and loss_is_finite and not gradient_is_finite and scaler.get_scale() >= 1.0
-        if self.stepped or overflow:
+        self.overflowed = scaler is not None and loss_is_finite and not gradient_is_finite and scaler.get_scale() >= 1.0
+        if self.stepped or self.overflowed:
             self._set_learning_rate(optimizer.optimizer)
             optimizer.step()
             self._non_finite_in_a_row = 0
@@ -289,19 +374,43 @@ class Method(pl.LightningModule):
             self.skipped_steps += 1
             self._non_finite_in_a_row += 1
         self.last_loss, self.last_gradient_norm = total, norm.detach()
-        self.clock.tick()
-        if self.stepped:
-            # Averages follow here, not in a hook of the Trainer's, so that no callback sees one that is a step behind.
-            for callback in callbacks_of(self.trainer):
-                if hasattr(callback, "after_step"):
-                    callback.after_step(self)
+
+    def _say_what_was_skipped(self, index: Tensor) -> None:
+        """Which image at which noise level spoilt the step, of all processes; the images are number ``index`` ``[B]``.
+
+        Raises:
+            UserError: after three such steps in a row.
+        """
+        broken = self.last_losses.isfinite().logical_not()
+        # The first whose loss is not finite; where all are, and the gradient is not, the largest.
+        worst = int(torch.where(broken, float("inf"), self.last_losses).argmax())
+        mine = (bool(broken.any()), float(self.last_losses[worst]), float(self.last_times[worst]), int(index[worst]))
+        shares: list[Any] = [mine]
+        if many_processes():
+            shares = [None] * self.trainer.world_size
+            dist.all_gather_object(shares, mine)
+        found = [share for share in shares if share[0]]
+        is_loss, loss, t, number = found[0] if found else max(shares, key=lambda share: share[1])
+        level = self.denoiser.process.level(torch.tensor([t], dtype=torch.float64))
+        sigma = float(level.sigma / level.alpha)
+        what = (
+            f"the loss of image {number} is {loss:g} at noise level sigma/alpha {sigma:.4g} (t {t:.4g})"
+            if is_loss
+            else f"the gradient is not finite; the largest loss is {loss:.4g}, of image {number} at noise level "
+            f"sigma/alpha {sigma:.4g} (t {t:.4g})"
+        )
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if self.overflowed and scaler is not None:
+            what = f"float16 gradients overflowed, the loss scale is {scaler.get_scale():g} now; {what}"
+        if (run := run_logger_of(self.trainer)) is not None:
+            run.record("skipped", {"reason": what, "t": t, "sigma_over_alpha": sigma, "overflow": self.overflowed})
         if self._non_finite_in_a_row >= NON_FINITE_IN_A_ROW:
             raise UserError(
-                f"training diverged: loss {float(total):g}, gradient norm {float(norm):g} at step {self.clock.steps} "
-                f"({self.clock.images} images), {NON_FINITE_IN_A_ROW} times in a row; the last checkpoint is from "
-                f"before: lower the learning rate or set model.init_args.gradient_clip, and continue from it"
+                f"training diverged at step {self.clock.steps} ({self.clock.images} images), {NON_FINITE_IN_A_ROW} "
+                f"times in a row: {what}; the last checkpoint is from before: lower the learning rate or set "
+                f"model.init_args.gradient_clip, and continue from it"
             )
-        self._stop_when_done()
+        print_note(f"step {self.clock.steps} changed nothing: {what}")
 
     def _stop_when_done(self) -> None:
         limit = getattr(self.trainer, "max_images", None)
@@ -310,6 +419,8 @@ class Method(pl.LightningModule):
 
     def _hold_sync(self) -> AbstractContextManager[Any]:
         """Accumulate without averaging over the processes yet, where the strategy does that in backward."""
+        if self.sharded:
+            return gradients_kept_back(self.denoiser.backbone)
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None else block()
 
@@ -327,6 +438,18 @@ class Method(pl.LightningModule):
         return datamodule
 
     # ---- held-out loss -----------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Validation is no part of a step."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Do not count it."""
+        seconds = time.perf_counter() - self._validation_began
+        self.stopwatch.exclude(seconds)
+        for callback in callbacks_of(self.trainer):
+            if hasattr(callback, "exclude"):
+                callback.exclude(seconds)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of held-out images, each with its own fixed noise: equal on any number of processes."""
@@ -368,6 +491,7 @@ class Method(pl.LightningModule):
             "images_seen": self.clock.images,
             "steps": self.clock.steps,
             "skipped_steps": self.skipped_steps,
+            "non_finite_in_a_row": self._non_finite_in_a_row,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -381,3 +505,4 @@ class Method(pl.LightningModule):
         self.clock.images = state["images_seen"]
         self.clock.steps = state["steps"]
         self.skipped_steps = state["skipped_steps"]
+        self._non_finite_in_a_row = state.get("non_finite_in_a_row", 0)  # Checkpoints of before 2026-11-22 lack it.

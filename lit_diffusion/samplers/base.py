@@ -67,6 +67,9 @@ class Sampler(ABC):
 
     evaluations: int = 0
 
+    adaptive: bool = False
+    """Whether the number of steps follows from the samples, so that two batches may need different numbers of them."""
+
     def check(self, denoiser: Denoiser) -> None:  # noqa: B027 (most samplers walk on any denoiser)
         """Refuse, before any work, a denoiser that this sampler cannot walk on.
 

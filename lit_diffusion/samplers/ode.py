@@ -172,6 +172,8 @@ class ProbabilityFlow(Sampler):
         t_end: where to stop; null: the smallest sampling time of the process.
     """
 
+    adaptive = True
+
     def __init__(
         self, rtol: float = 1e-5, atol: float = 1e-5, denoise: bool = False, t_end: float | None = None
     ) -> None:

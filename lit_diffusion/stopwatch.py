@@ -1,0 +1,65 @@
+"""Where the time of a training step goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PARTS = ("data", "forward_backward", "optimiser", "ema", "logging", "checkpoint")
+"""``data``: waiting for the next batch, moving and normalising it. ``logging``: what the callbacks do after the step,
+without drawing and evaluating, which are no part of a step, and without writing checkpoints."""
+
+
+class Stopwatch:
+    """Seconds by part of the step.
+
+    A GPU works behind the CPU's back: there the parts that it computes are timed by events in its own queue, which
+    nothing waits for until the figures are read.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time a block; ``device`` is where its work is done."""
+        if device.type == "cuda":
+            begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
+            yield
+            ended.record()
+            self._events.append((name, begun, ended))
+        else:
+            since = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - since
+
+    def mark(self) -> None:
+        """From now on counts for the next :meth:`lap`."""
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last mark or lap belongs to a part."""
+        now = time.perf_counter()
+        self._seconds[name] += now - self._since
+        self._since = now
+
+    def exclude(self, seconds: float) -> None:
+        """So much of the time since the last mark belongs to no part."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float]:
+        """The seconds of each part since the last reading."""
+        if self._events:
+            self._events[-1][2].synchronize()
+            for name, begun, ended in self._events:
+                self._seconds[name] += begun.elapsed_time(ended) / 1000.0
+            self._events.clear()
+        found = self._seconds
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        return found
