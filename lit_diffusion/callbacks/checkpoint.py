@@ -117,7 +117,8 @@ def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: 
             was there before is untouched.
     """
     # A finite gradient can still throw the weights out of range: at a learning rate far too large.
-    largest = torch._foreach_norm([local(p.detach()) for p in method.denoiser.parameters()], float("inf"))
+    mine = [local(p.detach()) for p in method.denoiser.parameters()]
+    largest = torch._foreach_norm([p for p in mine if p.numel() > 0], float("inf"))  # A share may be empty.
     broken = torch.stack(largest).isfinite().logical_not().sum().double()
     if float(summed(broken)) > 0.0:
         raise UserError(

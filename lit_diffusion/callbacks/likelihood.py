@@ -142,6 +142,11 @@ class Likelihood(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out what can be measured before measuring any of it, and give the model the weights."""
         assert isinstance(pl_module, Method)
+        if pl_module.sharded and self.metrics != []:
+            raise UserError(
+                "test: likelihoods are not measured with trainer.strategy fsdp: use one process or ddp, which open the "
+                "same checkpoint, or set likelihood.metrics: []"
+            )
         averages = averages_of(trainer)
         weights = averages.kept(self.weights)
         self._applied.enter_context(averages.applied(pl_module, weights))

@@ -17,7 +17,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.figures import lines_panel, new_figure, render
 from lit_diffusion.methods.base import Method
 from lit_diffusion.randomness import keyed_normal
-from lit_diffusion.run import run_logger_of
+from lit_diffusion.run import print_note, run_logger_of
 
 
 def known_mixture(trainer: pl.Trainer) -> GaussianMixture | None:
@@ -64,6 +64,12 @@ class NoiseLevels(Drawing):
         self.levels = levels
         self.images = images
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say now what there will not be."""
+        assert isinstance(pl_module, Method)
+        if pl_module.sharded and self.levels > 0:
+            print_note("noise_levels: not drawn: with trainer.strategy fsdp no process has the whole gradient")
+
     def times(self, method: Method) -> Tensor:
         """The times of the noise levels, rising: float64 ``[levels]``, fewer where the grid has fewer."""
         process = method.denoiser.process
@@ -77,6 +83,8 @@ class NoiseLevels(Drawing):
         """Measure on process 0, which holds all the weights, and save the picture."""
         run, data = run_logger_of(trainer), getattr(trainer, "datamodule", None)
         if run is None or self.levels == 0 or not trainer.is_global_zero or not isinstance(data, DataModule):
+            return
+        if method.sharded:
             return
         batch = data.training_batch(torch.arange(min(self.images, len(data.train_indices))))
         cond = None if batch.cond is None else batch.cond.to(method.device)

@@ -23,6 +23,7 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.run import run_logger_of
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
+from lit_diffusion.sharding import ShardedStrategy
 
 
 def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
@@ -43,6 +44,8 @@ class _AtEnd(pl.Callback, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse data without a known score before the work, not after it."""
         mixture_of(trainer)
+        if isinstance(trainer.strategy, ShardedStrategy):
+            raise UserError(f"{type(self).__name__} draws on one process; with trainer.strategy fsdp none has the model")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw."""

@@ -223,7 +223,9 @@ class Method(pl.LightningModule):
         self.denoiser.autocast_dtype = getattr(self.trainer, "autocast_dtype", None)
         if stage == "fit" and self.flops is None:
             self.flops = forward_flops(self.denoiser.backbone)
-        if getattr(self.trainer, "channels_last", False):
+        if getattr(self.trainer, "channels_last", False) and self.sharded:
+            print_note("trainer.channels_last is off: fsdp keeps weights in PyTorch's own order")
+        elif getattr(self.trainer, "channels_last", False):
             self.denoiser.backbone.to(memory_format=torch.channels_last)
         if getattr(self.trainer, "compile", False):
             rows = datamodule.rows_at_once if isinstance(datamodule, DataModule) else None
