@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tiny import TINY, events
 
+from lit_diffusion.metrics.weights import weights_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -109,8 +111,14 @@ def test_the_image_is_a_command_of_nobody_in_particular():
     assert value("STOPSIGNAL") == "SIGTERM"
 
 
+@pytest.mark.parametrize(("baked", "found"), [("", "/cache/lit_diffusion/weights"), ("inception", "/opt/weights")])
+def test_weights_are_read_from_the_image_if_they_are_in_it(monkeypatch, baked, found):
+    for name in ("LIT_DIFFUSION_WEIGHTS", "LIT_DIFFUSION_CACHE"):
+        monkeypatch.setenv(name, environment(baked)[name])
+    assert weights_folder() == Path(found)
+
+
 def test_weights_are_baked_in_where_they_are_looked_for():
-    assert environment()["LIT_DIFFUSION_WEIGHTS"] == ""
     place = environment("inception")["LIT_DIFFUSION_WEIGHTS"]
     (fetching,) = [rest for keyword, rest in BUILDER if keyword == "RUN" and "fetch weights" in rest]
     assert f"LIT_DIFFUSION_WEIGHTS={place} " in fetching
@@ -294,6 +302,9 @@ def test_workflows_have_no_more_rights_and_time_than_they_need(path):
             allowed["packages"] = "write"
             assert "refs/tags/" in job["if"]
         assert job["permissions"].items() <= allowed.items()
+        for step in job["steps"]:
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"]["persist-credentials"] is False
     for line in path.read_text().splitlines():
         if "uses:" in line:
             assert re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
