@@ -8,8 +8,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -273,6 +275,23 @@ def test_a_job_trains_on_all_its_nodes_and_resumes(tmp_path):
         "srun --kill-on-bad-exit=0 apptainer exec --nv image.sif python -m lit_diffusion fit --config my config.yaml "
         "--run_dir runs/ddpm --resume auto --trainer.num_nodes 2 --trainer.devices 8 --trainer.strategy ddp --seed 1"
     )
+
+
+def test_a_cancelled_job_is_not_queued_again(tmp_path):
+    programs = {"srun": f"touch {tmp_path}/running; sleep 1; exit 75", "scontrol": f"touch {tmp_path}/queued"}
+    for name, lines in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    variables = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), **slurm}
+    with subprocess.Popen(["bash", DOCKER / "slurm.sh", "config.yaml", "run"], env=variables) as script:
+        while not (tmp_path / "running").exists():
+            assert script.poll() is None
+            time.sleep(0.01)
+        script.terminate()
+        assert script.wait(10) == -signal.SIGTERM
+    time.sleep(1.5)  # until srun would have ended with 75
+    assert not (tmp_path / "queued").exists()
 
 
 def test_a_job_without_a_run_directory_is_refused(tmp_path):
