@@ -42,6 +42,9 @@ class Dashboard:
         tags: words to find the run by.
     """
 
+    resume: Literal["allow", "never"] = "allow"
+    """What wandb does where it has a run of this id already."""
+
     def __init__(
         self,
         mode: Literal["auto", "online", "offline", "disabled"] = "auto",
@@ -93,7 +96,7 @@ class Dashboard:
                 tags=self.tags,
                 dir=str(run_dir),
                 config=config,
-                resume="allow",
+                resume=self.resume,
                 settings=wandb.Settings(silent=True, console="off"),
             )
             # One clock for all panels; wandb's own step is never given, so nothing is ever out of order.
@@ -214,7 +217,8 @@ class RunLogger(Logger):
         self.continues = continues
         self.weights = "raw"
         """What the model has at the moment; whoever gives it an average for a while says so here."""
-        self._wanted = run_dir
+        self.wanted = run_dir
+        """The directory asked for, None for one of its own below the root."""
         self._run_dir: Path | None = None
         self._run_id: str | None = None
 
@@ -296,9 +300,9 @@ class RunLogger(Logger):
 
     def _create(self) -> tuple[str, str]:
         run_id = new_run_id()
-        directory = self._wanted if self._wanted is not None else self.root / self.experiment_name / run_id
+        directory = self.wanted if self.wanted is not None else self.root / self.experiment_name / run_id
         if self.continues:
-            _require_known_events(directory)
+            require_known_events(directory)
             try:
                 return (directory / "run_id").read_text().strip(), str(directory.resolve())
             except OSError as error:
@@ -374,7 +378,12 @@ def run_logger_of(trainer: Any) -> RunLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
-def _require_known_events(run_dir: Path) -> None:
+def require_known_events(run_dir: Path) -> None:
+    """Refuse to continue a run whose events are not there or of another format.
+
+    Raises:
+        UserError: saying which.
+    """
     path = run_dir / "metrics.jsonl"
     try:
         with path.open() as file:
@@ -406,7 +415,7 @@ def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) ->
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         return 0
-    _require_known_events(run_dir)
+    require_known_events(run_dir)
     path = run_dir / "metrics.jsonl"
     kept: list[str] = []
     lost: list[str] = []
