@@ -87,9 +87,7 @@ def gpus(monkeypatch):
 def test_gpus(gpus):
     found = gpus(70e9, 80e9)
     assert found.level == "ok"
-    assert found.what == (
-        "GPU 0: H, 80 GB, capability 9.0, 70 GB free; fast in bf16-mixed, 16-mixed, 32-true"
-    )
+    assert found.what == ("GPU 0: H, 80 GB, capability 9.0, 70 GB free; fast in bf16-mixed, 16-mixed, 32-true")
     assert "fast in 16-mixed, 32-true" in gpus(10e9, 12e9, (7, 5)).what
     assert "fast in 32-true" in gpus(10e9, 12e9, (6, 1)).what
     found = gpus(1e9, 80e9)
