@@ -16,6 +16,7 @@ from lit_diffusion.checks import Finding, first_line, in_bytes, note, ok, proble
 
 SHARED_MEMORY = Path("/dev/shm")
 CPU_INFO = Path("/proc/cpuinfo")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 DRIVER = Path("/proc/driver/nvidia/version")
 LITTLE_SHARED = 10**9
 LITTLE_DISK = 10**9
@@ -26,10 +27,13 @@ FEW_FILES = 1024
 
 
 def cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Not on macOS.
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """That this process may use: of a container with a quota fewer than there are."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    with suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()
+        if quota != "max":
+            return max(1, min(found, round(int(quota) / int(period))))
+    return found
 
 
 def cpu_flags() -> set[str]:
@@ -42,9 +46,10 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-def fast_bf16_on_cpu() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself; without, it is emulated, slower than float32."""
-    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+def fast_bf16_on_cpu() -> bool | None:
+    """Whether the CPU multiplies bfloat16 by itself, or emulates it, slower than float32; None: nobody knows."""
+    flags = cpu_flags()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) if flags else None
 
 
 def processor() -> Iterator[Finding]:
@@ -58,8 +63,11 @@ def processor() -> Iterator[Finding]:
         yield warning(f"{said}: they wait for each other", f"export OMP_NUM_THREADS={mine}")
     else:
         yield ok(said)
-    if fast_bf16_on_cpu():
+    fast = fast_bf16_on_cpu()
+    if fast:
         yield ok("the CPU has bfloat16 (AVX512-BF16, AMX or ARM's)")
+    elif fast is None:
+        yield note("whether the CPU has bfloat16 cannot be seen here")
     else:
         yield note("the CPU has no bfloat16 of its own", "on it precision 32-true is faster than bf16-mixed")
 

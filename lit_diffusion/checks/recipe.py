@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import sysconfig
@@ -34,7 +33,7 @@ from lit_diffusion.metrics.weights import WEIGHTS
 from lit_diffusion.precision import precision_name
 from lit_diffusion.processes import VE
 from lit_diffusion.randomness import keyed_permutation
-from lit_diffusion.run import RUN_DIR_FILES, Dashboard, RunLogger, require_known_events
+from lit_diffusion.run import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, require_known_events
 from lit_diffusion.trainer import Trainer, callbacks_of
 
 LOOKED_AT = 512
@@ -447,10 +446,10 @@ def precision(recipe: Recipe) -> Iterator[Finding]:
     elif dtype == torch.float16:
         yield warning(f"precision {name} on {device}: slower than float32", "set trainer.precision 32-true")
         return
-    elif dtype == torch.bfloat16 and not machine.fast_bf16_on_cpu():
+    elif dtype == torch.bfloat16 and device == "CPU" and machine.fast_bf16_on_cpu() is False:
         yield warning(f"precision {name} on a CPU without bfloat16: slow", "set trainer.precision 32-true")
         return
-    elif recipe.trainer.accelerator.__class__.__name__ == "CPUAccelerator" and torch.cuda.is_available():
+    elif device == "CPU" and torch.cuda.is_available():
         yield note("it trains on the CPU, and there is a GPU", "set trainer.accelerator auto")
     yield ok(f"trains on {device} in {name}")
 
@@ -549,15 +548,13 @@ def weights_and_biases(view: Dashboard) -> Iterator[Finding]:
         yield note("Weights & Biases is disabled: metrics.jsonl and `report` have all of a run")
         return
     try:
-        wandb = importlib.import_module("wandb")
-        mode = view.resolved_mode()
-        logged_in = bool(wandb.api.api_key)
+        mode, known = view.resolved_mode(), logged_in()
     except Exception as error:  # A view in trouble ends no run.
         yield warning(
             f"Weights & Biases cannot be used ({first_line(error)})", "reinstall wandb, or --wandb.mode disabled"
         )
         return
-    if mode == "online" and not logged_in:
+    if mode == "online" and not known:
         yield warning("Weights & Biases is to be online, and you are not logged in", "wandb login, or WANDB_API_KEY")
     elif mode == "online":
         yield ok(f"Weights & Biases: online, project {view.project}")

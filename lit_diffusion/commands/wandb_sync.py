@@ -17,7 +17,7 @@ from lit_diffusion.clock import Clock
 from lit_diffusion.errors import UserError
 from lit_diffusion.parser import Parser
 from lit_diffusion.reporting import Event, RecordedRun, read_run, recorded_png
-from lit_diffusion.run import Dashboard
+from lit_diffusion.run import Dashboard, logged_in
 
 DESCRIPTION = """Replays a run's metrics.jsonl and its pictures into one Weights & Biases run, in order, each step once.
 For runs that were trained offline and interrupted, or recorded with --wandb.mode disabled: each start left an offline
@@ -126,13 +126,11 @@ def require_login(replay: Dashboard) -> None:
         UserError: if wandb is not there, or nobody is logged in and it is to be online.
     """
     try:
-        import wandb
-
-        logged_in = bool(wandb.api.api_key)
+        known = logged_in()
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"wandb cannot be used ({reason}): pip install --force-reinstall wandb") from error
-    if replay.mode == "online" and not logged_in:
+    if replay.mode == "online" and not known:
         raise UserError("you are not logged in to Weights & Biases: wandb login, or replay with --mode offline")
 
 

@@ -41,8 +41,18 @@ def test_threads_beyond_the_cores_are_a_warning(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     found = next(machine.processor())
     assert (found.level, found.mend) == ("warning", "export OMP_NUM_THREADS=4")
-    monkeypatch.undo()
-    assert 1 <= machine.cores() <= os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"),
+    [("200000 100000", 2), ("max 100000", 8), ("50000 100000", 1), ("9900000 100000", 8), ("torn", 8), (None, 8)],
+)
+def test_cores_of_a_container(monkeypatch, tmp_path, quota, count):
+    monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert machine.cores() == count
 
 
 @pytest.mark.parametrize(
@@ -51,8 +61,8 @@ def test_threads_beyond_the_cores_are_a_warning(monkeypatch):
         ("flags\t\t: fpu avx512_bf16 sse", True),
         ("flags\t\t: fpu avx2 sse", False),
         ("Features\t: fp asimd bf16", True),
-        ("", False),
-        (None, False),
+        ("", None),
+        (None, None),
     ],
 )
 def test_bfloat16_of_the_cpu(monkeypatch, tmp_path, text, fast):

@@ -254,13 +254,16 @@ def test_evaluation(make):
 
 def test_precision(make, monkeypatch):
     monkeypatch.setattr(machine, "fast_bf16_on_cpu", lambda: True)
-    assert said(recipe.precision, make())["ok"].endswith("trains on CPU in 32-true")
+    on_cpu = make()
+    assert said(recipe.precision, on_cpu)["ok"].endswith("trains on CPU in 32-true")
     assert set(said(recipe.precision, make(precision="bf16-mixed"))) == {"ok"}
     assert "slower than float32" in said(recipe.precision, make(precision="16-mixed"))["warning"]
     monkeypatch.setattr(machine, "fast_bf16_on_cpu", lambda: False)
     assert "without bfloat16" in said(recipe.precision, make(precision="bf16-mixed"))["warning"]
+    monkeypatch.setattr(machine, "fast_bf16_on_cpu", lambda: None)
+    assert set(said(recipe.precision, make(precision="bf16-mixed"))) == {"ok"}  # nothing is known against it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "there is a GPU" in said(recipe.precision, make())["note"]
+    assert "there is a GPU" in said(recipe.precision, on_cpu)["note"]
 
 
 @pytest.mark.parametrize(
