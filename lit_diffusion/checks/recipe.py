@@ -489,10 +489,10 @@ def sizes(recipe: Recipe) -> tuple[int, int, int]:
 def memory(recipe: Recipe) -> Iterator[Finding]:
     """What weights, gradients, optimiser and averages take; activations come on top."""
     parameters, _, need = sizes(recipe)
-    backbone = type(recipe.method.denoiser.backbone).__name__
+    backbone, averages = type(recipe.method.denoiser.backbone).__name__, len(recipe.half_lives)
     said = (
         f"{backbone} of {parameters / 1e6:.3g} million parameters: {in_bytes(need)} with gradients, optimiser and "
-        f"{len(recipe.half_lives)} sets of averages, activations on top"
+        f"{averages} average{'s' * (averages != 1)}, activations on top"
     )
     if recipe.on_cuda:
         have, where = torch.cuda.get_device_properties(0).total_memory, "the GPU"
