@@ -20,6 +20,8 @@ COMMANDS = {
     "gallery": "a page to judge images by eye, side by side and blind: gallery RUN_OR_SAMPLES ... --out gallery.html",
     "report": "a run's curves, pictures and results as one web page, without an account: report RUN",
     "evaluate": "FID and its kin of anybody's images: evaluate --samples FILE_OR_FOLDER --reference FILE_OR_FOLDER",
+    "doctor": "what is wrong with this machine or a recipe, before hours are spent on it: doctor --config FILE",
+    "wandb-sync": "a finished or interrupted run as one Weights & Biases run, from its metrics.jsonl: wandb-sync RUN",
     "fetch": "download data or weights, the only command that does: fetch data NAME",
 }
 
@@ -85,6 +87,14 @@ def dispatch(arguments: Sequence[str]) -> None:
         from lit_diffusion.commands import evaluate
 
         evaluate.main(rest)
+    elif command == "doctor":
+        from lit_diffusion.commands import doctor
+
+        doctor.main(rest)
+    elif command == "wandb-sync":
+        from lit_diffusion.commands import wandb_sync
+
+        wandb_sync.main(rest)
     elif command == "fetch":
         from lit_diffusion.commands import fetch
 

@@ -273,12 +273,7 @@ class CLI(LightningCLI):
             self.continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
         if self.continues:
             assert run_dir is not None
-            seen, last = -1, {}  # Killed before its first checkpoint: from the beginning, all events are made again.
-            if self.checkpoint is not None:
-                seen = self.checkpoint[CHECKPOINT_KEY]["images_seen"]
-                last = self.checkpoint.get("callbacks", {}).get("Evaluator", {}).get("last", {})
-            lost = drop_lost_events(run_dir, seen, last.get("images") == seen)
-            print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
+            self._set_lost_events_aside(run_dir)
         return RunLogger(
             experiment=self._experiment(section),
             config_text=self._config_text(section),
@@ -287,6 +282,14 @@ class CLI(LightningCLI):
             dashboard=self.config_init[self.subcommand]["wandb"],
             continues=self.continues,
         )
+
+    def _set_lost_events_aside(self, run_dir: Path) -> None:
+        seen, last = -1, {}  # Killed before its first checkpoint: from the beginning, all events are made again.
+        if self.checkpoint is not None:
+            seen = self.checkpoint[CHECKPOINT_KEY]["images_seen"]
+            last = self.checkpoint.get("callbacks", {}).get("Evaluator", {}).get("last", {})
+        lost = drop_lost_events(run_dir, seen, last.get("images") == seen)
+        print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
 
     # ---- what is said at the end -------------------------------------------------------------------------------
 
@@ -363,22 +366,22 @@ def _config_path(given: str) -> Path:
     raise UserError(f"configuration file {given} does not exist; the shipped ones are experiments/*.yaml")
 
 
-def main(arguments: Sequence[str]) -> CLI:
-    """Run one of LightningCLI's commands."""
+def main(arguments: Sequence[str], cli: type[CLI] = CLI) -> CLI:
+    """Run one of LightningCLI's commands; ``doctor`` brings a CLI of its own, which stops before the work."""
     # Lightning's hints on hardware and workers are not about this run; its warnings and errors stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
     try:
-        return _run(arguments)
+        return _run(arguments, cli)
     except OmegaConfBaseException as error:
         raise UserError(
             f"an interpolation of the configuration does not resolve: {str(error).splitlines()[0]}"
         ) from error
 
 
-def _run(arguments: Sequence[str]) -> CLI:
-    return CLI(
+def _run(arguments: Sequence[str], cli: type[CLI]) -> CLI:
+    return cli(
         model_class=Method,
         datamodule_class=DataModule,
         subclass_mode_model=True,

@@ -142,6 +142,22 @@ def _event(line: str) -> Event | None:
     return event if whole else None
 
 
+def recorded_png(folder: Path, name: object) -> bytes | None:
+    """A picture of the run's own samples folder; a name that leads out of it is not followed."""
+    from PIL import Image
+
+    try:
+        path = (folder / str(name)).resolve()
+        if not path.is_relative_to((folder / "samples").resolve()):
+            return None
+        png = path.read_bytes()
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.verify()
+    except (OSError, ValueError, SyntaxError):  # The last is what Pillow says of a broken PNG.
+        return None
+    return png
+
+
 def number(value: object) -> float | None:
     """A recorded number, NaN and infinity among them; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -42,6 +42,9 @@ class Dashboard:
         tags: words to find the run by.
     """
 
+    resume: Literal["allow", "never"] = "allow"
+    """What wandb does where it has a run of this id already."""
+
     def __init__(
         self,
         mode: Literal["auto", "online", "offline", "disabled"] = "auto",
@@ -63,9 +66,7 @@ class Dashboard:
         chosen = os.environ.get("WANDB_MODE")
         if chosen in ("online", "offline", "disabled"):
             return chosen
-        import wandb
-
-        return "online" if wandb.api.api_key else "offline"
+        return "online" if logged_in() else "offline"
 
     @contextmanager
     def _trouble_is_a_note(self) -> Iterator[None]:
@@ -93,7 +94,7 @@ class Dashboard:
                 tags=self.tags,
                 dir=str(run_dir),
                 config=config,
-                resume="allow",
+                resume=self.resume,
                 settings=wandb.Settings(silent=True, console="off"),
             )
             # One clock for all panels; wandb's own step is never given, so nothing is ever out of order.
@@ -131,6 +132,13 @@ class Dashboard:
             with self._trouble_is_a_note():
                 self._run.finish(exit_code=1 if failed else 0)
             self._run = None
+
+
+def logged_in() -> bool:
+    """Whether this machine has a key of Weights & Biases; asks no server."""
+    import wandb
+
+    return bool(wandb.api.api_key)
 
 
 def dashboard_values(event: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +224,8 @@ class RunLogger(Logger):
         """Whether the run ends because it was asked to stop; it can be continued."""
         self.weights = "raw"
         """What the model has at the moment; whoever gives it an average for a while says so here."""
-        self._wanted = run_dir
+        self.wanted = run_dir
+        """The directory asked for, None for one of its own below the root."""
         self._run_dir: Path | None = None
         self._run_id: str | None = None
 
@@ -298,13 +307,13 @@ class RunLogger(Logger):
 
     def _create(self) -> tuple[str, str]:
         run_id = new_run_id()
-        directory = self._wanted if self._wanted is not None else self.root / self.experiment_name / run_id
+        directory = self.wanted if self.wanted is not None else self.root / self.experiment_name / run_id
         if not self.continues and any((directory / name).exists() for name in RUN_DIR_FILES):
             raise UserError(
                 f"run_dir {directory} already holds a run; choose another, or continue that one with --resume auto"
             )
         if self.continues and (directory / "metrics.jsonl").exists():
-            _require_known_events(directory)
+            require_known_events(directory)
         try:
             if self.continues:
                 run_id = (directory / "run_id").read_text().strip()
@@ -374,7 +383,12 @@ def run_logger_of(trainer: Any) -> RunLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
-def _require_known_events(run_dir: Path) -> None:
+def require_known_events(run_dir: Path) -> None:
+    """Refuse to continue a run whose events are not there or of another format.
+
+    Raises:
+        UserError: saying which.
+    """
     path = run_dir / "metrics.jsonl"
     try:
         with path.open() as file:
@@ -409,7 +423,7 @@ def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) ->
     path = run_dir / "metrics.jsonl"
     if images_seen < 0 and not path.exists():
         return 0
-    _require_known_events(run_dir)
+    require_known_events(run_dir)
     kept: list[str] = []
     lost: list[str] = []
     for line in path.read_text().splitlines():

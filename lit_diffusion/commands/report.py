@@ -34,6 +34,7 @@ from lit_diffusion.reporting import (
     other_panels,
     protocols_of,
     read_run,
+    recorded_png,
     speed_panels,
     training_panels,
 )
@@ -303,28 +304,12 @@ def _latest_pictures(run: RecordedRun) -> tuple[list[tuple[Event, bytes]], list[
     order = dict.fromkeys([*SAMPLES, *FIGURES, *sorted(latest)])
     found, missing = [], []
     for event in (latest[name] for name in order if name in latest):
-        png = _recorded_png(run.folder, event.get("file"))
+        png = recorded_png(run.folder, event.get("file"))
         if png is None:
             missing.append(str(event.get("file")))
         else:
             found.append((event, png))
     return found, missing
-
-
-def _recorded_png(folder: Path, name: object) -> bytes | None:
-    """A picture of the run's own samples folder; a name that leads out of it is not followed."""
-    from PIL import Image
-
-    try:
-        path = (folder / str(name)).resolve()
-        if not path.is_relative_to((folder / "samples").resolve()):
-            return None
-        png = path.read_bytes()
-        with Image.open(path, formats=("PNG",)) as picture:
-            picture.verify()
-    except (OSError, ValueError, SyntaxError):  # The last is what Pillow says of a broken PNG.
-        return None
-    return png
 
 
 def _pictures(pictures: Sequence[tuple[Event, bytes]], wanted: Callable[[str], bool]) -> str:

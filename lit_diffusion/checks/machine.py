@@ -1,0 +1,224 @@
+"""The machine: cores, GPUs, memory that processes share, disk, folders, limits."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lit_diffusion.cache import cache_folder
+from lit_diffusion.checks import Finding, first_line, in_bytes, note, ok, problem, warning
+
+SHARED_MEMORY = Path("/dev/shm")
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+DRIVER = Path("/proc/driver/nvidia/version")
+LITTLE_SHARED = 10**9
+LITTLE_DISK = 10**9
+FEW_FILES = 1024
+
+
+# ---- processors --------------------------------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """That this process may use: of a container with a quota fewer than there are."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    with suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()
+        if quota != "max":
+            return max(1, min(found, round(int(quota) / int(period))))
+    return found
+
+
+def cpu_flags() -> set[str]:
+    """What the CPU says it can do; nothing where the system does not tell."""
+    with suppress(OSError):
+        for line in CPU_INFO.read_text().splitlines():
+            name, _, values = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return set(values.split())
+    return set()
+
+
+def fast_bf16_on_cpu() -> bool | None:
+    """Whether the CPU multiplies bfloat16 by itself, or emulates it, slower than float32; None: nobody knows."""
+    flags = cpu_flags()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) if flags else None
+
+
+def processor() -> Iterator[Finding]:
+    """CPU cores and the threads that torch would use on them."""
+    import torch
+
+    threads, mine = torch.get_num_threads(), cores()
+    given = os.environ.get("OMP_NUM_THREADS")
+    said = f"{mine} CPU cores, threads of torch: {threads} (OMP_NUM_THREADS {given or 'not set'})"
+    if threads > mine:
+        yield warning(f"{said}: they wait for each other", f"export OMP_NUM_THREADS={mine}")
+    else:
+        yield ok(said)
+    fast = fast_bf16_on_cpu()
+    if fast:
+        yield ok("the CPU has bfloat16 (AVX512-BF16, AMX or ARM's)")
+    elif fast is None:
+        yield note("whether the CPU has bfloat16 cannot be seen here")
+    else:
+        yield note("the CPU has no bfloat16 of its own", "on it precision 32-true is faster than bf16-mixed")
+
+
+def accelerators() -> Iterator[Finding]:
+    """GPUs, and a driver whose GPUs torch does not see."""
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            yield gpu(torch, index)
+        return
+    if torch.backends.mps.is_available():
+        yield ok("Apple GPU (MPS); precision 32-true is what was tried on it")
+        return
+    driver = DRIVER.exists() or shutil.which("nvidia-smi") is not None
+    if driver and torch.version.cuda is None:
+        yield warning(
+            f"there is an NVIDIA driver, but torch {torch.__version__} is built for the CPU alone",
+            "install a CUDA build, see pytorch.org",
+        )
+    elif driver:
+        yield warning(
+            f"there is an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU",
+            "look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old for this CUDA",
+        )
+    else:
+        yield note("no GPU and no driver of one: training is on the CPU")
+
+
+def gpu(torch: Any, index: int) -> Finding:
+    """One GPU: name, memory, and which precisions it is fast in."""
+    properties = torch.cuda.get_device_properties(index)
+    version = (properties.major, properties.minor)
+    fast = [name for name, least in (("bf16-mixed", (8, 0)), ("16-mixed", (7, 0))) if version >= least]
+    said = f"GPU {index}: {properties.name}, {in_bytes(properties.total_memory)}, capability {version[0]}.{version[1]}"
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+    except Exception as error:  # Of a GPU that another program holds alone, or one that fell off the bus.
+        return problem(
+            f"{said} cannot be used ({first_line(error)})", "see nvidia-smi; leave it out by CUDA_VISIBLE_DEVICES"
+        )
+    if free < 0.5 * total:
+        return warning(f"{said}: only {in_bytes(free)} are free", "another program uses it, see nvidia-smi")
+    return ok(f"{said}, {in_bytes(free)} free; fast in {', '.join([*fast, '32-true'])}")
+
+
+# ---- memory, disk, files -----------------------------------------------------------------------------------------
+
+
+def shared_memory(workers: int | None = None) -> Iterator[Finding]:
+    """Room in /dev/shm, through which data workers hand over their batches.
+
+    Args:
+        workers: of the recipe; None where there is no recipe.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return  # macOS has none.
+    size = shutil.disk_usage(SHARED_MEMORY).total
+    said = f"{SHARED_MEMORY} has {in_bytes(size)}"
+    mend = "give a container --shm-size=8g, or set data.num_workers 0"
+    if size >= LITTLE_SHARED:
+        yield ok(said)
+    elif workers:
+        yield warning(f"{said}, and {workers} data workers hand over batches in it: they may die by a bus error", mend)
+    else:
+        yield note(f"{said}: too little for data workers", mend)
+
+
+def standing(path: Path) -> Path:
+    """The part of a path that exists."""
+    path = Path(os.path.abspath(path.expanduser()))
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def writable(path: Path) -> str | None:
+    """Why nothing could be written below a folder that may not be there yet; None where it could. Writes nothing."""
+    found = standing(path)
+    if not found.is_dir():
+        return f"{found} is a file"
+    return None if os.access(found, os.W_OK | os.X_OK) else f"{found} is read-only for you"
+
+
+def disk(folder: Path, need: int | None = None, what: str = "") -> Iterator[Finding]:
+    """Free space where a run would be.
+
+    Args:
+        folder: of the run.
+        need: bytes that its checkpoints take; None where nobody knows.
+        what: takes them.
+    """
+    free = shutil.disk_usage(standing(folder)).free
+    said = f"{in_bytes(free)} of disk are free at {standing(folder)}"
+    if need is not None and free < need:
+        yield problem(
+            f"{said}, and {what} take {in_bytes(need)}", "free some space, or choose another place by --run_dir"
+        )
+    elif free < LITTLE_DISK:
+        yield warning(said, "free some space, or choose another place by --run_dir")
+    else:
+        yield ok(f"{said}; {what} take about {in_bytes(need)}" if need is not None else said)
+
+
+def folders() -> Iterator[Finding]:
+    """Whether the folders that are written beside runs can be: caches of this project and of what it stands on."""
+    named = [
+        ("cache", cache_folder("references"), "LIT_DIFFUSION_CACHE"),
+        ("data", cache_folder("data", "LIT_DIFFUSION_DATA"), "LIT_DIFFUSION_DATA"),
+        ("weights", cache_folder("weights", "LIT_DIFFUSION_WEIGHTS"), "LIT_DIFFUSION_WEIGHTS"),
+        ("temporary", Path(tempfile.gettempdir()), "TMPDIR"),
+    ]
+    for what, variable in (
+        ("matplotlib's", "MPLCONFIGDIR"),
+        ("the compiler's cache", "TORCHINDUCTOR_CACHE_DIR"),
+        ("Weights & Biases'", "WANDB_DIR"),
+    ):
+        if given := os.environ.get(variable):
+            named.append((what, Path(given), variable))
+    bad = False
+    for what, folder, variable in named:
+        if reason := writable(folder):
+            bad = True
+            yield warning(
+                f"the {what.removeprefix('the ')} folder {folder} cannot be written ({reason})",
+                f"set {variable} to another",
+            )
+    if not bad:
+        yield ok(f"cache folders can be written ({cache_folder('references').parent})")
+
+
+def open_files(workers: int | None = None) -> Iterator[Finding]:
+    """How many files a process may hold open; each data worker takes some, and each tensor that it hands over."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= FEW_FILES:
+        yield ok(f"a process may open {'any number of' if soft == resource.RLIM_INFINITY else soft} files")
+        return
+    most = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    make = warning if workers else note
+    yield make(f"a process may open {soft} files, few for data workers", f"ulimit -n {most}")
+
+
+def memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def compiler(on_gpu: bool) -> str | None:
+    """What compiling a backbone lacks on this machine, None where there is all."""
+    names = ("cc", "gcc", "clang") if on_gpu else ("g++", "clang++", "c++")
+    variable = "CC" if on_gpu else "CXX"
+    given = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ([given] if given else names)):
+        return f"no {'C' if on_gpu else 'C++'} compiler ({given or ', '.join(names)})"
+    return None
