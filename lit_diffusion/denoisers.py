@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Level, Process, expand_like
 
@@ -205,6 +206,8 @@ class NetworkDenoiser(Denoiser):
         """The type the backbone computes in under mixed precision, None for float32 throughout."""
         self.rows: int | None = None
         """How many rows the backbone is given at once, filled up and taken apart; None: as many as there are."""
+        self.recorded: RecordedBackbone | None = None
+        """Evaluates the backbone where no gradient is asked for; None: the backbone does."""
 
     def compile_backbone(self, rows: int | None) -> None:
         """Compile the backbone in place, as one graph, for batches of one size, which is all that it is given then.
@@ -219,12 +222,11 @@ class NetworkDenoiser(Denoiser):
 
     def _evaluate(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> Tensor:
         rows, given = self.rows, len(x)
+        backbone = self.backbone if self.recorded is None or torch.is_grad_enabled() else self.recorded
         if rows is None or given == rows:
-            return self.backbone(x, c_noise, cond)
+            return backbone(x, c_noise, cond)
         number = torch.arange(-(-given // rows) * rows, device=x.device).clamp(max=given - 1)  # The last row fills up.
-        parts = [
-            self.backbone(x[part], c_noise[part], None if cond is None else cond[part]) for part in number.split(rows)
-        ]
+        parts = [backbone(x[part], c_noise[part], None if cond is None else cond[part]) for part in number.split(rows)]
         return torch.cat(parts)[:given]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_diffusion.errors import UserError
@@ -16,8 +18,33 @@ from lit_diffusion.errors import UserError
 _TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
+ALLOWED = ("lit_diffusion", "torch.optim", "lightning.pytorch")
+"""Packages whose classes a configuration may name, and a checkpoint's, which may be a stranger's: importing a module
+runs it. Each value must also be a class of the kind that its key takes."""
+
+ALLOW = "LIT_DIFFUSION_ALLOW"
+"""Variable of the environment with further packages, separated by commas."""
+
+
+def allow_packages() -> None:
+    """Let class paths name the packages of :data:`ALLOWED` and :data:`ALLOW` and no others.
+
+    Raises:
+        UserError: if the variable does not hold names of packages.
+    """
+    more = [name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip()]
+    try:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *more])
+    except ValueError as error:
+        raise UserError(f"{ALLOW} is {os.environ[ALLOW]!r}; give names of packages separated by commas") from error
+
+
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one line."""
+    """Says what is wrong in one line, and imports nothing from packages that are not allowed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        allow_packages()
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints as one line."""
@@ -99,6 +126,13 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     text = str(message)
     path = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', text)))
     # A nested parser has explained its part already: only say where it was.
+    if match := re.search(r"Importing '([^']+)' is not allowed", text):
+        return (
+            f"{path}: {match[1]!r} is not in {', '.join(ALLOWED)}; if you trust it, set the variable "
+            f"{ALLOW}={match[1]}, or to the package that it is in"
+        )
+    if match := re.search(r"(\S+: '[^']+' is not in [^\n]+)", text):  # A nested parser's.
+        return f"{path}.{match[1]}" if path else match[1]
     if match := re.search(r"(\S+ is '[^']*'; it must be [^\n]+)", text):
         return f"{path}.{match[1]}" if path else match[1]
     if match := re.search(r"(there is no (?:key|class) '[^\n]+)", text):

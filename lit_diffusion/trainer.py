@@ -33,6 +33,8 @@ class Trainer(pl.Trainer):
         max_images: train until this many images were seen; null: no such end (give ``max_steps`` or ``max_time``).
         precision: ``32-true``, ``bf16-mixed`` (the backbone in bfloat16, all else float32) or ``16-mixed``.
         compile: compile the backbone in place (the names in checkpoints stay as they are).
+        cuda_graphs: while sampling, record the backbone's evaluation once and replay it (CUDA only); faster where the
+            network is small for the GPU.
         channels_last: keep the backbone's images as ``[B, H, W, C]`` in memory; faster for most convolutions.
         **kwargs: Lightning's own.
     """
@@ -43,6 +45,7 @@ class Trainer(pl.Trainer):
         max_images: int | None = None,
         precision: PrecisionName = "32-true",
         compile: bool = False,
+        cuda_graphs: bool = False,
         channels_last: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -54,6 +57,7 @@ class Trainer(pl.Trainer):
         self.endless = all(limit is None for limit in limits) and kwargs.get("max_steps", -1) == -1
         """Whether nothing would end a training; a method refuses to start one."""
         self.compile = compile
+        self.cuda_graphs = cuda_graphs
         self.channels_last = channels_last
         for key in ("gradient_clip_val", "gradient_clip_algorithm"):
             if kwargs.get(key) is not None:

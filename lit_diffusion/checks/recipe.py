@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -507,11 +507,11 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
 
 
 def disk(recipe: Recipe) -> Iterator[Finding]:
-    """Room for the checkpoints that are kept, and the one that is being written."""
+    """Room for the checkpoints that are kept, the newest and the one before it, and the one that is being written."""
     _, size, _ = sizes(recipe)
     evaluator = recipe.callback(Evaluator)
     best = evaluator.keep if evaluator.metrics != [] and evaluator.cadence != Cadence() else 0
-    yield from machine.disk(recipe.run_dir, (2 + best) * size, f"{2 + best} checkpoints of {in_bytes(size)}")
+    yield from machine.disk(recipe.run_dir, (3 + best) * size, f"{3 + best} checkpoints of {in_bytes(size)}")
 
 
 def run_directory(recipe: Recipe) -> Iterator[Finding]:
@@ -520,12 +520,13 @@ def run_directory(recipe: Recipe) -> Iterator[Finding]:
     if reason := machine.writable(directory):
         yield problem(f"run_dir {directory} cannot be written ({reason})", "choose another by --run_dir")
     elif recipe.logger.continues:
-        require_known_events(directory)
+        if (directory / "metrics.jsonl").exists():  # Not in a run that was killed before its first event.
+            require_known_events(directory)
         yield ok(f"continues the run in {directory}")
     elif recipe.logger.wanted is not None and any((directory / name).exists() for name in RUN_DIR_FILES):
         yield problem(
             f"run_dir {directory} already holds a run",
-            f"choose another, or continue that one with --ckpt_path {directory}/checkpoints/last.ckpt",
+            "choose another, or continue that one with --resume auto",
         )
     else:
         yield ok(f"the run goes to {directory}{'' if recipe.logger.wanted else '/<run id>'}")

@@ -11,6 +11,7 @@ import torch
 from jsonargparse import Namespace
 
 from lit_diffusion.checkpoints import load
+from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser, users_own_errors
@@ -29,6 +30,8 @@ def add_model_options(parser: Parser) -> None:
         "--weights", type=str | None, default=None, help="raw, ema or ema:HALF_LIFE; default: ema where it is kept."
     )
     parser.add_argument("--precision", type=PrecisionName, default="32-true", help="Of the backbone.")
+    parser.add_argument("--compile", type=bool, default=False, help="Compile the backbone first; for many samples.")
+    parser.add_argument("--cuda_graphs", type=bool, default=False, help="Record the backbone and replay it; CUDA only.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
@@ -53,6 +56,12 @@ def load_model(options: Namespace) -> Method:
     """
     method = load(options.ckpt_path, options.weights, choose_device(options.device))
     method.denoiser.autocast_dtype = autocast_dtype(options.precision)
+    if options.compile:
+        method.denoiser.compile_backbone(getattr(options, "batch_size", None))
+    if options.cuda_graphs:
+        if method.device.type != "cuda":
+            raise UserError(f"--cuda_graphs needs a CUDA device, and the model is on {method.device}; leave it out")
+        method.denoiser.recorded = RecordedBackbone(method.denoiser.backbone)
     return method
 
 

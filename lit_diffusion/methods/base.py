@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lit_diffusion import interrupts
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.clock import Clock, in_images
+from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
@@ -230,6 +231,10 @@ class Method(pl.LightningModule):
         if getattr(self.trainer, "compile", False):
             rows = datamodule.rows_at_once if isinstance(datamodule, DataModule) else None
             self.denoiser.compile_backbone(rows)
+        if getattr(self.trainer, "cuda_graphs", False):
+            if self.trainer.strategy.root_device.type != "cuda":
+                raise UserError("trainer.cuda_graphs needs a CUDA device; leave it out")
+            self.denoiser.recorded = RecordedBackbone(self.denoiser.backbone)
 
     def configure_model(self) -> None:
         """Share the backbone's weights out, where the strategy asks for it."""
@@ -248,6 +253,8 @@ class Method(pl.LightningModule):
             )
         if getattr(self.trainer, "compile", False):
             raise UserError("trainer.strategy fsdp does not go with trainer.compile; choose one, or ddp with compile")
+        if getattr(self.trainer, "cuda_graphs", False):
+            raise UserError("trainer.strategy fsdp does not go with trainer.cuda_graphs; choose one, or ddp with them")
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError("trainer.strategy fsdp does not go with precision 16-mixed; use bf16-mixed, or ddp")
 

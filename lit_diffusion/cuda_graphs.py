@@ -1,0 +1,64 @@
+"""A network's evaluation recorded once as a CUDA graph and replayed: a small network no longer waits for the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.errors import UserError
+
+WARM_UPS = 3
+"""Evaluations before the recording, in which kernels are chosen and compiled."""
+
+
+class RecordedBackbone:
+    """Evaluates a backbone without gradients by replaying a recording, one for each shape of its inputs.
+
+    A replay reads the weights where they are: values written over in place, as averages are, are seen.
+
+    Args:
+        backbone: on a CUDA device, in evaluation mode whenever it is called.
+
+    Raises:
+        UserError: if the backbone is on no CUDA device.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._recordings: dict[object, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    def __call__(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> Tensor:
+        """As :meth:`~lit_diffusion.backbones.base.Backbone.forward`; the result is the caller's own."""
+        if x.device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a CUDA device, and the model is on {x.device}; leave it out")
+        label = None if cond is None else cond.label
+        inputs = [x, c_noise, *([] if label is None else [label])]
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        weights = next(self.backbone.parameters())
+        key = (tuple(x.shape), x.dtype, label is None, autocast, weights.data_ptr())
+        if key not in self._recordings:
+            self._recordings[key] = self._record(inputs, autocast)
+        graph, held, output = self._recordings[key]
+        for mine, given in zip(held, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    def _record(
+        self, inputs: list[Tensor], autocast: torch.dtype | None
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        held = [value.clone() for value in inputs]
+        cond = Condition(label=held[2]) if len(held) > 2 else None
+        # Without autocast's cache: a cached copy of the weights would be outside the recording, and old after a change.
+        with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self.backbone(held[0], held[1], cond)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.backbone(held[0], held[1], cond)
+        return graph, held, output
