@@ -124,6 +124,8 @@ class CLI(LightningCLI):
         self.checkpoint: dict[str, Any] | None = None
         self.inherited: dict[str, Any] = {}
         command, *rest = list(args)
+        self.changed: dict[str, Any] = {}
+        """Values that differ from the checkpoint's, by dotted key: there and now."""
         self.continues = False
         """Whether the run that is in run_dir goes on."""
         ckpt_path, run_dir, resume = (_last_option(rest, f"--{key}") for key in ("ckpt_path", "run_dir", "resume"))
@@ -227,6 +229,7 @@ class CLI(LightningCLI):
         for key in sorted(now.keys() | then.keys()):
             if key.split(".")[0] in roots and now.get(key) != then.get(key):
                 print_note(f"differs from the checkpoint: {key}: {then.get(key)} there, {now.get(key)} now")
+                self.changed[key] = [then.get(key), now.get(key)]
 
     def _config_text(self, section: Namespace) -> str:
         """config.yaml: complete, resolved, runnable again as it is."""
@@ -281,6 +284,7 @@ class CLI(LightningCLI):
             run_dir=run_dir,
             dashboard=self.config_init[self.subcommand]["wandb"],
             continues=self.continues,
+            changed=self.changed,
         )
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:

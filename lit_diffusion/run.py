@@ -200,6 +200,7 @@ class RunLogger(Logger):
         root: of all runs.
         dashboard: Weights & Biases or None.
         continues: whether an existing run in ``run_dir`` is being continued from a checkpoint of its own.
+        changed: what is configured differently than in the checkpoint, by dotted key: there and now.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class RunLogger(Logger):
         root: Path = Path("runs"),
         dashboard: Dashboard | None = None,
         continues: bool = False,
+        changed: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.experiment_name = experiment
@@ -220,6 +222,7 @@ class RunLogger(Logger):
         self.dashboard = dashboard
         self.clock = Clock()
         self.continues = continues
+        self.changed = changed or {}
         self.interrupted = False
         """Whether the run ends because it was asked to stop; it can be continued."""
         self.weights = "raw"
@@ -297,7 +300,8 @@ class RunLogger(Logger):
         run_id, directory = chosen[0]
         self._run_id, self._run_dir = run_id, Path(directory)
         if self._is_writer:
-            self.record("start", {"format_version": FORMAT_VERSION, "run_id": run_id, "resumed": self.continues})
+            start = {"format_version": FORMAT_VERSION, "run_id": run_id, "resumed": self.continues}
+            self.record("start", {**start, "changed": self.changed} if self.changed else start)
             if self.dashboard is not None:
                 self.dashboard.open(run_id, self._run_dir, self.experiment_name, self.config)
 

@@ -493,8 +493,10 @@ class Method(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know; plain types only."""
+        run = run_logger_of(self.trainer)
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": FORMAT_VERSION,
+            "run_id": None if run is None else run.version,
             "config": self.run_config,
             "facts": None if self.facts is None else self.facts.plain(),
             "images_seen": self.clock.images,
