@@ -204,6 +204,7 @@ class NetworkDenoiser(Denoiser):
         NOISE_INPUTS[noise_input](process, end)
         self.autocast_dtype: torch.dtype | None = None
         """The type the backbone computes in under mixed precision, None for float32 throughout."""
+        self.compiled = False
         self.rows: int | None = None
         """How many rows the backbone is given at once, filled up and taken apart; None: as many as there are."""
         self.recorded: RecordedBackbone | None = None
@@ -212,16 +213,21 @@ class NetworkDenoiser(Denoiser):
     def compile_backbone(self, rows: int | None) -> None:
         """Compile the backbone in place, as one graph, for batches of one size, which is all that it is given then.
 
-        The names of the weights stay, and weights that are written over in place are seen.
+        There are two such graphs, one for training and one for what takes no gradients; gradients in evaluation mode
+        (likelihoods, pictures by noise level) are computed without. The names of the weights stay, and weights that are
+        written over in place are seen.
 
         Args:
             rows: of the batches, those of training; None: whatever comes, compiled again for each size.
         """
         self.rows = rows
+        self.compiled = True
         self.backbone.compile(fullgraph=True, dynamic=False)
 
     def _evaluate(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> Tensor:
         rows, given = self.rows, len(x)
+        if self.compiled and torch.is_grad_enabled() and not self.training:
+            return self.backbone.forward(x, c_noise, cond)
         backbone = self.backbone if self.recorded is None or torch.is_grad_enabled() else self.recorded
         if rows is None or given == rows:
             return backbone(x, c_noise, cond)

@@ -32,7 +32,8 @@ ExtractorName = Literal["inception", "dinov2", "clip", "vgg16", "digits", "point
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 as it is: no autocast, no TF32, no gradients."""
     matmul = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    if matmul != "highest":  # Setting what is set already makes compiled networks compile again.
+        torch.set_float32_matmul_precision("highest")
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -43,7 +44,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 stack.enter_context(cudnn.flags(**as_set, allow_tf32=False))
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
 
 
 @dataclass(frozen=True)
