@@ -24,6 +24,10 @@ SPLIT_SEED = 0
 """The held-out images do not depend on a run's seed, so that runs can be compared on them."""
 
 
+NOBODYS = -1
+"""The number of a row that is there so that all processes make equally many batches: nobody counts it."""
+
+
 @dataclass
 class Batch:
     """A normalised batch.
@@ -237,13 +241,24 @@ class DataModule(pl.LightningDataModule):
         return self._loader(self.source, order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Every held-out image once, over all processes: strided, never padded; nothing where none is held out."""
-        rank, world_size = self._place
-        mine = list(enumerate(self.held_out_indices.tolist()))[rank::world_size]
-        if not mine:
+        """Every held-out image once, over all processes: strided; nothing where none is held out.
+
+        All processes have equally many batches, since a sharded network is evaluated by all or by none: one that has
+        fewer gets another of one row that is not counted.
+        """
+        numbered = list(enumerate(self.held_out_indices.tolist()))
+        if not numbered:
             return []
+        batches = self._shared_out(numbered, (NOBODYS, numbered[0][1]))
+        return self._loader(self.held_out_source, batches)
+
+    def _shared_out(self, items: list[Any], nobodys: Any) -> list[list[Any]]:
+        """This process's batches of items that every world_size-th is of, as many as the first process has."""
+        rank, world_size = self._place
         size = max(1, self.global_batch_size // world_size)
-        return self._loader(self.held_out_source, [mine[k : k + size] for k in range(0, len(mine), size)])
+        mine, most = items[rank::world_size], len(items[::world_size])
+        batches = [mine[k : k + size] for k in range(0, len(mine), size)]
+        return batches + [[nobodys]] * (-(-most // size) - len(batches))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """As for validation; where nothing is held out one empty batch, so that samples are evaluated all the same."""
@@ -251,10 +266,10 @@ class DataModule(pl.LightningDataModule):
         return held_out if isinstance(held_out, DataLoader) else DataLoader(torch.empty(1, 0))  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The indices of the samples that ``predict`` makes, strided over the processes."""
-        rank, world_size = self._place
-        mine = range(rank, self.predict_samples, world_size)
-        return DataLoader(mine, batch_size=max(1, self.global_batch_size // world_size))  # type: ignore[arg-type]
+        """The indices of the samples that ``predict`` makes, shared out as the held-out images are."""
+        indices = list(range(self.predict_samples + 1))  # The last is nobody's.
+        batches = self._shared_out(indices[:-1], indices[-1])
+        return DataLoader([torch.tensor(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
 
     def _loader(self, source: Source, batches: Any) -> DataLoader[Any]:
         return DataLoader(

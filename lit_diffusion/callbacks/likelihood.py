@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion.callbacks.ema import averages_of
-from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.figures import bars_panel, lines_panel, new_figure, render
 from lit_diffusion.images import to_uint8
@@ -199,7 +199,7 @@ class Likelihood(pl.Callback):
     ) -> None:
         """Measure a batch."""
         assert isinstance(pl_module, Method)
-        if not isinstance(batch, Batch):  # Nothing is held out.
+        if not isinstance(batch, Batch) or int(batch.index[0]) == NOBODYS:  # Nothing is held out, or nobody's.
             return
         name = f"batch {batch_idx + 1}"
         if "bpd_ode" in self._chosen:

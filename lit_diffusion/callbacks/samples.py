@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
+from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
@@ -160,6 +161,9 @@ class Samples(Drawing):
         facts, run = pl_module.require_facts(), run_logger_of(trainer)
         made = [x.cpu() for x in trainer.predict_loop.predictions if isinstance(x, Tensor)]
         mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, DataModule):  # Without what was made for the other processes' sake.
+            mine = mine[: len(range(trainer.global_rank, data.predict_samples, trainer.world_size))]
         shares: list[Any] = [mine]
         if many_processes():
             shares = [None] * trainer.world_size

@@ -22,7 +22,7 @@ from lit_diffusion.backbones.base import Condition
 from lit_diffusion.clock import Clock, in_images
 from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.data.facts import DataFacts
-from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.flops import forward_flops
@@ -214,6 +214,7 @@ class Method(pl.LightningModule):
         if isinstance(datamodule, DataModule):
             self.facts = datamodule.facts
             self.clock.batch = datamodule.global_batch_size
+        self.interrupted = False
         if stage == "fit" and getattr(self.trainer, "endless", False):
             raise UserError("a run needs an end: give trainer.max_images, trainer.max_steps or trainer.max_time")
         self.sharded = isinstance(self.trainer.strategy, ShardedStrategy)
@@ -463,7 +464,8 @@ class Method(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of held-out images, each with its own fixed noise: equal on any number of processes."""
         per_sample = self.loss(batch, stream_key(self.seed, "held-out")).per_sample.double()
-        self._held_out.append(torch.stack((per_sample.sum(), torch.tensor(float(len(batch)), device=self.device))))
+        counted = per_sample[batch.index != NOBODYS]
+        self._held_out.append(torch.stack((counted.sum(), counted.new_tensor(float(len(counted))))))
 
     def test_step(self, batch: Batch | Tensor, batch_idx: int) -> None:
         """As for validation; a tensor stands for no held-out images."""
