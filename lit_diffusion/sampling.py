@@ -39,7 +39,7 @@ class Share:
     def of(cls, count: int, batch_size: int, rank: int, world_size: int) -> Share:
         """Of samples ``0 .. count - 1``."""
         largest = math.ceil(count / world_size)
-        return cls(torch.arange(rank, count, world_size), math.ceil(largest / batch_size))
+        return cls(torch.arange(count)[rank::world_size], math.ceil(largest / batch_size))
 
 
 def generate_in_batches(

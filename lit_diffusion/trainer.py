@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -19,6 +20,15 @@ class _NoHandlers(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False
+
+
+class _NeverSkipped(_FitLoop):
+    """Lightning passes over the start and the end of a training whose last step is made; ours make up for a stop."""
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to do."""
+        return bool(self.trainer.limit_train_batches == 0)
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -93,6 +103,9 @@ class Trainer(pl.Trainer):
         kwargs["use_distributed_sampler"] = False
         super().__init__(**kwargs)
         self._signal_connector = _NoHandlers(self)
+        loop = _NeverSkipped(self, min_epochs=self.fit_loop.min_epochs, max_epochs=self.fit_loop.max_epochs)
+        loop.epoch_loop = self.fit_loop.epoch_loop
+        self.fit_loop = loop
 
     @staticmethod
     def _wants_cuda(accelerator: Any) -> bool:

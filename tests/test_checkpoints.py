@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from tiny import TINY, digits_data, fit, run_logger, same, weights
 
 import lit_diffusion
 from lit_diffusion.callbacks import EMA, Checkpoint
-from lit_diffusion.checkpoints import build_method, checkpoint_config, load, read_checkpoint, require_fitting_weights
+from lit_diffusion.checkpoints import (
+    DamagedError,
+    build_method,
+    checkpoint_config,
+    load,
+    newest_checkpoint,
+    read_checkpoint,
+    require_fitting_weights,
+)
 from lit_diffusion.errors import UserError
 from lit_diffusion.formats import require_known_format
 from lit_diffusion.methods import NCSN
@@ -151,3 +160,95 @@ def test_a_file_whose_weights_do_not_fit_its_own_configuration(trained, tmp_path
     saved["lit_diffusion"]["config"]["model"]["init_args"]["backbone"]["init_args"]["channels"] = 16
     torch.save(saved, tmp_path / "a.ckpt")
     assert "does not fit this model" in refusal(lambda: load(tmp_path / "a.ckpt"))
+
+
+# ---- the newest of a run -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    """A run with two checkpoints, told apart by their images seen."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    saved = torch.load(trained[2], weights_only=True)
+    for name, images in (("previous.ckpt", 64), ("last.ckpt", 96)):
+        saved["lit_diffusion"]["images_seen"] = images
+        torch.save(saved, folder / "checkpoints" / name)
+    return folder
+
+
+def newest(run_dir):
+    path, saved = newest_checkpoint(run_dir)
+    assert path.parent == run_dir / "checkpoints"
+    return path.name, saved["lit_diffusion"]["images_seen"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_byte(path):
+    """In the middle of the largest tensor, where nothing but the checksum can tell."""
+    with zipfile.ZipFile(path) as parts:
+        part = max((part for part in parts.infolist() if "/data/" in part.filename), key=lambda part: part.file_size)
+    content = bytearray(path.read_bytes())
+    head = part.header_offset  # A local header: 30 bytes, its name, its padding.
+    sizes = content[head + 26 : head + 30]
+    start = head + 30 + int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")
+    content[start + part.file_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_is_the_last(run_dir, capsys):
+    assert newest(run_dir) == ("last.ckpt", 96)
+    assert capsys.readouterr().out == ""
+    (run_dir / "checkpoints" / "previous.ckpt").unlink()
+    assert newest(run_dir) == ("last.ckpt", 96)
+
+
+def test_a_run_without_any_has_none(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".last.ckpt.tmp").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_byte, lambda path: path.write_bytes(b"")])
+def test_a_damaged_last_one_is_passed_over_with_a_note(run_dir, damage, capsys):
+    damage(run_dir / "checkpoints" / "last.ckpt")
+    assert newest(run_dir) == ("previous.ckpt", 64)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "last.ckpt: truncated, or not a checkpoint" in line
+    assert line.endswith(f"continuing from {run_dir / 'checkpoints' / 'previous.ckpt'}, the one before")
+
+
+def test_a_missing_last_one_is_no_damage(run_dir, capsys):
+    """A kill between two renamings, on a file system without hard links."""
+    (run_dir / "checkpoints" / "last.ckpt").unlink()
+    assert newest(run_dir) == ("previous.ckpt", 64)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_flipped_byte_of_a_weight_is_found_by_the_checksum_alone(run_dir):
+    path = run_dir / "checkpoints" / "last.ckpt"
+    flip_a_byte(path)
+    torch.load(path, weights_only=True)  # Sees nothing.
+    with pytest.raises(DamagedError, match="checksum"):
+        read_checkpoint(path)
+
+
+def test_two_damaged_ones_are_one_line(run_dir):
+    for name in ("last.ckpt", "previous.ckpt"):
+        cut(run_dir / "checkpoints" / name)
+    assert "cannot read checkpoint" in refusal(lambda: newest_checkpoint(run_dir))
+    (run_dir / "checkpoints" / "previous.ckpt").unlink()
+    assert "cannot read checkpoint" in refusal(lambda: newest_checkpoint(run_dir))
+
+
+def test_a_newer_format_is_refused_and_not_passed_over(run_dir, capsys):
+    path = run_dir / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["lit_diffusion"]["format_version"] = 2
+    torch.save(saved, path)
+    assert "format_version 2, this lit_diffusion reads 1" in refusal(lambda: newest_checkpoint(run_dir))
+    assert capsys.readouterr().out == ""

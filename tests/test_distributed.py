@@ -23,12 +23,19 @@ import yaml
 from tiny import CONFIG, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
 
 import lit_diffusion
-from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Samples, Telemetry
+from lit_diffusion import interrupts
+from lit_diffusion.backbones import UNet
+from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
+from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.interrupts import Interrupted
+from lit_diffusion.methods import NCSN
 from lit_diffusion.run import RunLogger
-from lit_diffusion.samplers import Sampler
+from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
+from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
+from lit_diffusion.sharding import whole
 
 NAMES = ("plain", "micro", "nan", "clipped", "second_moment")
 
@@ -151,6 +158,156 @@ def chosen(folder: Path, many: dict) -> dict:
         return evaluated(folder, "auto", many, samples="auto", metrics=["fid"])
 
 
+def unet(optimizer=None, seed: int = 0, **keys) -> NCSN:
+    """A network with stages to share out."""
+    torch.manual_seed(seed)
+    backbone = UNet((1, 8, 8), channels=8, mult=(1, 2), blocks=1, attention=(), middle_attention=False)
+    keys = {"sampler": AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True), **keys}
+    # Adam makes full steps of gradients that are nothing but rounding; this one does not.
+    optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2, eps=1e-3))
+    return NCSN(
+        backbone,
+        sigma_max=2.0,
+        sigma_min=0.1,
+        levels=3,
+        parametrization="score",
+        noise_input="log_sigma",
+        optimizer=optimizer,
+        **keys,
+    )
+
+
+def of_a_unet(folder: Path, name: str, many: dict, images: int = 96, ckpt_path=None, **data) -> dict:
+    """A training of a U-Net, from its beginning to its end with all that callbacks do; the weights, whole."""
+    method, ema = unet(gradient_clip=5.0, seed=0 if ckpt_path is None else 1), EMA([64], ramp=1.0)
+    logger = RunLogger(name, root=folder)
+    logger.clock = method.clock
+    callbacks = [ema, Checkpoint(every_n_steps=1)]
+    if images == 96 and ckpt_path is None:
+        callbacks += [
+            Samples(every_n_steps=2, count=5, film_columns=3),
+            NoiseLevels(levels=2, images=8),
+            Evaluator(every_n_steps=2, samples=9, batch_size=2, metrics=["fid", "memorisation"], keep=1),
+            Telemetry(every_n_steps=1),
+        ]
+    made = fit(
+        method,
+        digits_data(**data),
+        folder,
+        images,
+        callbacks=callbacks,
+        logger=logger,
+        limit_val_batches=1.0,
+        ckpt_path=ckpt_path,
+        **many,
+    )
+    return {
+        "weights": {key: whole(value.detach()).clone() for key, value in method.denoiser.named_parameters()},
+        "average": {key: whole(value).clone() for key, value in ema.shadows[0].items()},
+        "own": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in method.parameters()),
+        "loss": float(made.callback_metrics["val/loss"]),
+        "run_dir": str(logger.run_dir),
+    }
+
+
+def said(call, *kinds) -> tuple[str, str]:
+    """What a call is ended by, in words and in kind."""
+    try:
+        call()
+    except kinds as error:
+        return type(error).__name__, str(error)
+    return "", "nothing"
+
+
+def refused_with_fsdp(folder: Path, many: dict) -> dict:
+    """What each process says of what does not go with sharding; before any work."""
+
+    def tried(method, fit_or_test="fit", callbacks=(), **keys):
+        made = trainer(folder / "refused", 32, callbacks=callbacks, **keys, **many)
+        return said(lambda: getattr(made, fit_or_test)(method, datamodule=digits_data()), UserError)
+
+    more = unet()
+    more.more = torch.nn.Parameter(torch.zeros(1))
+    return {
+        "compile": tried(unet(), compile=True),
+        "16-mixed": tried(unet(), precision="16-mixed"),
+        "adaptive": tried(unet(sampler=ProbabilityFlow(1e-2, 1e-2))),
+        "outside": tried(more),
+        "likelihood": tried(unet(), "test", [Likelihood()]),
+    }
+
+
+def signal_to_the_last(method):
+    """The last process is asked to stop while the second step is made."""
+    loss = method.loss
+
+    def signalled(batch, seed):
+        if method.training and method.clock.steps == 1 and 63 in batch.index.tolist():
+            interrupts._asked = "SIGTERM"
+        return loss(batch, seed)
+
+    return signalled
+
+
+def interrupted(folder: Path, many: dict) -> dict:
+    """A training of which one process is asked to stop, and its continuation."""
+    method, ema = ncsn(), EMA([64], ramp=1.0)
+    method.loss = signal_to_the_last(method)
+    logger = RunLogger("tiny", run_dir=folder / "interrupted")
+    logger.clock = method.clock
+    keys = {"limit_val_batches": 1.0, **many}
+    stop = None
+    try:
+        callbacks = [ema, Samples(every_n_steps=2, count=4, film_columns=0), Checkpoint()]
+        fit(method, digits_data(), folder, 96, callbacks=callbacks, logger=logger, **keys)
+    except Interrupted as caught:
+        stop = caught
+    finally:
+        interrupts._asked = None
+    assert stop is not None
+    ended = {"step": method.clock.steps, "said": str(stop), "exit_code": stop.exit_code, "quiet": stop.quiet}
+    again, ema = ncsn(seed=1), EMA([64], ramp=1.0)
+    callbacks = [ema, Samples(every_n_steps=2, count=4, film_columns=0), Checkpoint()]
+    logger = RunLogger("tiny", run_dir=folder / "interrupted", continues=True)
+    logger.clock = again.clock
+    path = folder / "interrupted" / "checkpoints" / "last.ckpt"
+    fit(again, digits_data(), folder, 96, callbacks=callbacks, logger=logger, ckpt_path=path, **keys)
+    return {**ended, "weights": weights(again), "average": ema.shadows[0]}
+
+
+def full_disk(folder: Path, many: dict) -> tuple[str, str]:
+    """What each process says where the first cannot write its second checkpoint."""
+    method, save = ncsn(), torch.save
+
+    def fails_later(*args):
+        if method.clock.steps == 2:
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    with patch.object(torch, "save", fails_later):
+        keys = {"callbacks": [Checkpoint(every_n_steps=1)], **many}
+        return said(lambda: fit(method, digits_data(), folder / "full", 96, **keys), UserError)
+
+
+def sampling_that_ends(of_the_last: str, rank: int) -> tuple[str, str, int]:
+    """A walk of several processes of which the last diverges, or is asked to stop, in its second batch of three."""
+    method, walk, made = ncsn(), Fixed(), []
+    method.facts = digits_data().facts
+    if of_the_last == "diverged":
+        walk.lost = 6 if rank else 1000
+
+    def all_of_it():
+        for index, _ in generate_in_batches(method, Share.of(12, 2, rank, 2), 0, 2, walk, show_progress=False):
+            made.append(index)
+            if of_the_last == "interrupted" and rank:
+                interrupts._asked = "SIGUSR1"
+
+    try:
+        return *said(all_of_it, DivergedError, Interrupted), len(made)
+    finally:
+        interrupts._asked = None
+
+
 def everything(folder: Path, many: dict) -> dict:
     """All cases, on one process or on each of two."""
     results = {
@@ -177,6 +334,8 @@ def everything(folder: Path, many: dict) -> dict:
     results["auto"] = chosen(folder, many)
     predicted(folder, many)
     results["refused"] = refused(folder, many)
+    results["interrupted"] = interrupted(folder, many)
+    results["full_disk"] = full_disk(folder, many)
     return results
 
 
@@ -184,6 +343,13 @@ def work(folder: Path) -> None:
     """One of two processes."""
     torch.set_num_threads(1)
     results = everything(folder, {"devices": 2, "strategy": "ddp"})
+    rank = int(os.environ["RANK"])
+    results |= {end: sampling_that_ends(end.removesuffix("_walk"), rank) for end in ("diverged_walk", "interrupted_walk")}
+    fsdp = {"devices": 2, "strategy": "fsdp"}
+    results["fsdp"] = of_a_unet(folder, "fsdp", {**fsdp, "channels_last": True}, micro_batch_size=5)
+    results["fsdp begun"] = of_a_unet(folder, "fsdp_begun", fsdp, 64)
+    results["fsdp continued"] = of_a_unet(folder, "fsdp_continued", fsdp, ckpt_path=folder / "begun_unet.ckpt")
+    results["fsdp refused"] = refused_with_fsdp(folder, fsdp)
     torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
 
 
@@ -196,14 +362,19 @@ if __name__ == "__main__":
 def one(tmp_path_factory):
     """All cases on one process."""
     folder = tmp_path_factory.mktemp("one")
-    return folder, everything(folder, {})
+    results = everything(folder, {})
+    results["unet"] = of_a_unet(folder, "unet", {})
+    begun = Path(of_a_unet(folder, "begun_unet", {}, 64)["run_dir"])
+    (folder / "begun_unet.ckpt").write_bytes((begun / "checkpoints" / "last.ckpt").read_bytes())
+    return folder, results
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, one):
     """All cases on two: the folder and what each found."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "begun.ckpt").write_bytes((one[0] / "begun.ckpt").read_bytes())
+    for name in ("begun.ckpt", "begun_unet.ckpt"):
+        (folder / name).write_bytes((one[0] / name).read_bytes())
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -266,7 +437,7 @@ def test_every_event_is_written_once_and_says_the_same(one, two, name):
                 assert theirs[key] == pytest.approx(mine[key], rel=1e-4), (mine, theirs)
     assert len({results[name]["run_id"] for results in two[1]}) == 1
     assert {results[name]["run_dir"] for results in two[1]} == {str(shared)}
-    assert [path.name for path in (shared / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in (shared / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert len(list((shared / "samples").iterdir())) == 1
 
 
@@ -288,6 +459,138 @@ def test_the_processes_see_different_images(two):
 def test_a_nan_on_one_process_skips_the_step_on_both(one, two):
     assert one[1]["nan"]["skipped"] == 1
     assert [results["nan"]["skipped"] for results in two[1]] == [1, 1]
+
+
+def test_the_image_that_spoilt_a_step_is_named_whoever_had_it(one, two):
+    said = []
+    for folder in (one[0], two[0]):
+        (run_dir,) = (folder / "nan").iterdir()
+        (event,) = events(run_dir, "skipped")
+        said.append(event["reason"])
+    assert said[0] == said[1]
+    assert said[0].startswith("the loss of image 63 is nan at noise level")
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(one, two):
+    stops = [results["interrupted"] for results in two[1]]
+    assert [stop["step"] for stop in stops] == [2, 2]
+    assert [stop["exit_code"] for stop in stops] == [75, 75]
+    assert [stop["quiet"] for stop in stops] == [False, True]
+    assert stops[0]["said"].startswith("stopped by another process's signal after 64 images")
+    assert stops[1]["said"].startswith("stopped by SIGTERM after 64 images")
+
+
+def test_and_the_continued_run_is_one_that_was_not_stopped(one, two):
+    for results in (one[1], *two[1]):
+        assert close(one[1]["plain"]["weights"], results["interrupted"]["weights"])
+        assert close(one[1]["plain"]["average"], results["interrupted"]["average"])
+    for folder in (one[0], two[0]):
+        shown = sorted(path.name for path in (folder / "interrupted" / "samples").iterdir())
+        assert shown == ["samples-0000000064.png", "samples-0000000096.png"]
+        assert [e["images"] for e in events(folder / "interrupted", "picture")] == [64, 96]
+
+
+def test_a_disk_that_is_full_for_the_first_process_ends_both(one, two):
+    for kind, line in (one[1]["full_disk"], *(results["full_disk"] for results in two[1])):
+        assert kind == "UserError"
+        assert "No space left on device" in line
+        assert "the one before is untouched" in line
+        assert "\n" not in line
+    assert read_checkpoint(two[0] / "full" / "checkpoints" / "last.ckpt")["lit_diffusion"]["images_seen"] == 32
+
+
+def test_a_walk_that_ends_on_one_process_ends_on_both_after_the_same_batch(two):
+    first, second = (results["diverged_walk"] for results in two[1])
+    assert first == ("DivergedError", "the sampler diverged on another process", 1)
+    assert second[0] == "DivergedError"
+    assert "among samples 5 to 7" in second[1]
+    assert second[2] == 1
+    first, second = (results["interrupted_walk"] for results in two[1])
+    assert first == ("Interrupted", "another process was asked to stop", 1)
+    assert second == ("Interrupted", "stopped by SIGUSR1 while sampling", 1)
+
+
+# ---- sharded -----------------------------------------------------------------------------------------------------
+
+
+def moments(run_dir):
+    """The optimiser's state in a run's last checkpoint, in one row."""
+    (state,) = read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")["optimizer_states"]
+    return {f"{number} {key}": value for number, each in state["state"].items() for key, value in each.items()}
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp continued"])
+def test_sharded_weights_averages_and_moments_are_those_of_one_process(one, two, name):
+    single, results = one[1]["unet"], [results[name] for results in two[1]]
+    for result in results:
+        assert close(single["weights"], result["weights"])
+        assert close(single["average"], result["average"])
+        assert result["loss"] == pytest.approx(single["loss"], rel=1e-4)
+    assert not close(single["weights"], weights(unet()), 1e-3)  # It moved.
+    assert single["own"] == sum(result["own"] for result in results)  # Each has a part, and nothing is there twice.
+    assert min(result["own"] for result in results) > 0.3 * single["own"]
+    expected, found = moments(single["run_dir"]), moments(results[0]["run_dir"])
+    assert len(expected) > 20
+    assert expected.keys() == found.keys()
+    assert close({key: torch.as_tensor(value) for key, value in expected.items()}, found)
+
+
+def test_a_sharded_run_writes_the_events_and_pictures_of_one_process(one, two):
+    single, shared = Path(one[1]["unet"]["run_dir"]), Path(two[1][0]["fsdp"]["run_dir"])
+    assert [results["fsdp"]["run_dir"] for results in two[1]] == [str(shared)] * 2
+    expected = [e for e in events(single) if "noise" not in e["event"] and e.get("name") != "noise-levels"]
+    found = events(shared)
+    assert [(e["event"], e["step"], e.get("name")) for e in found] == [
+        (e["event"], e["step"], e.get("name")) for e in expected
+    ]
+    for mine, theirs in zip(expected, found, strict=True):
+        numbers = {
+            key: value
+            for key, value in mine.items()
+            if isinstance(value, float) and (key.startswith(("loss", "gradient", "val/")) or "/digits-" in key)
+        }
+        assert {key: theirs[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
+    assert len([e for e in expected if e["event"] == "evaluation"]) == 2
+    pictures = [path for path in (single / "samples").iterdir() if not path.name.startswith("noise-levels")]
+    assert {path.name for path in pictures} == {path.name for path in (shared / "samples").iterdir()}
+    assert len(pictures) >= 5
+    for path in pictures:
+        if path.suffix == ".png":
+            assert path.read_bytes() == (shared / "samples" / path.name).read_bytes(), path.name
+
+
+def test_a_sharded_checkpoint_is_one_of_one_process(one, two, tmp_path):
+    """The same keys, shapes and kinds; and one process continues it to the same weights."""
+    single, shared = (Path(run["run_dir"]) / "checkpoints" for run in (one[1]["unet"], two[1][0]["fsdp"]))
+    expected, found = (read_checkpoint(folder / "last.ckpt") for folder in (single, shared))
+    assert expected.keys() == found.keys()
+    assert {key: value.shape for key, value in expected["state_dict"].items()} == {
+        key: value.shape for key, value in found["state_dict"].items()
+    }
+    assert close(expected["state_dict"], found["state_dict"])
+    assert {path.name for path in single.iterdir()} == {path.name for path in shared.iterdir()}
+    begun = Path(two[1][0]["fsdp begun"]["run_dir"]) / "checkpoints" / "last.ckpt"
+    again = of_a_unet(tmp_path, "again", {}, ckpt_path=begun)
+    assert close(one[1]["unet"]["weights"], again["weights"])
+    assert close(one[1]["unet"]["average"], again["average"])
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("compile", "trainer.strategy fsdp does not go with trainer.compile"),
+        ("16-mixed", "trainer.strategy fsdp does not go with precision 16-mixed"),
+        ("adaptive", "ProbabilityFlow chooses its own steps, and with trainer.strategy fsdp"),
+        ("outside", "trainer.strategy fsdp shares out the backbone's weights only, and NCSN also learns more"),
+        ("likelihood", "likelihoods are not measured with trainer.strategy fsdp"),
+    ],
+)
+def test_what_does_not_go_with_sharding_is_one_line_on_each_process(two, what, line):
+    for results in two[1]:
+        kind, said = results["fsdp refused"][what]
+        assert kind == "UserError"
+        assert line in said
+        assert "\n" not in said
 
 
 def test_the_held_out_loss_counts_every_image_once(one, two):

@@ -85,7 +85,7 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("replace"), replace(self, target))[1])
     with atomic_write(path) as file:
         file.write(b"x")
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # the file's bytes, the name, and that the name is there
 
 
 @pytest.mark.parametrize("below", ["file.bin", "deeper/file.bin"])

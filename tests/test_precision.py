@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
-from tiny import digits_data, fit, ncsn, same, trainer, weights
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from tiny import digits_data, events, fit, ncsn, run_logger, same, trainer, weights
 
+from lit_diffusion.callbacks import EMA
 from lit_diffusion.errors import UserError
 from lit_diffusion.precision import autocast_dtype
+from lit_diffusion.sharding import ShardedStrategy
 from lit_diffusion.trainer import Trainer
 
 
@@ -19,7 +21,8 @@ def dtypes(method):
     """Hooks that note the types inside the backbone, into and out of it, and of the loss."""
     seen = {"first": set(), "into": set(), "level": set(), "out": set(), "loss": set(), "score": set()}
     backbone = method.denoiser.backbone
-    backbone.first.register_forward_hook(lambda module, args, out: seen["first"].add(out.dtype))
+    # A batch of one image is what its operations are counted on.
+    backbone.first.register_forward_hook(lambda module, args, out: seen["first"].update([out.dtype] * (len(out) > 1)))
     backbone.register_forward_hook(
         lambda module, args, out: (seen["into"].add(args[0].dtype), seen["level"].add(args[1].dtype), None)[-1]
     )
@@ -67,17 +70,42 @@ def test_bf16_trains_to_about_the_same_weights(tmp_path):
     assert 1e-6 < float((ends[0] - ends[1]).abs().max()) < 0.02
 
 
-def test_an_overflow_of_float16_skips_the_step_and_lowers_the_scale(tmp_path):
-    method = ncsn()
-    made = trainer(tmp_path, 32, precision="16-mixed")
+def test_an_overflow_of_float16_skips_the_step_and_lowers_the_scale(tmp_path, capsys):
+    method, ema = ncsn(), EMA([64])
+    logger = run_logger(tmp_path, method)
+    made = trainer(tmp_path, 32, precision="16-mixed", callbacks=[ema], logger=logger)
     made.precision_plugin.scaler._init_scale = 2.0**40  # its first backward pass overflows
     before = weights(method)
     made.fit(method, datamodule=digits_data())
     assert not method.stepped
     assert same(before, weights(method))
+    assert same(before, ema.shadows[0])
+    assert ema.updates == 0
     assert method.clock.images == 32
     assert made.precision_plugin.scaler.get_scale() == 2.0**39
     assert not made.optimizers[0].state
+    worst = int(method.last_losses.argmax())
+    t = float(method.last_times[worst])
+    sigma = float(method.denoiser.process.sigma(method.last_times[worst].double()))
+    what = (
+        f"float16 gradients overflowed, the loss scale is {2.0**39:g} now; the gradient is not finite; the largest "
+        f"loss is {float(method.last_losses[worst]):.4g}, of image {worst} at noise level sigma/alpha {sigma:.4g} "
+        f"(t {t:.4g})"
+    )
+    assert f"step 1 changed nothing: {what}\n" in capsys.readouterr().out
+    (event,) = events(tmp_path / "run", "skipped")
+    assert (event["reason"], event["overflow"]) == (what, True)
+
+
+def test_overflows_are_not_the_end_however_many_there_are(tmp_path):
+    method = ncsn()
+    made = trainer(tmp_path, 640, precision="16-mixed", logger=run_logger(tmp_path, method))
+    made.precision_plugin.scaler._init_scale = 2.0**30
+    made.fit(method, datamodule=digits_data())
+    assert method.stepped
+    skipped = events(tmp_path / "run", "skipped")
+    assert len(skipped) > 3
+    assert [event["step"] for event in skipped] == list(range(1, len(skipped) + 1))
 
 
 def test_float16_follows_float32_once_its_scale_fits(tmp_path):
@@ -117,7 +145,7 @@ def test_gradients_that_stay_nan_end_a_float16_run(tmp_path):
     method = ncsn()
     method.denoiser.backbone.second.weight.register_hook(lambda gradient: gradient * math.nan)
     before = weights(method)
-    with pytest.raises(UserError, match=r"gradient norm nan.*3 times in a row"):
+    with pytest.raises(UserError, match=r"3 times in a row: the gradient is not finite; the largest"):
         fit(method, digits_data(), tmp_path, 3200, precision="16-mixed")
     assert same(before, weights(method))
     assert method.clock.steps < 30
@@ -156,8 +184,9 @@ def test_unknown_precisions_are_refused():
         ({"limit_train_batches": 10}, "limit_train_batches would repeat"),
         ({"limit_train_batches": 1}, "limit_train_batches would repeat"),
         ({"overfit_batches": 1}, "overfit_batches would repeat"),
-        ({"strategy": "fsdp"}, "fsdp"),
-        ({"strategy": FSDPStrategy()}, "fsdp"),
+        ({"strategy": "fsdp_cpu_offload"}, "FSDPStrategy is not supported; give fsdp"),
+        ({"strategy": FSDPStrategy()}, "FSDPStrategy is not supported; give fsdp"),
+        ({"strategy": ModelParallelStrategy()}, "ModelParallelStrategy is given as fsdp"),
         ({"precision": "64-true"}, "64-true"),
     ],
 )
@@ -165,6 +194,10 @@ def test_the_trainer_refuses_what_would_do_nothing(keys, said):
     with pytest.raises(UserError, match=said) as caught:
         Trainer(accelerator="cpu", **keys)
     assert "\n" not in str(caught.value)
+
+
+def test_fsdp_is_our_own_sharding():
+    assert isinstance(Trainer(accelerator="cpu", logger=False, strategy="fsdp").strategy, ShardedStrategy)
 
 
 def test_the_trainer_settles_what_the_project_rests_on():

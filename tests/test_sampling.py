@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny import digits_data, ncsn, points_data, toy_dsm
 
+from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.samplers import AnnealedLangevin, Langevin
-from lit_diffusion.sampling import generate_in_batches
+from lit_diffusion.sampling import Share, generate_in_batches
 
 
 def drawn(method, count, *arguments, **keys):
@@ -109,6 +111,83 @@ def test_a_sampler_that_does_not_fit_is_refused_before_any_work(method):
     with pytest.raises(UserError, match=r"4 sigma\^2"):
         next(generate_in_batches(method, torch.arange(4), 0, 4, AnnealedLangevin(2, eta=0.04), show_progress=False))
     assert shapes(method) == []
+
+
+# ---- shares of several processes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 250])
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 37, 64])
+def test_the_shares_are_every_sample_once_in_equally_many_batches(count, batch_size, world_size):
+    shares = [Share.of(count, batch_size, rank, world_size) for rank in range(world_size)]
+    assert sorted(torch.cat([share.indices for share in shares]).tolist()) == list(range(count))
+    sizes = [len(share.indices) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    (batches,) = {share.batches for share in shares}
+    assert batches == math.ceil(max(sizes) / batch_size)  # Enough for the largest share, and not one more.
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "world_size"), [(7, 2, 3), (5, 2, 2), (4, 4, 3), (1, 4, 2), (9, 3, 2), (2, 1, 4)]
+)
+def test_what_the_shares_make_together_is_what_one_makes_alone(method, count, batch_size, world_size):
+    whole = method.generate(torch.arange(count), seed=3)
+    made, evaluations = torch.full_like(whole, math.nan), set()
+    for rank in range(world_size):
+        share = Share.of(count, batch_size, rank, world_size)
+        before, numbers = len(shapes(method)), []
+        batches = list(generate_in_batches(method, share, 3, batch_size, show_progress=False))
+        for index, x in batches:
+            assert x.shape == (len(index), 1, 8, 8)
+            made[index] = x
+            numbers += index.tolist()
+        assert numbers == share.indices.tolist()  # Batches for the others' sake are empty.
+        assert len(batches) == share.batches
+        evaluations.add(len(shapes(method)) - before)
+    assert torch.allclose(made, whole, atol=1e-5)
+    assert len(evaluations) == 1  # A process more or less would leave the others waiting inside the network.
+
+
+def test_a_batch_for_the_others_sake_may_diverge(method):
+    generate = method.generate
+    method.generate = lambda indices, *rest: generate(indices, *rest) * (math.nan if 0 in indices else 1.0)
+    ((index, x),) = generate_in_batches(method, Share.of(1, 4, rank=1, world_size=2), 0, 4, show_progress=False)
+    assert index.tolist() == []
+    assert x.shape == (0, 1, 8, 8)
+
+
+def test_a_callers_own_watch_sees_every_step(method):
+    seen = []
+    ((_, x),) = generate_in_batches(method, torch.arange(3), 0, 4, show_progress=False, on_step=seen.append)
+    assert [progress.step for progress in seen] == list(range(1, seen[-1].total + 1))
+    assert seen[-1].x.shape == x.shape
+
+
+# ---- being asked to stop -----------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_the_sampling_between_two_steps(method, monkeypatch):
+    steps = []
+
+    def signalled(progress):
+        steps.append(progress.step)
+        if len(steps) == 2:
+            monkeypatch.setattr(interrupts, "_asked", "SIGUSR1")
+
+    batches = generate_in_batches(method, torch.arange(4), 0, 2, show_progress=False, on_step=signalled)
+    with pytest.raises(Interrupted, match="stopped by SIGUSR1 while sampling"):
+        next(batches)
+    assert steps == [1, 2]
+
+
+def test_a_sharded_network_is_left_at_the_end_of_a_batch_only(method, monkeypatch):
+    """The others wait for this process at every evaluation."""
+    method.sharded, steps = True, []
+    monkeypatch.setattr(interrupts, "_asked", "SIGTERM")
+    with pytest.raises(Interrupted):
+        next(generate_in_batches(method, torch.arange(4), 0, 2, show_progress=False, on_step=steps.append))
+    assert len(steps) == steps[-1].total
 
 
 # ---- conditions --------------------------------------------------------------------------------------------------

@@ -87,10 +87,16 @@ class Checkpoint(pl.callbacks.Checkpoint):
         """
         folder = checkpoint_folder(trainer)
         method.stopwatch.lap("logging")
-        write_checkpoint(trainer, method, folder / LAST, folder / PREVIOUS)
+        # Continued from the one before, since the last is damaged: then that one stays until there is a new last one.
+        from_previous = self.saved_at < 0 and _same_file(trainer.ckpt_path, folder / PREVIOUS)
+        write_checkpoint(trainer, method, folder / LAST, None if from_previous else folder / PREVIOUS)
         method.stopwatch.lap("checkpoint")
         self.last = folder / LAST
         self.saved_at = method.clock.images
+
+
+def _same_file(path: Any, other: Path) -> bool:
+    return path is not None and Path(path).resolve() == other.resolve()
 
 
 def _environment(trainer: pl.Trainer) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.clock import Cadence
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
@@ -49,6 +50,7 @@ class Drawing(pl.Callback, ABC):
         """Make up for what a stop cut off."""
         assert isinstance(pl_module, Method)
         clock = pl_module.clock
+        averages_of(trainer).on_train_start(trainer, pl_module)  # Whichever of the two comes first in the list.
         if clock.images > 0 and self.cadence.due(clock) and self._is_missing(pl_module):
             self._draw_now(trainer, pl_module)
 

@@ -92,7 +92,10 @@ class Telemetry(pl.Callback):
         every_n_steps: how often, in steps; null: not by steps. With both, when either is due.
     """
 
-    state_key = "Telemetry"
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint keeps the state."""
+        return type(self).__name__
 
     def __init__(self, every_n_images: int | None = None, every_n_steps: int | None = 50) -> None:
         self.cadence = Cadence.of("telemetry", every_n_images, every_n_steps)

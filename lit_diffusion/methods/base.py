@@ -304,12 +304,14 @@ class Method(pl.LightningModule):
         parts = batch.split(self._datamodule.micro_batch_size)
         times: list[Tensor] = []
         at_levels: list[Tensor] = []
+        trained_on: list[Tensor] = []
 
         def losses() -> Iterator[Tensor]:
             for part in parts:
                 loss = self.loss(part, self.seed)
                 times.append(loss.t)
                 at_levels.append(loss.at_level)
+                trained_on.append(loss.per_sample.detach())
                 yield loss.per_sample.sum() / len(batch)
 
         self.optimise(losses(), len(parts))
@@ -320,7 +322,7 @@ class Method(pl.LightningModule):
                 t, loss = self.all_gather((self.last_times, self.last_losses))
                 self.learn_from(t.flatten(), loss.flatten())
         else:
-            self._say_what_was_skipped(batch.index)
+            self._say_what_was_skipped(batch.index, torch.cat(trained_on))
         self._stop_when_done()
         self.stopwatch.mark()
 
@@ -385,16 +387,20 @@ class Method(pl.LightningModule):
             self._non_finite_in_a_row += 1
         self.last_loss, self.last_gradient_norm = total, norm.detach()
 
-    def _say_what_was_skipped(self, index: Tensor) -> None:
-        """Which image at which noise level spoilt the step, of all processes; the images are number ``index`` ``[B]``.
+    def _say_what_was_skipped(self, index: Tensor, losses: Tensor) -> None:
+        """Which image at which noise level spoilt the step, of all processes.
+
+        Args:
+            index: the images' numbers ``[B]``.
+            losses: that it was to step on ``[B]``.
 
         Raises:
             UserError: after three such steps in a row.
         """
-        broken = self.last_losses.isfinite().logical_not()
+        broken = losses.isfinite().logical_not()
         # The first whose loss is not finite; where all are, and the gradient is not, the largest.
-        worst = int(torch.where(broken, float("inf"), self.last_losses).argmax())
-        mine = (bool(broken.any()), float(self.last_losses[worst]), float(self.last_times[worst]), int(index[worst]))
+        worst = int(torch.where(broken, float("inf"), losses).argmax())
+        mine = (bool(broken.any()), float(losses[worst]), float(self.last_times[worst]), int(index[worst]))
         shares: list[Any] = [mine]
         if many_processes():
             shares = [None] * self.trainer.world_size

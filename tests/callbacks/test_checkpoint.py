@@ -1,4 +1,4 @@
-"""last.ckpt is whole or the one before; it holds tensors and plain types only."""
+"""There is always a whole checkpoint, the last or the one before; it holds tensors and plain types only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, fit, ncsn, run_logger, same, trainer
+from tiny import digits_data, fit, ncsn, run_logger, same, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Samples, Telemetry
+from lit_diffusion.checkpoints import newest_checkpoint
 from lit_diffusion.clock import Clock
 from lit_diffusion.errors import UserError
 
@@ -51,7 +52,8 @@ def test_the_cadence_and_always_the_end_once(tmp_path, monkeypatch, keys, expect
     assert noted == expected
     assert callback.last == tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert seen(callback.last) == 160
-    assert os.listdir(callback.last.parent) == ["last.ckpt"]
+    kept = {"last.ckpt": 160} if len(expected) == 1 else {"last.ckpt": 160, "previous.ckpt": expected[-2]}
+    assert {path.name: seen(path) for path in callback.last.parent.iterdir()} == kept
 
 
 def test_the_cadence_does_not_drift_over_a_resume(tmp_path, monkeypatch):
@@ -103,32 +105,30 @@ def test_it_holds_tensors_and_plain_types_and_what_a_rebuild_needs(tmp_path):
         "images_seen": 64,
         "steps": 2,
         "skipped_steps": 0,
+        "non_finite_in_a_row": 0,
     }
     assert same(saved["state_dict"], method.state_dict())
     assert not any("_orig_mod" in name or name.startswith("module.") for name in saved["state_dict"])
 
 
-@pytest.mark.parametrize("where", ["trainer", "torch", "stream"])
+@pytest.mark.parametrize("where", ["save", "stream", "sync", "rename"])
 def test_a_failing_write_leaves_the_file_before_and_nothing_else(tmp_path, monkeypatch, where):
-    """A full disk: noticed while the Trainer writes, by torch.save, or by torch's zip writer (a RuntimeError)."""
+    """A full disk: noticed by torch.save, by torch's zip writer (a RuntimeError), when it is synced, when renamed."""
     method = ncsn()
     logger = run_logger(tmp_path, method)
     folder = tmp_path / "run" / "checkpoints"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if where == "trainer":
-        target, name = pl.Trainer, "save_checkpoint"
-    else:
-        target, name = torch, "save"
-        if where == "stream":
-            full = RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file")
-    whole = getattr(target, name)
-    calls = []
+    if where == "stream":
+        full = RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file")
+    target, name = {"sync": (os, "fsync"), "rename": (Path, "replace")}.get(where, (torch, "save"))
+    whole, failed = getattr(target, name), []
 
     def fails_the_second_time(*args, **kwargs):
-        calls.append(args)
-        if len(calls) < 2:
+        halves = folder / ".last.ckpt.tmp"
+        if method.clock.steps < 2 or not halves.exists() or (where == "rename" and args[0] != halves):
             return whole(*args, **kwargs)
-        (folder / ".last.ckpt.tmp").write_bytes(b"half")
+        failed.append(method.clock.steps)
+        halves.write_bytes(b"half")
         raise full
 
     monkeypatch.setattr(target, name, fails_the_second_time)
@@ -136,9 +136,9 @@ def test_a_failing_write_leaves_the_file_before_and_nothing_else(tmp_path, monke
         fit(method, digits_data(), tmp_path, 96, callbacks=[Checkpoint(every_n_steps=1)], logger=logger)
     assert "\n" not in str(caught.value)
     assert str(folder / "last.ckpt") in str(caught.value)
-    assert len(calls) == 2
+    assert failed == [2]
     monkeypatch.undo()
-    assert os.listdir(folder) == ["last.ckpt"]
+    assert not [path.name for path in folder.iterdir() if path.name not in ("last.ckpt", "previous.ckpt")]
     assert seen(folder / "last.ckpt") == 32
 
 
@@ -146,31 +146,107 @@ def test_a_kill_while_writing_leaves_the_file_before(tmp_path, monkeypatch):
     method = ncsn()
     logger = run_logger(tmp_path, method)
     folder = tmp_path / "run" / "checkpoints"
-    whole = pl.Trainer.save_checkpoint
+    whole = torch.save
 
-    def killed(self, path, *args, **kwargs):
-        whole(self, path, *args, **kwargs)
-        if method.clock.steps == 2:
-            Path(path).write_bytes(Path(path).read_bytes()[:100])
-            raise KeyboardInterrupt
+    def killed(state, file):
+        if method.clock.steps < 2:
+            whole(state, file)
+            return
+        file.write(b"PK half")
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", killed)
+    monkeypatch.setattr(torch, "save", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(method, digits_data(), tmp_path, 96, callbacks=[Checkpoint(every_n_steps=1)], logger=logger)
     assert seen(folder / "last.ckpt") == 32
     monkeypatch.undo()
+    assert sorted(os.listdir(folder)) == [".last.ckpt.tmp", "last.ckpt"]
     again = ncsn()  # what is left of the torn one is in nobody's way
     logger = run_logger(tmp_path, again, continues=True)
     fit(again, digits_data(), tmp_path, 64, callbacks=[Checkpoint()], logger=logger, ckpt_path=folder / "last.ckpt")
-    assert seen(folder / "last.ckpt") == 64
-    assert os.listdir(folder) == ["last.ckpt"]
+    assert {path.name: seen(path) for path in folder.iterdir()} == {"last.ckpt": 64, "previous.ckpt": 32}
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, links):
+    """Before each thing that a save asks of the disk, with and without hard links."""
+    method, callback = ncsn(), Checkpoint()
+    made = fit(method, digits_data(), tmp_path, 32, callbacks=[callback])
+    left = [10**9]
+
+    def at_risk(whole, works=True):
+        def operation(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            if not works:
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            return whole(*args, **kwargs)
+
+        return operation
+
+    kills = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", at_risk(os.link, links))
+        for target, name in ((torch, "save"), (os, "fsync"), (Path, "replace"), (Path, "unlink")):
+            patch.setattr(target, name, at_risk(getattr(target, name)))
+        for before in range(100):
+            newest = method.clock.images
+            method.clock.images += 32
+            left[0] = before
+            try:
+                callback.save(made, method)
+            except Killed:
+                kills += 1
+            found, saved = newest_checkpoint(tmp_path)
+            assert saved["lit_diffusion"]["images_seen"] in (newest, method.clock.images)
+            method.clock.images = saved["lit_diffusion"]["images_seen"]
+            if left[0] >= 0:
+                break
+    assert kills >= 6
+    assert found.name == "last.ckpt"
+    assert seen(found.with_name("previous.ckpt")) == newest
+    assert sorted(os.listdir(found.parent)) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_the_one_before_continues_as_the_last_does(tmp_path):
+    method = ncsn()
+    logger = run_logger(tmp_path, method)
+    fit(method, digits_data(), tmp_path, 128, callbacks=[EMA([64]), Checkpoint(every_n_steps=1)], logger=logger)
+    ends = []
+    for name in ("last.ckpt", "previous.ckpt"):
+        again, ema = ncsn(seed=1), EMA([64])
+        path = tmp_path / "run" / "checkpoints" / name
+        fit(again, digits_data(), tmp_path, 192, callbacks=[ema], ckpt_path=path)
+        ends.append({**weights(again), **{f"ema {key}": value for key, value in ema.shadows[0].items()}})
+    assert same(*ends)
+
+
+def test_a_damaged_last_one_does_not_take_the_place_of_the_one_before(tmp_path, monkeypatch):
+    """A run that was continued from previous.ckpt keeps it until the next is whole under its name."""
+    method = ncsn()
+    logger = run_logger(tmp_path, method)
+    fit(method, digits_data(), tmp_path, 64, callbacks=[Checkpoint(every_n_steps=1)], logger=logger)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "last.ckpt").write_bytes(b"damaged")
+    path, _ = newest_checkpoint(tmp_path / "run")
+    assert path == folder / "previous.ckpt"
+    again = ncsn()
+    logger = run_logger(tmp_path, again, continues=True)
+    callback = Checkpoint(every_n_steps=1)
+    fit(again, digits_data(), tmp_path, 64, callbacks=[callback], logger=logger, ckpt_path=path)
+    assert {path.name: seen(path) for path in folder.iterdir()} == {"last.ckpt": 64, "previous.ckpt": 32}
 
 
 def test_a_bug_of_ours_is_not_a_full_disk(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", broken)
+    monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(RuntimeError, match="something else"):
         fit(ncsn(), digits_data(), tmp_path, 32, callbacks=[Checkpoint()])
 
@@ -207,9 +283,9 @@ def test_weights_that_are_large_but_finite_are_saved(tmp_path):
     made = trainer(tmp_path, 32, callbacks=[callback])
     made.strategy.connect(method)
     method.clock = Clock(32, 1, 32)
-    made.save_checkpoint = lambda path: path.write_bytes(b"saved")
+    made._checkpoint_connector.dump_checkpoint = lambda weights_only: {"weights_only": weights_only}
     callback.save(made, method)
-    assert callback.last.read_bytes() == b"saved"
+    assert torch.load(callback.last, weights_only=True) == {"weights_only": False}
 
 
 @pytest.mark.parametrize("keys", [{"every_n_images": 0}, {"every_n_steps": -2}])

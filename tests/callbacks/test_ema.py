@@ -56,7 +56,7 @@ def test_the_ramp_makes_early_averages_short():
     """With no ramp left (a long run) the half-life is the half-life: after H images half of the old is there."""
     method, ema = ncsn(), EMA([320], ramp=0.1)
     method.clock.batch = 32
-    ema.on_fit_start(None, method)
+    ema.on_train_start(None, method)
     for p in method.denoiser.parameters():
         p.data.fill_(1.0)
     for shadow in ema.shadows:
@@ -258,7 +258,7 @@ def resumed(tmp_path, images, ema):
             start["raw"] = weights(pl_module)
 
     method = ncsn(seed=9)
-    fit(method, digits_data(), tmp_path, images, callbacks=[Look(), ema], ckpt_path=tmp_path / "a.ckpt")
+    fit(method, digits_data(), tmp_path, images, callbacks=[ema, Look()], ckpt_path=tmp_path / "a.ckpt")
     return method, start
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -343,7 +344,7 @@ def listed(run):
         saved = torch.load(run.checkpoints / entry["file"], weights_only=True)
         assert saved["lit_diffusion"]["images_seen"] == entry["images"]
         assert saved["callbacks"]["Evaluator"]["last"]["values"][entry["metric"]] == entry["value"]
-    assert sorted(os.listdir(run.checkpoints)) == [*files, "best.json", "last.ckpt"]
+    assert sorted(os.listdir(run.checkpoints)) == [*files, "best.json", "last.ckpt", "previous.ckpt"]
     return [(entry["images"], entry["value"]) for entry in entries]
 
 
@@ -373,18 +374,18 @@ def test_where_higher_is_better(tmp_path, monkeypatch):
 def test_none_is_kept_where_none_is_asked_for(tmp_path):
     run = evaluated(tmp_path, keep=0, metrics=["precision"])
     assert len(run.events) == 2
-    assert os.listdir(run.checkpoints) == ["last.ckpt"]
+    assert sorted(os.listdir(run.checkpoints)) == ["last.ckpt", "previous.ckpt"]
 
 
 def test_between_evaluations_nothing_is_compared_or_saved(tmp_path, monkeypatch):
     saved = []
-    save = pl.Trainer.save_checkpoint
+    save = torch.save
 
-    def note(self, path, *arguments):
-        saved.append((self.lightning_module.clock.images, path.name))
-        save(self, path, *arguments)
+    def note(state, file):
+        saved.append((state["lit_diffusion"]["images_seen"], Path(file.name).name))
+        save(state, file)
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", note)
+    monkeypatch.setattr(torch, "save", note)
     scripted(monkeypatch, 3.0, 4.0)
     run = evaluated(tmp_path, 192, every_n_images=96, metrics=IMAGE)
     best = ".best-0000000096-fd-digits-40-3.ckpt.tmp"
@@ -412,15 +413,15 @@ def test_last_ckpt_carries_the_last_figures_and_nothing_of_the_extractor(tmp_pat
 
 def test_a_full_disk_leaves_the_best_before_and_its_list(tmp_path, monkeypatch):
     scripted(monkeypatch, 3.0, 1.0)
-    save = pl.Trainer.save_checkpoint
+    save = torch.save
 
-    def fails(self, path, *arguments):
-        if path.name.startswith(".best-0000000128"):
-            path.write_bytes(b"half")
+    def fails(state, file):
+        if Path(file.name).name.startswith(".best-0000000128"):
+            file.write(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(self, path, *arguments)
+        save(state, file)
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", fails)
+    monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(UserError, match=r"No space left.*the one before is untouched"):
         evaluated(tmp_path, 192, metrics=IMAGE)
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, events, fit, ncsn, run_logger, same, weights
+from tiny import digits_data, events, fit, ncsn, run_logger, same, trainer, weights
 
-from lit_diffusion.callbacks import ProgressBar, Telemetry
+from lit_diffusion.callbacks import EMA, Checkpoint, ProgressBar, Samples, Telemetry
 from lit_diffusion.errors import UserError
+from lit_diffusion.flops import forward_flops
+from lit_diffusion.stopwatch import PARTS
 
 
 def told(folder, callbacks, images=96, spoilt=(), **keys):
@@ -116,6 +120,130 @@ def test_the_loss_shown_is_an_average_without_a_bias_to_zero(tmp_path):
     shares = [0.98**2 * 0.02, 0.98 * 0.02, 0.02]
     expected = sum(share * loss for share, loss in zip(shares, losses, strict=True)) / sum(shares)
     assert bar._images.postfix == f"loss={expected:.4g}"
+
+
+# ---- speed and memory --------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_step_are_within_the_step(tmp_path):
+    method = ncsn()
+    callbacks = [EMA([64]), Samples(every_n_steps=2, count=4), Telemetry(every_n_steps=2), Checkpoint(every_n_steps=1)]
+    logger = run_logger(tmp_path, method)
+    fit(method, digits_data(), tmp_path, 192, callbacks=callbacks, logger=logger, limit_val_batches=1.0)
+    made = events(tmp_path / "run", "train")
+    assert len(made) == 3
+    for event in made:
+        parts = {key: value for key, value in event.items() if key.startswith("seconds/")}
+        assert list(parts) == [f"seconds/{name}" for name in PARTS]
+        assert all(value >= 0.0 for value in parts.values())
+        # Rounded to microseconds each. What no part has is little, but how little depends on the machine.
+        assert 0.0 < sum(parts.values()) <= event["seconds_per_step"] + 1e-5
+        assert event["images_per_second"] == pytest.approx(32 / event["seconds_per_step"], rel=1e-2)
+        flops = 3 * forward_flops(method.denoiser.backbone) * event["images_per_second"] / 1e12
+        assert event["tflops"] == pytest.approx(flops, abs=1e-4)
+        assert 0.01 < event["memory_gb"] < 1000.0
+    assert all(event["seconds/forward_backward"] > 0.0 for event in made)
+    assert "gpu_memory_gb" not in made[0]
+    assert "loss_scale" not in made[0]
+
+
+@pytest.fixture
+def hours(monkeypatch):
+    """What takes an hour more by the clock, at once."""
+    began, passed = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: began() + passed[0])
+
+    def slow(function):
+        def slowly(*args, **keys):
+            passed[0] += HOUR
+            return function(*args, **keys)
+
+        return slowly
+
+    return slow
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_has_its_own_time(tmp_path, monkeypatch, hours, part):
+    method, ema, data = ncsn(), EMA([64]), digits_data()
+    slow_callback = pl.Callback()
+    owner, name = {
+        "data": (data, "prepare"),
+        "forward_backward": (method, "loss"),
+        "optimiser": (method, "_set_learning_rate"),
+        "ema": (ema, "after_step"),
+        "logging": (slow_callback, "on_train_batch_end"),
+        "checkpoint": (torch, "save"),
+    }[part]
+    monkeypatch.setattr(owner, name, hours(getattr(owner, name)))
+    callbacks = [ema, slow_callback, Telemetry(every_n_steps=1), Checkpoint(every_n_steps=1)]
+    fit(method, data, tmp_path, 96, callbacks=callbacks, logger=run_logger(tmp_path, method))
+    _, *made = events(tmp_path / "run", "train")  # A checkpoint is written after the event of its step.
+    assert len(made) == 2
+    for event in made:
+        told = {name: round(event[f"seconds/{name}"] / HOUR) for name in PARTS}
+        assert told == {**dict.fromkeys(PARTS, 0), part: 1}
+        assert round(event["seconds_per_step"] / HOUR) == 1
+
+
+def test_drawing_and_validating_are_no_part_of_a_step(tmp_path, hours):
+    method, samples = ncsn(), Samples(every_n_steps=1)
+    samples.draw = hours(lambda trainer, method: None)
+    method.validation_step = hours(method.validation_step)
+    keys = {"limit_val_batches": 1.0, "val_check_interval": 1, "logger": run_logger(tmp_path, method)}
+    fit(method, digits_data(), tmp_path, 96, callbacks=[samples, Telemetry(every_n_steps=1)], **keys)
+    made = events(tmp_path / "run", "train")
+    assert len(made) == 3
+    for event in made:
+        assert [name for name in PARTS if event[f"seconds/{name}"] > HOUR / 2] == []
+        assert event["seconds_per_step"] < HOUR / 2
+
+
+class Another(Telemetry):
+    """Another interval at the same time."""
+
+
+def averages(event):
+    """What is computed and not timed."""
+    return {
+        key: value
+        for key, value in event.items()
+        if not key.startswith(("time", "seconds", "images_per_second", "tflops", "memory_gb"))
+    }
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_a_run_stopped_within_an_interval_averages_over_all_of_it(tmp_path, stop):
+    told = []
+    for stops in ([7], [stop, 7]):
+        folder = tmp_path / str(len(stops))
+        for number, steps in enumerate(stops):
+            method = ncsn({"dropout": 0.3})
+            fit(
+                method,
+                digits_data(),
+                folder,
+                32 * steps,
+                callbacks=[Telemetry(every_n_steps=5), Another(every_n_steps=7), Checkpoint()],
+                logger=run_logger(folder, method, continues=number > 0),
+                ckpt_path=folder / "run" / "checkpoints" / "last.ckpt" if number else None,
+            )
+        told.append([averages(event) for event in events(folder / "run", "train")])
+    assert [event["step"] for event in told[0]] == [5, 7]
+    assert told[1] == told[0]
+
+
+def test_a_float16_run_tells_its_scale(tmp_path):
+    method = ncsn()
+    made = trainer(
+        tmp_path, 64, callbacks=[Telemetry(every_n_steps=1)], logger=run_logger(tmp_path, method), precision="16-mixed"
+    )
+    made.precision_plugin.scaler._init_scale = 256.0
+    made.fit(method, datamodule=digits_data())
+    assert [event["loss_scale"] for event in events(tmp_path / "run", "train")] == [256.0, 256.0]
 
 
 def test_watching_changes_nothing(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
+from tiny import digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Checkpoint
 from lit_diffusion.errors import UserError
@@ -164,7 +164,7 @@ def test_the_noise_goes_on_as_if_nothing_had_been_skipped(tmp_path):
 def test_three_in_a_row_end_the_run_and_the_checkpoint_before_is_intact(tmp_path):
     method = spoil(ncsn(), 2, 5, 6, 7)
     logger = run_logger(tmp_path, method)
-    with pytest.raises(UserError, match=r"loss nan.*at step 7 \(224 images\), 3 times in a row") as caught:
+    with pytest.raises(UserError, match=r"at step 7 \(224 images\), 3 times in a row: the loss of im") as caught:
         fit(method, digits_data(), tmp_path, 640, callbacks=[Checkpoint(every_n_steps=4), EMA([64])], logger=logger)
     assert "\n" not in str(caught.value)
     assert method.skipped_steps == 4
@@ -181,6 +181,73 @@ def test_two_in_a_row_do_not(tmp_path):
     later = spoil(ncsn(), 7)
     fit(later, digits_data(), tmp_path, 256, ckpt_path=tmp_path / "a.ckpt")
     assert (later.clock.steps, later.skipped_steps) == (8, 5)
+
+
+def test_the_count_of_steps_in_a_row_goes_on_over_a_resume(tmp_path):
+    fit(spoil(ncsn(), 3, 4), digits_data(), tmp_path, 128).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="at step 5 .*3 times in a row"):
+        fit(spoil(ncsn(), 5), digits_data(), tmp_path, 640, ckpt_path=tmp_path / "a.ckpt")
+
+
+def level_of(method, number):
+    """Sigma of the noise that image ``number`` is given, noted while it trains, and its t."""
+    noted, loss = {}, method.loss
+
+    def noting(batch, seed):
+        result = loss(batch, seed)
+        if number in batch.index.tolist() and method.training:
+            t = result.t[batch.index == number].double()
+            noted["t"], noted["sigma"] = float(t), float(method.denoiser.process.sigma(t))
+        return result
+
+    method.loss = noting
+    return noted
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_image_and_the_noise_level_are_named(tmp_path, value, micro_batch_size, capsys):
+    """Image 41 in the second step; later ones of that step are as broken."""
+    method = ncsn()
+    noted = level_of(method, 41)
+    loss = method.loss
+
+    def spoilt(batch, seed):
+        result = loss(batch, seed)
+        broken = (batch.index >= 41) & (batch.index < 64) & method.training
+        return replace(result, per_sample=torch.where(broken, value, result.per_sample))
+
+    method.loss = spoilt
+    logger = run_logger(tmp_path, method)
+    fit(method, digits_data(micro_batch_size=micro_batch_size), tmp_path, 96, logger=logger)
+    where = f"sigma/alpha {noted['sigma']:.4g} (t {noted['t']:.4g})"
+    what = f"the loss of image 41 is {value:g} at noise level {where}"
+    assert f"step 2 changed nothing: {what}\n" in capsys.readouterr().out
+    (event,) = events(tmp_path / "run", "skipped")
+    assert event["reason"] == what
+    assert (event["t"], event["sigma_over_alpha"]) == pytest.approx((noted["t"], noted["sigma"]))
+    assert (event["step"], event["images"], event["overflow"]) == (2, 64, False)
+
+
+def test_of_a_gradient_that_is_not_finite_the_largest_loss_is_named(tmp_path, capsys):
+    method = ncsn()
+    noted = level_of(method, 40)
+    loss, steps = method.loss, []
+
+    def one_is_large(batch, seed):
+        result = loss(batch, seed)
+        return replace(result, per_sample=torch.where(batch.index == 40, 1e6, result.per_sample))
+
+    method.loss = one_is_large
+    method.denoiser.backbone.first.weight.register_hook(
+        lambda gradient: (steps.append(1), gradient * (math.inf if len(steps) == 2 else 1.0))[1]
+    )
+    fit(method, digits_data(), tmp_path, 96, logger=run_logger(tmp_path, method))
+    where = f"of image 40 at noise level sigma/alpha {noted['sigma']:.4g} (t {noted['t']:.4g})"
+    said = f"step 2 changed nothing: the gradient is not finite; the largest loss is 1e+06, {where}\n"
+    assert said in capsys.readouterr().out
+    (event,) = events(tmp_path / "run", "skipped")
+    assert event["overflow"] is False
 
 
 # ---- learning rate, clipping, the end ----------------------------------------------------------------------------
@@ -328,7 +395,7 @@ def test_dropout_is_tied_to_the_images_and_to_the_seed(tmp_path):
 def test_every_step_and_part_drops_others(tmp_path):
     method, masks = ncsn({"dropout": 0.5}, optimizer=sgd(0.0)), []
     dropout = method.denoiser.backbone.dropout
-    dropout.register_forward_hook(lambda module, args, out: masks.append((out == 0).flatten().tolist()))
+    dropout.register_forward_hook(lambda module, args, out: masks.append((out == 0).flatten().tolist()) if module.training else None)
     fit(method, digits_data(micro_batch_size=16), tmp_path, 64)
     assert len(masks) == 4
     assert len({tuple(mask) for mask in masks}) == 4

@@ -1,0 +1,170 @@
+"""A run that was stopped has, once it is continued, every picture, figure and event of one that was not, once."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny import digits_data, events, fit, ncsn, run_logger, same, weights
+
+from lit_diffusion import interrupts
+from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, NoiseLevels, Samples, Telemetry
+from lit_diffusion.interrupts import Interrupted
+
+STEPS = 6
+TIMINGS = ("seconds", "images_per_second", "tflops", "memory_gb", "gpu_memory_gb")
+"""How a key of what differs from run to run begins."""
+
+
+class SignalDuring(pl.Callback):
+    """A signal comes while a step is made."""
+
+    def __init__(self, patch, step):
+        self.patch, self.step = patch, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.clock.steps + 1 == self.step:
+            self.patch.setattr(interrupts, "_asked", "SIGTERM")
+
+
+class SignalWhileDrawing(Samples):
+    """A signal comes when the sampler is at work, at the first picture from a step on."""
+
+    def __init__(self, patch, step, **keys):
+        super().__init__(**keys)
+        self.patch, self.step = patch, step
+
+    state_key = "Samples"
+
+    def draw(self, trainer, method):
+        if method.clock.steps >= self.step:
+            self.patch.setattr(interrupts, "_asked", "SIGTERM")
+        super().draw(trainer, method)
+
+
+def callbacks(samples=Samples, **keys):
+    return [
+        EMA([64], ramp=1.0),
+        samples(every_n_steps=2, count=4, film_columns=2, **keys),
+        NoiseLevels(every_n_steps=3, levels=2, images=8),
+        Evaluator(every_n_steps=2, samples=8, metrics=["memorisation"], keep=0),
+        Telemetry(every_n_steps=2),
+        Checkpoint(every_n_steps=4),
+    ]
+
+
+END = [{"images": STEPS * 32}, {"images": None, "max_steps": STEPS}]
+
+
+def told(event):
+    """What an event says, but for times."""
+    return {
+        key: told(value) if isinstance(value, dict) else value
+        for key, value in event.items()
+        if key != "time" and not key.startswith(TIMINGS)
+    }
+
+
+def left(folder):
+    """All that a run left behind: events without their times, pictures' bytes."""
+    lines = [told(event) for event in events(folder / "run") if event["event"] not in ("start", "end")]
+    shown = {path.name: path.read_bytes() for path in (folder / "run" / "samples").iterdir()}
+    return sorted(lines, key=lambda e: (e["images"], e["event"], e.get("name", ""))), shown
+
+
+def trained(folder, extra=(), made=None, continues=False, **keys):
+    method = ncsn({"dropout": 0.3})
+    given = [*extra, *(made or callbacks())]
+    logger = run_logger(folder, method, continues=continues)
+    fit(method, digits_data(), folder, callbacks=given, logger=logger, limit_val_batches=1.0, **keys)
+    return method
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["max_images", "max_steps"])
+def unbroken(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    method = trained(folder, **END[request.param])
+    return END[request.param], weights(method), left(folder)
+
+
+def is_the_unbroken_one(folder, method, unbroken):
+    _, expected, (lines, shown) = unbroken
+    assert same(weights(method), expected)
+    found, pictures = left(folder)
+    assert [(e["event"], e["step"], e.get("name")) for e in found] == [
+        (e["event"], e["step"], e.get("name")) for e in lines
+    ]
+    assert found == lines
+    assert pictures == shown
+
+
+def stopped(folder, unbroken, monkeypatch, continues=False, **keys):
+    last = folder / "run" / "checkpoints" / "last.ckpt"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped by SIGTERM after"):
+        made = keys.pop("make", lambda patch: {})(patch)
+        trained(folder, continues=continues, ckpt_path=last if continues else None, **unbroken[0], **keys, **made)
+    assert events(folder / "run")[-1]["status"] == "interrupted"
+    return last
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, STEPS])
+def test_a_run_stopped_in_a_step_is_made_up_for(tmp_path, monkeypatch, unbroken, step):
+    """In steps after which nothing, a picture, noise levels, a checkpoint or the end is due."""
+    last = stopped(tmp_path, unbroken, monkeypatch, make=lambda patch: {"extra": [SignalDuring(patch, step)]})
+    assert torch.load(last, weights_only=True)["lit_diffusion"]["steps"] == step
+    drawn = [e for e in events(tmp_path / "run") if e["event"] in ("picture", "noise_levels", "evaluation")]
+    assert all(event["step"] < step for event in drawn)  # There was no time for any.
+    method = trained(tmp_path, continues=True, ckpt_path=last, **unbroken[0])
+    is_the_unbroken_one(tmp_path, method, unbroken)
+
+
+@pytest.mark.parametrize("step", [2, STEPS])
+def test_a_run_stopped_in_a_picture_is_made_up_for(tmp_path, monkeypatch, unbroken, step, capsys):
+    last = stopped(
+        tmp_path,
+        unbroken,
+        monkeypatch,
+        make=lambda patch: {"made": callbacks(SignalWhileDrawing, patch=patch, step=step)},
+    )
+    assert "stopped by SIGTERM while sampling: it is made when the run is continued" in capsys.readouterr().out
+    assert torch.load(last, weights_only=True)["lit_diffusion"]["steps"] == step
+    assert not any(e["step"] >= step for e in events(tmp_path / "run", "picture"))
+    method = trained(tmp_path, continues=True, ckpt_path=last, **unbroken[0])
+    is_the_unbroken_one(tmp_path, method, unbroken)
+
+
+def test_a_run_stopped_again_while_it_makes_up_is_made_up_for(tmp_path, monkeypatch, unbroken):
+    stopped(tmp_path, unbroken, monkeypatch, make=lambda patch: {"extra": [SignalDuring(patch, 2)]})
+    last = stopped(
+        tmp_path,
+        unbroken,
+        monkeypatch,
+        continues=True,
+        make=lambda patch: {"made": callbacks(SignalWhileDrawing, patch=patch, step=2)},
+    )
+    assert torch.load(last, weights_only=True)["lit_diffusion"]["steps"] == 2
+    assert events(tmp_path / "run", "picture") == []
+    method = trained(tmp_path, continues=True, ckpt_path=last, **unbroken[0])
+    is_the_unbroken_one(tmp_path, method, unbroken)
+
+
+def test_a_run_that_was_not_stopped_draws_nothing_again(tmp_path, unbroken):
+    """It ended at a moment when pictures were due, and goes on."""
+    trained(tmp_path, images=4 * 32)
+    before = len(events(tmp_path / "run", "picture"))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    trained(tmp_path, continues=True, ckpt_path=last, **unbroken[0])
+    shown = [(event["name"], event["step"]) for event in events(tmp_path / "run", "picture")]
+    assert len(shown) == len(set(shown)) > before
+
+
+def test_a_checkpoint_of_before_is_no_stop(tmp_path, unbroken):
+    """One that does not say when it last drew may have drawn."""
+    trained(tmp_path, images=2 * 32)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    del saved["callbacks"]["Samples"]
+    torch.save(saved, last)
+    trained(tmp_path, continues=True, ckpt_path=last, **unbroken[0])
+    shown = [(event["name"], event["step"]) for event in events(tmp_path / "run", "picture")]
+    assert len(shown) == len(set(shown))
