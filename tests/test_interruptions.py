@@ -13,9 +13,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,85 +65,79 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["lit_diffusion.cli", "matplotlib.figure", "sklearn.datasets"])
 
 
-def here(place: str, count: int) -> None:
-    """In a process that is to end there: let it kill itself, with a real SIGKILL, when it is there a number of times.
+def here(place: str, count: int, *signals: int) -> None:
+    """Let this process send itself signals, SIGKILL by default, when it is at a place for the so manieth time.
 
-    Places: ``save``, half of last.ckpt is written; ``rename``, it is written under its temporary name; ``walk``, half of
-    the samples of an evaluation are made; ``figures``, its event is written and the list of the best is not; ``picture``,
-    its file is written and its event is not; ``lost``, a continued run has set events aside and not yet cut its list;
-    ``step``, the weights are new and the clock is not.
+    Places: ``save``, half of last.ckpt is written; ``rename``, all is, under its temporary name; ``walk``, half of
+    the samples of an evaluation are made; ``figures``, its event is written and the list of the best is not;
+    ``film``, samples to be drawn are half made; ``picture``, its file is written and its event is not; ``lost``, a
+    continued run has set events aside and not yet cut its list; ``step``, the weights are new and the clock is not.
     """
     left = count
 
-    def die_if_it_is_time() -> None:
+    def now() -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for each in signals or (signal.SIGKILL,):
+                os.kill(os.getpid(), each)
 
-    def before(owner: Any, name: str, wanted=lambda *_: True) -> None:
+    def around(owner: Any, name: str, wanted: Any = lambda *_: True, after: bool = False) -> None:
         real = getattr(owner, name)
 
-        def wrapped(*arguments, **keys):
-            if wanted(*arguments):
-                die_if_it_is_time()
-            return real(*arguments, **keys)
-
-        setattr(owner, name, wrapped)
-
-    def after(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
-
-        def wrapped(*arguments, **keys):
+        def wrapped(*arguments: Any, **keys: Any) -> Any:
+            if wanted(*arguments) and not after:
+                now()
             found = real(*arguments, **keys)
-            die_if_it_is_time()
+            if wanted(*arguments) and after:
+                now()
             return found
 
         setattr(owner, name, wrapped)
 
     from lit_diffusion import clock, run
-    from lit_diffusion.callbacks import evaluator
+    from lit_diffusion.callbacks import evaluator, samples
+
+    save, batches = torch.save, evaluator.generate_in_batches
+
+    def by_halves(state: Any, file: Any, *arguments: Any, **keys: Any) -> None:
+        whole = io.BytesIO()
+        save(state, whole, *arguments, **keys)
+        content = whole.getvalue()
+        half = len(content) // 2
+        file.write(content[:half])
+        file.flush()
+        if "last.ckpt" in str(file.name):
+            now()
+        file.write(content[half:])
+
+    def halfway(*arguments: Any, **keys: Any) -> Iterator[Any]:
+        for number, batch in enumerate(batches(*arguments, **keys)):
+            yield batch
+            if number == 0:
+                now()
 
     if place == "save":
-        save = torch.save
-
-        def half(state, file, *arguments, **keys):
-            whole = io.BytesIO()
-            save(state, whole, *arguments, **keys)
-            if "last.ckpt" in str(file.name):
-                file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-                file.flush()
-                die_if_it_is_time()
-                file.seek(0)
-                file.truncate()
-            file.write(whole.getvalue())
-
-        torch.save = half
-    elif place == "walk":
-        batches = evaluator.generate_in_batches
-
-        def halfway(*arguments, **keys):
-            for number, batch in enumerate(batches(*arguments, **keys)):
-                if number == 1:
-                    die_if_it_is_time()
-                yield batch
-
-        evaluator.generate_in_batches = halfway
+        torch.save = by_halves
     elif place == "rename":
-        before(Path, "replace", lambda path, *_: path.name == ".last.ckpt.tmp")
+        around(Path, "replace", lambda path, *_: path.name == ".last.ckpt.tmp")
+    elif place == "walk":
+        evaluator.generate_in_batches = halfway
     elif place == "figures":
-        before(evaluator.Evaluator, "_keep_the_best")
+        around(evaluator.Evaluator, "_keep_the_best")
+    elif place == "film":
+        around(samples._Film, "__call__")
     elif place == "picture":
-        after(run, "save_png")
+        around(run, "save_png", after=True)
     elif place == "lost":
-        before(run, "atomic_write", lambda path: path.name == "metrics.jsonl")
+        around(run, "atomic_write", lambda path: path.name == "metrics.jsonl")
     elif place == "step":
-        before(clock.Clock, "tick")
+        around(clock.Clock, "tick")
     else:
         raise AssertionError(place)
 
 
-def work(arguments: list[str], log: Path, environment: dict[str, str], place: tuple[str, int] | None) -> None:
+def work(arguments: list[str], log: Path, environment: dict[str, str], place: tuple[Any, ...] | None) -> None:
     """A forked process: the command line, from the first thing that it does."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -164,7 +161,7 @@ class Process:
         arguments: list[str],
         folder: Path,
         environment: dict[str, str] | None = None,
-        place: tuple[str, int] | None = None,
+        place: tuple[Any, ...] | None = None,
         forked: bool = True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,16 +209,11 @@ class Process:
     def __exit__(self, *_: object) -> None:
         try:
             os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            os_kill_quietly(self.pid)
+        except ProcessLookupError:  # Before it has a group of its own, or after all.
+            with suppress(ProcessLookupError):
+                if not self.ended():
+                    os.kill(self.pid, signal.SIGKILL)
         self.wait()
-
-
-def os_kill_quietly(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def until(condition, process: Process, poll: float = 0.002) -> bool:
@@ -304,20 +296,28 @@ def pictures_of(run_dir: Path) -> dict[str, bytes]:
     return found | {path.name: np.load(path)["arr_0"].tobytes() for path in folder.glob("*.npz")}
 
 
-def assert_the_same(straight: Path, broken: Path, ordered: bool = True) -> None:
+def assert_the_same(straight: Path, broken: Path, stopped: bool = False, processes: int = 1) -> None:
     """That two finished runs are one, bit for bit.
 
     Args:
         straight: never stopped.
         broken: stopped and continued.
-        ordered: whether what was written after one and the same step was written in the same order, too: not where a
-            stop left a picture out, which is then made after the others.
+        stopped: whether it was stopped by a signal that can be caught: what was due then is made later, so that events
+            of one and the same step may be in another order.
+        processes: how many made them: averages over several are of sums that a checkpoint has put together, so that
+            the last digit of a loss in metrics.jsonl may be another.
     """
     assert differences(checkpoint_of(straight), checkpoint_of(broken)) == []
     expected, found = results(straight), results(broken)
-    if not ordered:
+    if stopped:
         for each in (expected, found):
             each.sort(key=lambda event: (event["step"], event["event"], event.get("name", "")))
+    if processes > 1:
+        assert [event.keys() for event in expected] == [event.keys() for event in found]
+        for mine, theirs in zip(expected, found, strict=True):
+            for key in [key for key in mine if key.startswith("loss") or key == "gradient_norm"]:
+                if isinstance(mine[key], float):
+                    assert theirs.pop(key) == pytest.approx(mine.pop(key), rel=1e-6)
     assert differences(expected, found) == []
     assert differences(pictures_of(straight), pictures_of(broken)) == []
     best = [(run_dir / "checkpoints" / "best.json").read_text() for run_dir in (straight, broken)]
@@ -337,7 +337,7 @@ def assert_the_same(straight: Path, broken: Path, ordered: bool = True) -> None:
 class Kill:
     """Where a process ends: at a place of its own, or so many seconds after it has written of a step."""
 
-    place: tuple[str, int] | None = None
+    place: tuple[Any, ...] | None = None
     step: int = 0
     delay: float = 0.0
 
@@ -380,8 +380,8 @@ def broken_run(method: str, folder: Path, steps: int, kills: list[Kill], *more: 
 
 def two_more_steps(method: str, run_dir: Path, steps: int) -> dict[str, Any]:
     """Continue beyond the end, without pictures and figures; the losses and the weights of the next two batches."""
-    bare = "--samples.count 0 --noise_levels.levels 0 --eval.metrics [] --telemetry.every_n_steps 1".split()
-    completed(command(method, run_dir, steps + 2, *bare), run_dir.parent)
+    bare = ("--samples.count", "0", "--noise_levels.levels", "0", "--eval.metrics", "[]")
+    completed(command(method, run_dir, steps + 2, *bare, "--telemetry.every_n_steps", "1"), run_dir.parent)
     train = [comparable(event) for event in events(run_dir, "train") if event["step"] > steps]
     assert len(train) == 2
     return {"train": train, "checkpoint": checkpoint_of(run_dir)}
@@ -454,3 +454,188 @@ def test_a_run_that_is_killed_anywhere_continues_to_the_same_bits(tmp_path, stra
     never_stopped, further = straight(method)
     assert_the_same(never_stopped, broken)
     assert differences(further, two_more_steps(method, broken, LONG)) == []
+
+
+# ---- signals that can be caught ----------------------------------------------------------------------------------
+
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+STOPPED = 75
+SOON = 30.0
+"""Seconds within which a scheduler gets its machine back."""
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks processes up in /proc")
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            pid = int(path.name)
+            state = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(state[3]) == session and state[0] != "Z":
+                found.append(pid)
+    return sorted(found)
+
+
+def listens(pid: int) -> bool:
+    """Whether a process has its own way with SIGTERM by now."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+def second_process(first: Process) -> int | None:
+    """Of those that Lightning's launcher started, the one that trains."""
+    for pid in members(first.pid):
+        with suppress(OSError):
+            if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return pid
+    return None
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def two_processes(arguments: list[str], folder: Path, places: tuple[Any, Any] = (None, None)) -> list[Process]:
+    """As torchrun starts them."""
+    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    return [
+        Process([*arguments, *TWO], folder, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, places[rank])
+        for rank in range(2)
+    ]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Which process gets a signal, and when: at a place, as soon as it listens (step -1), or after a step."""
+
+    rank: int
+    place: tuple[str, int] | None = None
+    step: int = -1
+    delay: float = 0.0
+    number: int = signal.SIGTERM
+
+
+def saved_images(run_dir: Path) -> int:
+    return read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["lit_diffusion"]["images_seen"]
+
+
+def stopped_in_two(arguments: list[str], run_dir: Path, stop: Stop) -> None:
+    """Two processes that something else started: both say 75."""
+    places: list[Any] = [None, None]
+    if stop.place is not None:
+        places[stop.rank] = (*stop.place, stop.number)
+    with ExitStack() as started:
+        both = [started.enter_context(each) for each in two_processes(arguments, run_dir.parent, tuple(places))]
+        target = both[stop.rank]
+        if stop.place is None:
+            assert until(lambda: listens(target.pid) and reached(run_dir, stop.step)(), target), target.said()
+            time.sleep(stop.delay)
+            os.kill(target.pid, stop.number)
+            sent = time.monotonic()
+        codes = [each.wait() for each in both]
+        assert stop.place is not None or time.monotonic() - sent < SOON
+        assert codes == [STOPPED, STOPPED], "".join(each.said()[-2000:] for each in both)
+        assert "stopped by" in both[0].last_line()
+        assert "--resume auto continues" in both[0].last_line()
+        assert not [pid for each in both for pid in members(each.pid)]
+    assert saved_images(run_dir) > 0
+
+
+def stopped_in_launcher(arguments: list[str], run_dir: Path, stop: Stop) -> None:
+    """Two processes of which Lightning starts the second: the first, which a scheduler sees, says 75."""
+    with Process([*arguments, *TWO], run_dir.parent, forked=False) as first:
+
+        def ready() -> bool:
+            pid = first.pid if stop.rank == 0 else second_process(first)
+            return pid is not None and listens(pid) and reached(run_dir, stop.step)()
+
+        assert until(ready, first, poll=0.01), first.said()
+        time.sleep(stop.delay)
+        if stop.number == signal.SIGINT:  # The terminal sends it to all that stand in the foreground.
+            os.killpg(first.pid, stop.number)
+        else:
+            os.kill(first.pid if stop.rank == 0 else second_process(first) or 0, stop.number)
+        sent = time.monotonic()
+        assert first.wait() == STOPPED, first.said()[-3000:]
+        assert time.monotonic() - sent < SOON
+        assert until_gone(first.pid), members(first.pid)
+        assert first.said().count("--resume auto continues") == 1
+        assert "Traceback" not in first.said()
+    assert saved_images(run_dir) > 0
+
+
+def until_gone(session: int) -> bool:
+    """Whether all processes of a session end; the first does not wait for the others."""
+    deadline = time.monotonic() + SOON
+    while members(session):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def ends_in_two(arguments: list[str], run_dir: Path) -> None:
+    with ExitStack() as started:
+        both = [started.enter_context(each) for each in two_processes(arguments, run_dir.parent)]
+        assert [each.wait() for each in both] == [0, 0], "".join(each.said()[-2000:] for each in both)
+
+
+@pytest.fixture(scope="module")
+def straight_in_two(tmp_path_factory):
+    """A run of two processes that nothing disturbs."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def of(method: str, steps: int) -> Path:
+        if (method, steps) not in made:
+            run_dir = tmp_path_factory.mktemp("two") / "run"
+            ends_in_two(command(method, run_dir, steps), run_dir)
+            made[method, steps] = run_dir
+        return made[method, steps]
+
+    return of
+
+
+@needs_proc
+def test_a_stop_of_either_of_two_processes_stops_both_and_loses_nothing(tmp_path, straight_in_two):
+    run_dir = tmp_path / "run"
+    arguments = command("ncsn", run_dir, SHORT)
+    stopped_in_two(arguments, run_dir, Stop(rank=1, place=("walk", 1)))
+    stopped_in_two(arguments, run_dir, Stop(rank=0, step=12))
+    ends_in_two(arguments, run_dir)
+    assert_the_same(straight_in_two("ncsn", SHORT), run_dir, stopped=True, processes=2)
+
+
+def stops_of(chain: int) -> list[Stop]:
+    """Four stops of one run, in the order in which it comes to them."""
+    draw = random.Random(chain)
+    places = [("save", 1), ("walk", 1), ("film", draw.randrange(1, 12)), ("rename", 1), ("picture", 1), ("step", 3)]
+    moments = sorted(draw.randrange(2, LONG - 5) for _ in range(3))
+    found = [Stop(draw.randrange(2), step=moment, delay=0.3 * draw.random()) for moment in moments]
+    if chain % 2 == 0:
+        return [Stop(draw.randrange(2), delay=draw.random()), *found]
+    return [Stop(draw.randrange(2), place=place) for place in draw.sample(places, 4)]
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", range(5))
+def test_two_processes_stopped_at_any_moment_end_as_if_they_never_were(tmp_path, straight_in_two, chain):
+    """Twenty stops in all; in every other run the processes are started by Lightning."""
+    run_dir = tmp_path / "run"
+    arguments = command("ncsn", run_dir, LONG)
+    for stop in stops_of(chain):
+        (stopped_in_launcher if chain % 2 == 0 else stopped_in_two)(arguments, run_dir, stop)
+    if chain % 2 == 0:
+        assert "done:" in completed([*arguments, *TWO], tmp_path, forked=False)
+    else:
+        ends_in_two(arguments, run_dir)
+    assert len(events(run_dir, "start")) == 5
+    assert_the_same(straight_in_two("ncsn", LONG), run_dir, stopped=True, processes=2)
