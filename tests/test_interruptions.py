@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import random
 import shutil
@@ -30,6 +31,9 @@ from tiny import events
 
 from lit_diffusion.__main__ import main
 from lit_diffusion.checkpoints import read_checkpoint
+from lit_diffusion.datamodule import Batch
+from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.methods import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 32
@@ -63,6 +67,26 @@ def command(method: str, run_dir: Path, steps: int, *more: str) -> list[str]:
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["lit_diffusion.cli", "matplotlib.figure", "sklearn.datasets"])
+
+
+def note_what_is_seen(path: Path) -> None:
+    """Write down, when this process ends, the time and the noisy image that the network got for each training image."""
+    seen: dict[int, tuple[float, torch.Tensor]] = {}
+    index: list[int] = []
+    forward, step = NetworkDenoiser.forward, Method.training_step
+
+    def noted(self: Any, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> Any:
+        if self.training and torch.is_grad_enabled():
+            for row in range(len(x)):
+                seen[index.pop(0)] = (float(t[row]), x[row].detach().clone())
+        return forward(self, x, t, cond)
+
+    def begun(self: Any, batch: Batch, batch_idx: int) -> None:
+        index[:] = batch.index.tolist()
+        step(self, batch, batch_idx)
+
+    NetworkDenoiser.forward, Method.training_step = noted, begun
+    multiprocessing.util.Finalize(None, lambda: torch.save(seen, path), exitpriority=1)
 
 
 def here(place: str, count: int, *signals: int) -> None:
@@ -117,7 +141,9 @@ def here(place: str, count: int, *signals: int) -> None:
             if number == 0:
                 now()
 
-    if place == "save":
+    if place == "seen":
+        note_what_is_seen(Path(str(count)))
+    elif place == "save":
         torch.save = by_halves
     elif place == "rename":
         around(Path, "replace", lambda path, *_: path.name == ".last.ckpt.tmp")
@@ -397,11 +423,20 @@ QUICK = {
 }
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A short run that nothing disturbs."""
+    run_dir = tmp_path_factory.mktemp("short") / "run"
+    completed(command("ncsn", run_dir, SHORT), run_dir.parent)
+    return run_dir
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_continues_to_the_same_bits(tmp_path, method):
+def test_a_killed_run_continues_to_the_same_bits(tmp_path, short, method):
     kills, more = QUICK[method]
-    straight = tmp_path / "straight" / "run"
-    completed(command(method, straight, SHORT), straight.parent)
+    straight = short if method == "ncsn" else tmp_path / "straight" / "run"
+    if method != "ncsn":
+        completed(command(method, straight, SHORT), straight.parent)
     broken = broken_run(method, tmp_path / "broken", SHORT, kills, *more)
     assert_the_same(straight, broken)
 
@@ -639,3 +674,258 @@ def test_two_processes_stopped_at_any_moment_end_as_if_they_never_were(tmp_path,
         ends_in_two(arguments, run_dir)
     assert len(events(run_dir, "start")) == 5
     assert_the_same(straight_in_two("ncsn", LONG), run_dir, stopped=True, processes=2)
+
+
+def test_signals_to_one_process_stop_it_and_the_rest_is_made_when_it_continues(tmp_path, short):
+    """SIGTERM to the whole group while data workers load; SIGUSR1 in a picture; Ctrl-C in the evaluation at the end."""
+    run_dir = tmp_path / "run"
+    arguments = command("ncsn", run_dir, SHORT)
+    with Process([*arguments, "--data.num_workers", "2"], tmp_path) as process:
+        assert until(reached(run_dir, 3), process), process.said()
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait() == STOPPED, process.said()[-3000:]
+        assert process.last_line().startswith("lit_diffusion: stopped by SIGTERM after ")
+        assert "Traceback" not in process.said()
+    for place, said in ((("film", 8, signal.SIGUSR1), "SIGUSR1"), (("walk", 1, signal.SIGINT), "SIGINT")):
+        with Process(arguments, tmp_path, place=place) as process:
+            assert process.wait() == STOPPED, process.said()[-3000:]
+            assert process.last_line().startswith(f"lit_diffusion: stopped by {said} after ")
+            assert f"stopped by {said} while sampling: it is made when the run is continued" in process.said()
+            assert "Traceback" not in process.said()
+        assert events(run_dir)[-1]["status"] == "interrupted"
+    stops = [event["step"] for event in events(run_dir, "end")]
+    assert 3 <= stops[0] <= 12
+    assert stops[1:] == [15, SHORT]
+    completed(arguments, tmp_path)
+    assert_the_same(short, run_dir, stopped=True)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path):
+    run_dir = tmp_path / "run"
+    with Process(command("ncsn", run_dir, SHORT), tmp_path, place=("walk", 1, signal.SIGINT, signal.SIGINT)) as process:
+        assert process.wait() not in (0, STOPPED)
+        assert "Ctrl-C again to stop without saving" in process.said()
+        assert "stopped by" not in process.said()
+    assert [event["step"] for event in events(run_dir, "train")] == [3, 6, 9, 12]
+    assert saved_images(run_dir) == 12 * BATCH  # Before the evaluation that it was in.
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_other_signals_to_two_processes(tmp_path, straight_in_two, number):
+    run_dir = tmp_path / "run"
+    arguments = command("ncsn", run_dir, SHORT)
+    stopped_in_launcher(arguments, run_dir, Stop(rank=1, step=6, number=number))
+    assert "done:" in completed([*arguments, *TWO], tmp_path, forked=False)
+    assert_the_same(straight_in_two("ncsn", SHORT), run_dir, stopped=True, processes=2)
+
+
+# ---- bad states --------------------------------------------------------------------------------------------------
+
+
+def copied(short: Path, folder: Path) -> Path:
+    """A finished run of one's own."""
+    shutil.copytree(short, folder / "run")
+    return folder / "run"
+
+
+def truncate(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def refused(arguments: list[str], folder: Path) -> str:
+    """The one line with which a command line ends, with exit code 2."""
+    with Process(arguments, folder) as process:
+        assert process.wait() == 2, process.said()[-3000:]
+        said = process.said()
+    assert "Traceback" not in said
+    assert said.count("lit_diffusion: error: ") == 1
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("lit_diffusion: error: ")
+    return line
+
+
+def test_what_cannot_be_continued_is_refused_in_one_line_and_untouched(tmp_path, short):
+    run_dir = copied(short, tmp_path)
+    checkpoints = run_dir / "checkpoints"
+    resume = command("ncsn", run_dir, SHORT + 3)
+    plain = resume[: resume.index("--resume")]
+    newer = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    newer["lit_diffusion"]["format_version"] = 99
+
+    def only(*names: str) -> None:
+        for name in names:
+            truncate(checkpoints / name)
+
+    cases: list[tuple[list[str], Any, tuple[str, ...]]] = [
+        ([*resume, "--model.backbone.channels", "16"], None, ("does not fit this model", "[8", "[16")),
+        (command("ddpm", run_dir, SHORT), None, ("is of NCSN, and the configuration is of DDPM", "--run_dir")),
+        (plain, None, ("already holds a run", "--resume auto")),
+        ([*resume, "--ckpt_path", str(checkpoints / "last.ckpt")], None, ("--resume auto or --ckpt_path, not both",)),
+        (["test", *resume[1:]], None, ("--resume continues a training; test takes --ckpt_path",)),
+        ([*plain[: plain.index("--run_dir")], "--resume", "auto"], None, ("--resume auto needs --run_dir",)),
+        (resume, lambda: torch.save(newer, checkpoints / "last.ckpt"), ("format_version 99", "last.ckpt")),
+        (resume, lambda: only("last.ckpt", "previous.ckpt"), ("cannot read checkpoint", "truncated")),
+    ]
+    for arguments, spoil, expected in cases:
+        if spoil is not None:
+            spoil()
+        before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+        line = refused(arguments, tmp_path)
+        for words in expected:
+            assert words in line
+        assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before, line
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, short):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()  # That it is there and empty is no reason not to start.
+    arguments = command("ncsn", run_dir, SHORT)
+    killed(arguments, run_dir, Kill(place=("picture", 2)))
+    truncate(run_dir / "checkpoints" / "last.ckpt")
+    said = completed(arguments, tmp_path)
+    assert "last.ckpt: truncated" in said
+    assert f"continuing from {run_dir / 'checkpoints' / 'previous.ckpt'}, the one before" in said
+    assert_the_same(short, run_dir)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, short):
+    run_dir = copied(short, tmp_path)
+    completed(command("ncsn", run_dir, SHORT), tmp_path)
+    assert_the_same(short, run_dir, stopped=True)
+
+
+def test_a_run_that_began_with_other_weights_continues_with_its_own(tmp_path, short):
+    more = ["--init_from", str(short / "checkpoints" / "last.ckpt"), "--model.optimizer.init_args.lr", "0.001"]
+    straight = tmp_path / "straight" / "run"
+    completed(command("ncsn", straight, SHORT, *more), straight.parent)
+    broken = broken_run("ncsn", tmp_path / "broken", SHORT, [Kill(place=("step", 10))], *more)
+    assert_the_same(straight, broken)
+
+
+def test_a_kill_before_the_first_event_is_whole_is_no_obstacle(tmp_path, short):
+    run_dir = copied(short, tmp_path)
+    shutil.rmtree(run_dir / "checkpoints")
+    shutil.rmtree(run_dir / "samples")
+    for torn in ("", '{"event": "sta'):
+        (run_dir / "metrics.jsonl").write_text(torn)
+        completed(command("ncsn", run_dir, 1, "--samples.count", "0", "--eval.metrics", "[]"), tmp_path)
+        shutil.rmtree(run_dir / "checkpoints")
+    assert events(run_dir)[0]["event"] == "start"
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_continues(tmp_path, short):
+    """On a file system of a few megabytes."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        pytest.skip("bubblewrap is not installed")
+    sandbox = [bwrap, "--unshare-user", "--die-with-parent", "--ro-bind", "/", "/", "--dev", "/dev"]
+    trial = subprocess.run([*sandbox, "true"], capture_output=True, text=True)
+    if trial.returncode:
+        pytest.skip(f"no user namespaces here: {trial.stderr.strip()}")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = (short / "checkpoints" / "last.ckpt").stat().st_size
+    # Room for the first checkpoint and half of the second.
+    total, filler = 20 * size, 20 * size - 3 * size // 2 - 100_000
+    fit = " ".join(["python", "-m", "lit_diffusion", *command("ncsn", disk / "run", SHORT)]).replace("[", "\\[")
+    fit = fit.replace("python", sys.executable, 1)
+    script = f"""
+        cd {tmp_path}
+        head -c {filler} /dev/zero >disk/filler
+        {fit} 2>first.txt; echo $? >first
+        cp -r disk/run before
+        rm disk/filler
+        {fit} 2>second.txt; echo $? >second
+        cp -r disk/run after
+    """
+    own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    mounts = ["--bind", str(tmp_path), str(tmp_path), "--size", str(total), "--tmpfs", str(disk)]
+    subprocess.run(
+        [*sandbox, *mounts, "bash", "-c", script], env={**os.environ, **own}, capture_output=True, timeout=PATIENCE
+    )
+    line = (tmp_path / "first.txt").read_text().strip().splitlines()[-1]
+    assert (tmp_path / "first").read_text() == "2\n", line
+    assert line.startswith("lit_diffusion: error: cannot write ")
+    assert "the one before is untouched: free some space and continue from it" in line
+    assert saved_images(tmp_path / "before") == 7 * BATCH
+    assert {path.name for path in (tmp_path / "before" / "checkpoints").iterdir()} == {"last.ckpt"}
+    assert (tmp_path / "second").read_text() == "0\n", (tmp_path / "second.txt").read_text()[-3000:]
+    assert_the_same(short, tmp_path / "after")
+
+
+# ---- Weights & Biases --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_dashboard_gets_every_part_of_a_run_under_one_id(tmp_path, short):
+    pytest.importorskip("wandb")
+    run_dir = tmp_path / "run"
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    arguments = command("ncsn", run_dir, SHORT, "--wandb.mode", "auto")
+    for number, place in (
+        (STOPPED, ("step", 3, signal.SIGTERM)),
+        (-signal.SIGKILL, ("walk", 1)),
+        (-signal.SIGKILL, ("film", 10)),
+    ):
+        with Process(arguments, tmp_path, environment, place) as process:
+            assert process.wait() == number, process.said()[-3000:]
+    said = completed(arguments, tmp_path, environment=environment)
+    assert "Weights & Biases is off" not in said
+    assert_the_same(short, run_dir, stopped=True)
+    parts = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(parts) == 4
+    run_id = (run_dir / "run_id").read_text().strip()
+    for part in parts:
+        assert part.name.endswith(f"-{run_id}")
+        assert (part / f"run-{run_id}.wandb").stat().st_size > 0
+
+
+# ---- any number of processes -------------------------------------------------------------------------------------
+
+EQUAL_STEPS, EQUAL_BATCH = 20, 64
+
+
+def recipe(method: str, run_dir: Path, *more: str) -> list[str]:
+    """The shipped recipe with its own network; only the ends are brought forward."""
+    return [
+        *("fit", "--config", str(ROOT / "experiments" / f"{method}.yaml"), *METHODS[method].split()),
+        *("--data.global_batch_size", str(EQUAL_BATCH), "--trainer.max_images", str(EQUAL_STEPS * EQUAL_BATCH)),
+        *("--trainer.accelerator", "cpu", "--wandb.mode", "disabled", "--telemetry.every_n_images", str(EQUAL_BATCH)),
+        *("--samples.count", "8", "--eval.samples", "40", "--noise_levels.levels", "0", "--run_dir", str(run_dir)),
+        *more,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_one_process_two_and_one_that_accumulates_train_the_same_recipe(tmp_path, method):
+    one, two, micro = (tmp_path / name / "run" for name in ("one", "two", "micro"))
+    seen: dict[Path, dict[int, tuple[float, torch.Tensor]]] = {}
+
+    def noted(folder: Path, rank: int = 0) -> tuple[str, str]:
+        return "seen", str(folder / f"seen-{rank}.pt")
+
+    for run_dir, more in ((one, []), (micro, ["--data.micro_batch_size", "32"])):
+        completed(recipe(method, run_dir, *more), run_dir.parent, place=noted(run_dir.parent))
+    with ExitStack() as started:
+        places = (noted(two.parent, 0), noted(two.parent, 1))
+        both = [started.enter_context(each) for each in two_processes(recipe(method, two), two.parent, places)]
+        assert [each.wait() for each in both] == [0, 0], both[0].said()[-3000:]
+    for run_dir in (one, two, micro):
+        parts = [torch.load(path, weights_only=True) for path in sorted(run_dir.parent.glob("seen-*.pt"))]
+        assert sum(map(len, parts)) == EQUAL_STEPS * EQUAL_BATCH  # No image on two processes.
+        seen[run_dir] = {number: given for part in parts for number, given in part.items()}
+    for run_dir in (two, micro):
+        assert differences(dict(sorted(seen[one].items())), dict(sorted(seen[run_dir].items()))) == []
+        first, second = checkpoint_of(one), checkpoint_of(run_dir)
+        for name, value in first["state_dict"].items():
+            assert torch.allclose(value, second["state_dict"][name], rtol=0.0, atol=1e-5), name
+        losses = [[event["loss"] for event in events(each, "train")] for each in (one, run_dir)]
+        assert len(losses[0]) == EQUAL_STEPS
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        files = [each / events(each, "evaluation")[-1]["samples_file"] for each in (one, run_dir)]
+        assert np.array_equal(*(np.load(file)["arr_0"] for file in files))
