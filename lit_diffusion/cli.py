@@ -228,8 +228,8 @@ class CLI(LightningCLI):
         then, now = (str(model["class_path"]).rsplit(".", 1)[-1] for model in (self.inherited["model"], section.model))
         if then != now:
             raise UserError(
-                f"checkpoint {section.ckpt_path} is of {then}, and the configuration is of {now}: continue the run with "
-                f"its own, or start another in another --run_dir"
+                f"checkpoint {section.ckpt_path} is of {then}, and the configuration is of {now}: continue the run "
+                f"with its own, or start another in another --run_dir"
             )
 
     def _print_differences(self, section: Namespace) -> None:
