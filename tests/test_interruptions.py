@@ -308,10 +308,11 @@ def differences(one: Any, two: Any, where: str = "") -> list[str]:
 
 
 def checkpoint_of(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """All of a run's checkpoint but Lightning's own counters of batches, and who loads the data."""
+    """All of a run's checkpoint but Lightning's own counters of batches, who loads the data and who watches."""
     checkpoint = read_checkpoint(run_dir / "checkpoints" / name)
     del checkpoint["loops"]
     del checkpoint["lit_diffusion"]["config"]["data"]["num_workers"]
+    del checkpoint["lit_diffusion"]["config"]["wandb"]
     return checkpoint
 
 
