@@ -211,6 +211,8 @@ class CLI(LightningCLI):
 
     def _load_weights(self, method: Method, section: Namespace) -> None:
         if self.checkpoint is not None:
+            if self.continues:
+                self._require_same_method(section)
             require_fitting_weights(method, self.checkpoint["state_dict"], section.ckpt_path)
             method.on_load_checkpoint(self.checkpoint)  # Now, so that the first event of the run says where it starts.
             print_note(f"checkpoint {section.ckpt_path}: {method.clock.images} images seen")
@@ -222,6 +224,15 @@ class CLI(LightningCLI):
             require_fitting_weights(method, weights, section.init_from)
             method.load_state_dict(weights)
             print_note(f"weights from {section.init_from}")
+
+    def _require_same_method(self, section: Namespace) -> None:
+        """Methods on one network have weights of equal shapes: only their names tell them apart."""
+        then, now = (str(model["class_path"]).rsplit(".", 1)[-1] for model in (self.inherited["model"], section.model))
+        if then != now:
+            raise UserError(
+                f"checkpoint {section.ckpt_path} is of {then}, and the configuration is of {now}: continue the run "
+                f"with its own, or start another in another --run_dir"
+            )
 
     def _print_differences(self, section: Namespace) -> None:
         now, then = flatten(self._plain_config(section)), flatten(self.inherited)

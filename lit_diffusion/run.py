@@ -316,7 +316,8 @@ class RunLogger(Logger):
             raise UserError(
                 f"run_dir {directory} already holds a run; choose another, or continue that one with --resume auto"
             )
-        if self.continues and (directory / "metrics.jsonl").exists():
+        path = directory / "metrics.jsonl"
+        if self.continues and path.exists() and path.stat().st_size > 0:  # Empty if no checkpoint was written before.
             require_known_events(directory)
         try:
             if self.continues:
@@ -425,7 +426,8 @@ def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) ->
     if getattr(rank_zero_only, "rank", 0) != 0:
         return 0
     path = run_dir / "metrics.jsonl"
-    if images_seen < 0 and not path.exists():
+    if images_seen < 0 and (not path.exists() or b"\n" not in path.read_bytes()):
+        path.unlink(missing_ok=True)  # A kill came before its first line was whole.
         return 0
     require_known_events(run_dir)
     kept: list[str] = []

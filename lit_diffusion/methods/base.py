@@ -287,6 +287,8 @@ class Method(pl.LightningModule):
         """
         for group, configured in zip(self.trainer.optimizers[0].param_groups, self._configured, strict=True):
             group.update(configured)
+        if self.clock.images > 0:  # As the last step left it, for the checkpoint of a run that makes no further one.
+            self._set_learning_rate(self.trainer.optimizers[0], self.clock.images)
         self._stop_when_done()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -376,7 +378,7 @@ class Method(pl.LightningModule):
         # that is not finite at a scale below 1 did not overflow.
         self.overflowed = scaler is not None and loss_is_finite and not gradient_is_finite and scaler.get_scale() >= 1.0
         if self.stepped or self.overflowed:
-            self._set_learning_rate(optimizer.optimizer)
+            self._set_learning_rate(optimizer.optimizer, self.clock.images + self.clock.batch)
             optimizer.step()
             self._non_finite_in_a_row = 0
         else:
@@ -440,9 +442,10 @@ class Method(pl.LightningModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None else block()
 
-    def _set_learning_rate(self, optimizer: Optimizer) -> None:
+    def _set_learning_rate(self, optimizer: Optimizer, images: int) -> None:
+        """That of the step with which so many images are seen."""
         warmup = in_images("model", "warmup", *self.warmup, batch=self.clock.batch)
-        factor = 1.0 if warmup == 0 else min(1.0, (self.clock.images + self.clock.batch) / warmup)
+        factor = 1.0 if warmup == 0 else min(1.0, images / warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
