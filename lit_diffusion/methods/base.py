@@ -369,10 +369,10 @@ class Method(pl.LightningModule):
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or float("inf")))
         # What all processes must agree on, in one exchange: is every loss finite, was anyone asked to stop? Gradients
         # are averaged over the processes, so a NaN anywhere is a NaN everywhere; losses and signals are not.
-        mine = torch.stack((total.isfinite().float(), total.new_tensor(float(interrupts.asked() is not None))))
-        finite, asked = self.trainer.strategy.reduce(mine, reduce_op="mean").tolist()
+        mine = torch.stack((1.0 - total.isfinite().float(), total.new_tensor(float(interrupts.asked() is not None))))
+        broken, asked = self.trainer.strategy.reduce(mine, reduce_op="sum").tolist()
         self.interrupted = self.interrupted or asked > 0.0
-        loss_is_finite, gradient_is_finite = finite == 1.0, bool(torch.isfinite(norm))
+        loss_is_finite, gradient_is_finite = broken == 0.0, bool(torch.isfinite(norm))
         self.stepped = loss_is_finite and gradient_is_finite
         # An overflow of float16 gradients is the scaler's business, it skips the step and lowers its scale; a gradient
         # that is not finite at a scale below 1 did not overflow.
