@@ -2,7 +2,7 @@
 # A run on a cluster, of one node or of many, that starts again by itself when its time is up.
 #
 #   sbatch docker/slurm.sh experiments/ddpm.yaml runs/ddpm
-#   sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 docker/slurm.sh experiments/ddpm.yaml runs/ddpm --seed 1
+#   sbatch --nodes 2 --gpus-per-node 8 --ntasks-per-node 8 docker/slurm.sh experiments/ddpm.yaml runs/ddpm --seed_everything 1
 #   PYTHON="apptainer exec --nv lit_diffusion.sif python" sbatch docker/slurm.sh experiments/ddpm.yaml runs/ddpm
 #
 # One task is one GPU: give --ntasks-per-node and --gpus-per-node the same number. Keys after the folder go to `fit`.

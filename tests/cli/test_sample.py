@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from lit_diffusion.errors import UserError
 
@@ -131,6 +132,7 @@ def test_a_loose_tolerance_is_said(sample, capsys):
         (["--num_samples", "0"], "num_samples"),
         (["--device", "nonsense"], "nonsense"),
         (["--precision", "64"], "precision"),
+        (["--device", "cpu", "--cuda_graphs", "true"], "--cuda_graphs needs a CUDA device, and the model is on cpu"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(sample, workdir, arguments, message):
@@ -138,6 +140,21 @@ def test_what_cannot_be_is_refused_in_one_line(sample, workdir, arguments, messa
         sample("a.npz", "--num_samples", 4, *arguments)
     assert "\n" not in str(caught.value)
     assert not (workdir / "a.npz").exists()
+
+
+def test_a_compiled_backbone_sees_one_batch_shape_and_gives_the_same_samples(sample, monkeypatch):
+    asked, rows = [], []
+
+    def recorded(self, *arguments, **keys):
+        asked.append(keys)
+        self.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+
+    monkeypatch.setattr(nn.Module, "compile", recorded)
+    plain = sample("a.npz", "--num_samples", 9, "--batch_size", 4).astype(int)
+    compiled = sample("b.npz", "--num_samples", 9, "--batch_size", 4, "--compile", "true").astype(int)
+    assert asked == [{"fullgraph": True, "dynamic": False}]
+    assert set(rows) == {4}
+    assert np.abs(plain - compiled).max() <= 1
 
 
 def test_an_unwritable_place_is_found_out_first(sample, workdir):
