@@ -45,7 +45,9 @@ class _AtEnd(pl.Callback, ABC):
         """Refuse data without a known score before the work, not after it."""
         mixture_of(trainer)
         if isinstance(trainer.strategy, ShardedStrategy):
-            raise UserError(f"{type(self).__name__} draws on one process; with trainer.strategy fsdp none has the model")
+            raise UserError(
+                f"{type(self).__name__} draws on one process; with trainer.strategy fsdp none has the model"
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw."""
