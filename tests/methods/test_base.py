@@ -185,7 +185,7 @@ def test_two_in_a_row_do_not(tmp_path):
 
 def test_the_count_of_steps_in_a_row_goes_on_over_a_resume(tmp_path):
     fit(spoil(ncsn(), 3, 4), digits_data(), tmp_path, 128).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="at step 5 .*3 times in a row"):
+    with pytest.raises(UserError, match=r"at step 5 .*3 times in a row"):
         fit(spoil(ncsn(), 5), digits_data(), tmp_path, 640, ckpt_path=tmp_path / "a.ckpt")
 
 
