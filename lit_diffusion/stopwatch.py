@@ -12,6 +12,9 @@ PARTS = ("data", "forward_backward", "optimiser", "ema", "logging", "checkpoint"
 """``data``: waiting for the next batch, moving and normalising it. ``logging``: what the callbacks do after the step,
 without drawing and evaluating, which are no part of a step, and without writing checkpoints."""
 
+MOST_EVENTS = 1000
+"""Of a GPU that are kept: a training that nobody reads the figures of must not keep more and more of them."""
+
 
 class Stopwatch:
     """Seconds by part of the step.
@@ -34,6 +37,8 @@ class Stopwatch:
             yield
             ended.record()
             self._events.append((name, begun, ended))
+            if len(self._events) >= MOST_EVENTS:
+                self._read_events()
         else:
             since = time.perf_counter()
             yield
@@ -55,11 +60,14 @@ class Stopwatch:
 
     def read(self) -> dict[str, float]:
         """The seconds of each part since the last reading."""
+        self._read_events()
+        found = self._seconds
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        return found
+
+    def _read_events(self) -> None:
         if self._events:
             self._events[-1][2].synchronize()
             for name, begun, ended in self._events:
                 self._seconds[name] += begun.elapsed_time(ended) / 1000.0
             self._events.clear()
-        found = self._seconds
-        self._seconds = dict.fromkeys(PARTS, 0.0)
-        return found

@@ -344,7 +344,9 @@ def work(folder: Path) -> None:
     torch.set_num_threads(1)
     results = everything(folder, {"devices": 2, "strategy": "ddp"})
     rank = int(os.environ["RANK"])
-    results |= {end: sampling_that_ends(end.removesuffix("_walk"), rank) for end in ("diverged_walk", "interrupted_walk")}
+    results |= {
+        end: sampling_that_ends(end.removesuffix("_walk"), rank) for end in ("diverged_walk", "interrupted_walk")
+    }
     fsdp = {"devices": 2, "strategy": "fsdp"}
     results["fsdp"] = of_a_unet(folder, "fsdp", {**fsdp, "channels_last": True}, micro_batch_size=5)
     results["fsdp begun"] = of_a_unet(folder, "fsdp_begun", fsdp, 64)

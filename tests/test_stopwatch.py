@@ -91,3 +91,15 @@ def test_a_gpu_is_waited_for_when_the_figures_are_read_and_once(clock, monkeypat
     assert Event.waited == 1
     assert watch.read() == told()
     assert Event.waited == 1
+
+
+def test_what_nobody_reads_does_not_pile_up(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "waited", 0)
+    watch = Stopwatch()
+    for _ in range(10 * stopwatch.MOST_EVENTS):
+        with watch.part("ema", torch.device("cuda", 0)):
+            Event.now += 0.25
+        assert len(watch._events) < stopwatch.MOST_EVENTS
+    assert Event.waited == 10
+    assert watch.read() == told(ema=2500.0)

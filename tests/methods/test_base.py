@@ -185,7 +185,7 @@ def test_two_in_a_row_do_not(tmp_path):
 
 def test_the_count_of_steps_in_a_row_goes_on_over_a_resume(tmp_path):
     fit(spoil(ncsn(), 3, 4), digits_data(), tmp_path, 128).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="at step 5 .*3 times in a row"):
+    with pytest.raises(UserError, match=r"at step 5 .*3 times in a row"):
         fit(spoil(ncsn(), 5), digits_data(), tmp_path, 640, ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -395,7 +395,9 @@ def test_dropout_is_tied_to_the_images_and_to_the_seed(tmp_path):
 def test_every_step_and_part_drops_others(tmp_path):
     method, masks = ncsn({"dropout": 0.5}, optimizer=sgd(0.0)), []
     dropout = method.denoiser.backbone.dropout
-    dropout.register_forward_hook(lambda module, args, out: masks.append((out == 0).flatten().tolist()) if module.training else None)
+    dropout.register_forward_hook(
+        lambda module, args, out: masks.append((out == 0).flatten().tolist()) if module.training else None
+    )
     fit(method, digits_data(micro_batch_size=16), tmp_path, 64)
     assert len(masks) == 4
     assert len({tuple(mask) for mask in masks}) == 4
