@@ -95,7 +95,8 @@ def here(place: str, count: int, *signals: int) -> None:
     Places: ``save``, half of last.ckpt is written; ``rename``, all is, under its temporary name; ``walk``, half of
     the samples of an evaluation are made; ``figures``, its event is written and the list of the best is not;
     ``film``, samples to be drawn are half made; ``picture``, its file is written and its event is not; ``lost``, a
-    continued run has set events aside and not yet cut its list; ``step``, the weights are new and the clock is not.
+    continued run has set events aside and not yet cut its list; ``step``, the weights are new and the clock is not;
+    ``validation``, a batch of held-out images comes.
     """
     left = count
 
@@ -159,6 +160,8 @@ def here(place: str, count: int, *signals: int) -> None:
         around(run, "atomic_write", lambda path: path.name == "metrics.jsonl")
     elif place == "step":
         around(clock.Clock, "tick")
+    elif place == "validation":
+        around(Method, "validation_step")
     else:
         raise AssertionError(place)
 
