@@ -299,11 +299,10 @@ class CLI(LightningCLI):
         )
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:
-        seen, last = -1, {}  # Killed before its first checkpoint: from the beginning, all events are made again.
+        seen, again = -1, set[str]()  # Killed before its first checkpoint: all events are made again.
         if self.checkpoint is not None:
-            seen = self.checkpoint[CHECKPOINT_KEY]["images_seen"]
-            last = self.checkpoint.get("callbacks", {}).get("Evaluator", {}).get("last", {})
-        lost = drop_lost_events(run_dir, seen, last.get("images") == seen)
+            seen, again = _made_again(self.checkpoint)
+        lost = drop_lost_events(run_dir, seen, again)
         print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
 
     # ---- what is said at the end -------------------------------------------------------------------------------
@@ -327,6 +326,21 @@ class CLI(LightningCLI):
         print_note(
             f"  more        python -m lit_diffusion sample --ckpt_path {checkpoint} --num_samples 64 --out samples.png"
         )
+
+
+def _made_again(checkpoint: dict[str, Any]) -> tuple[int, set[str]]:
+    """The images that a checkpoint has seen, and what a run that continues it makes again at that very moment."""
+    state, callbacks = checkpoint[CHECKPOINT_KEY], checkpoint.get("callbacks", {})
+    seen = state["images_seen"]
+    again: set[str] = set()
+    if callbacks.get("Evaluator", {}).get("last", {}).get("images") != seen:
+        again |= {"evaluation", "neighbours"}
+    if state.get("validation_due", False):
+        again |= {"metrics"}
+    for name, events in (("Samples", {"samples", "film"}), ("NoiseLevels", {"noise_levels", "noise-levels"})):
+        if callbacks.get(name, {}).get("drawn_at", seen) != seen:
+            again |= events
+    return seen, again
 
 
 def _short(path: Path) -> str:

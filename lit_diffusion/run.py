@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -406,7 +406,7 @@ def require_known_events(run_dir: Path) -> None:
     require_known_format(first.get("format_version") if isinstance(first, dict) else None, str(path))
 
 
-def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) -> int:
+def drop_lost_events(run_dir: Path, images_seen: int, again: Collection[str] = ()) -> int:
     """Move the events after a checkpoint, which a continued run makes again, to metrics.lost.jsonl.
 
     Of several processes, which are not connected yet, only the first does it.
@@ -414,8 +414,8 @@ def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) ->
     Args:
         run_dir: of the run that is continued.
         images_seen: by the checkpoint; -1 where there is none, so that all events are made again.
-        evaluated: whether the checkpoint has the figures of an evaluation at that moment, if there was one; else it is
-            made again too.
+        again: events, and names of pictures, of the checkpoint's own moment that were written after it, if they were:
+            they are made again too.
 
     Returns:
         How many events were moved.
@@ -436,8 +436,8 @@ def drop_lost_events(run_dir: Path, images_seen: int, evaluated: bool = True) ->
         try:
             event = json.loads(line)
             after = event["images"] > images_seen
-            if event["images"] == images_seen and not evaluated:
-                after = event["event"] == "evaluation" or event.get("name") == "neighbours"
+            if event["images"] == images_seen:
+                after = event["event"] in again or event.get("name") in again
         except (json.JSONDecodeError, KeyError, TypeError):
             after = True  # a line torn by a kill
         (lost if after else kept).append(line + "\n")

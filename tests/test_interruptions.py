@@ -95,7 +95,8 @@ def here(place: str, count: int, *signals: int) -> None:
     Places: ``save``, half of last.ckpt is written; ``rename``, all is, under its temporary name; ``walk``, half of
     the samples of an evaluation are made; ``figures``, its event is written and the list of the best is not;
     ``film``, samples to be drawn are half made; ``picture``, its file is written and its event is not; ``lost``, a
-    continued run has set events aside and not yet cut its list; ``step``, the weights are new and the clock is not.
+    continued run has set events aside and not yet cut its list; ``step``, the weights are new and the clock is not;
+    ``validation``, a batch of held-out images comes.
     """
     left = count
 
@@ -159,6 +160,8 @@ def here(place: str, count: int, *signals: int) -> None:
         around(run, "atomic_write", lambda path: path.name == "metrics.jsonl")
     elif place == "step":
         around(clock.Clock, "tick")
+    elif place == "validation":
+        around(Method, "validation_step")
     else:
         raise AssertionError(place)
 
@@ -308,9 +311,9 @@ def differences(one: Any, two: Any, where: str = "") -> list[str]:
 
 
 def checkpoint_of(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """All of a run's checkpoint but Lightning's own counters of batches, who loads the data and who watches."""
+    """All of a run's checkpoint but Lightning's own counters, who loads the data and who watches."""
     checkpoint = read_checkpoint(run_dir / "checkpoints" / name)
-    del checkpoint["loops"]
+    del checkpoint["loops"], checkpoint["epoch"]
     del checkpoint["lit_diffusion"]["config"]["data"]["num_workers"]
     del checkpoint["lit_diffusion"]["config"]["wandb"]
     return checkpoint
@@ -442,6 +445,33 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, short, method):
     assert_the_same(straight, broken)
 
 
+@pytest.mark.parametrize(
+    ("kill", "more"),
+    [
+        (Kill(place=("validation", 2)), ["--checkpoint.every_n_steps", str(SHORT)]),
+        pytest.param(Kill(place=("picture", 5)), ["--checkpoint.every_n_steps", str(SHORT)], marks=pytest.mark.slow),
+        pytest.param(
+            Kill(place=("validation", 2)),
+            ["--checkpoint.every_n_steps", "6", "--trainer.val_check_interval", "6"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Kill(place=("validation", 9)),
+            ["--checkpoint.every_n_steps", "5", "--trainer.val_check_interval", "6"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["validation at the end", "picture at the end", "validation", "validation after an evaluation"],
+)
+def test_what_follows_a_checkpoint_without_a_step_between_is_made_once(tmp_path, kill, more):
+    straight = tmp_path / "straight" / "run"
+    completed(command("ncsn", straight, SHORT, *more), straight.parent)
+    broken = broken_run("ncsn", tmp_path / "broken", SHORT, [kill], *more)
+    assert_the_same(straight, broken)
+    completed(command("ncsn", broken, SHORT, *more), tmp_path)  # The finished run once more.
+    assert_the_same(straight, broken, stopped=True)
+
+
 LONG = 40
 REPEATS = 10
 
@@ -474,7 +504,7 @@ def kills_of(method: str, repeat: int) -> list[Kill]:
         [Kill(place=("figures", draw.randrange(1, 5)))],
         [Kill(place=("picture", draw.randrange(1, 6)))],
         [Kill(place=("rename", draw.randrange(1, 6))), Kill(place=("step", draw.randrange(2, 9)))],
-        [anywhere[0], Kill(place=("lost", 1)), anywhere[1]],  # Resumed three times.
+        [Kill(place=("step", 11)), Kill(place=("lost", 1)), anywhere[1]],  # Resumed three times.
         [Kill(step=draw.randrange(0, 4), delay=0.02 * draw.random())],  # Before the first checkpoint.
         anywhere,
     ]
@@ -657,7 +687,9 @@ def stops_of(chain: int) -> list[Stop]:
     found = [Stop(draw.randrange(2), step=moment, delay=0.3 * draw.random()) for moment in moments]
     if chain % 2 == 0:
         return [Stop(draw.randrange(2), delay=draw.random()), *found]
-    return [Stop(draw.randrange(2), place=place) for place in draw.sample(places, 4)]
+    # The first alone writes.
+    both = ("walk", "film", "step")
+    return [Stop(draw.randrange(2) if place[0] in both else 0, place=place) for place in draw.sample(places, 4)]
 
 
 @needs_proc

@@ -93,6 +93,8 @@ class Method(pl.LightningModule):
         self.flops: int | None = None
         """Of one evaluation of the backbone for one datum; found when training is set up."""
         self._validation_began = 0.0
+        self._validation_due = False
+        """Whether the held-out loss after the last step is still to be measured; every checkpoint carries it."""
         self.last_loss = torch.zeros(())
         self.last_gradient_norm = torch.zeros(())
         self.last_times = torch.zeros(0, dtype=torch.float64)
@@ -283,13 +285,25 @@ class Method(pl.LightningModule):
     def on_train_start(self) -> None:
         """Let the configuration have the last word on learning rates and the like, over a checkpoint's optimiser state.
 
-        A run that was continued after its end makes no further step.
+        A run that was continued after its end makes no further step; a held-out loss that a kill cut short is measured.
         """
         for group, configured in zip(self.trainer.optimizers[0].param_groups, self._configured, strict=True):
             group.update(configured)
         if self.clock.images > 0:  # As the last step left it, for the checkpoint of a run that makes no further one.
             self._set_learning_rate(self.trainer.optimizers[0], self.clock.images)
         self._stop_when_done()
+        if self._validation_due:
+            self._validate()
+
+    def _validate(self) -> None:
+        """As Lightning does after a step."""
+        trainer = self.trainer
+        first_iteration = trainer._logger_connector._first_loop_iter
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first_iteration
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The batch is here."""
@@ -326,6 +340,9 @@ class Method(pl.LightningModule):
         else:
             self._say_what_was_skipped(batch.index, torch.cat(trained_on))
         self._stop_when_done()
+        loop = self.trainer.fit_loop
+        assert loop._data_fetcher is not None
+        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         self.stopwatch.mark()
 
     def learn_from(self, t: Tensor, loss: Tensor) -> None:
@@ -464,6 +481,7 @@ class Method(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         """Do not count it."""
+        self._validation_due = False
         seconds = time.perf_counter() - self._validation_began
         self.stopwatch.exclude(seconds)
         for callback in callbacks_of(self.trainer):
@@ -514,6 +532,7 @@ class Method(pl.LightningModule):
             "steps": self.clock.steps,
             "skipped_steps": self.skipped_steps,
             "non_finite_in_a_row": self._non_finite_in_a_row,
+            "validation_due": self._validation_due,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -528,3 +547,4 @@ class Method(pl.LightningModule):
         self.clock.steps = state["steps"]
         self.skipped_steps = state["skipped_steps"]
         self._non_finite_in_a_row = state.get("non_finite_in_a_row", 0)  # Checkpoints of before 2026-11-22 lack it.
+        self._validation_due = state.get("validation_due", False)
