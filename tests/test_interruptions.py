@@ -391,15 +391,21 @@ def events_say_end(run_dir: Path) -> int:
     return path.read_text().count('"event": "end"') if path.exists() else 0
 
 
+def whole_lines(path: Path) -> set[str]:
+    return set(path.read_text().split("\n")[:-1]) if path.exists() else set()
+
+
 def broken_run(method: str, folder: Path, steps: int, kills: list[Kill], *more: str) -> Path:
     """A run that is killed, each time continued, and ends."""
     run_dir = folder / "run"
     arguments = command(method, run_dir, steps, *more)
-    ids = set()
+    ids, written = set(), set()
     for kill in kills:
         killed(arguments, run_dir, kill)
         ids.add((run_dir / "run_id").read_text())
+        written |= whole_lines(run_dir / "metrics.jsonl")
     completed(arguments, folder)
+    assert written <= whole_lines(run_dir / "metrics.jsonl") | whole_lines(run_dir / "metrics.lost.jsonl")
     ids.add((run_dir / "run_id").read_text())
     assert len(ids) == 1
     starts = events(run_dir, "start")
