@@ -10,6 +10,28 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
+LONGEST = (
+    "test_interruptions.py",
+    "test_distributed.py",
+    "test_evaluating_runs.py",
+    "test_errors.py",
+    "test_likelihood_callback.py",
+    "test_against_torch_fidelity.py",
+    "test_drawing.py",
+    "test_recipe.py",
+    "test_containers.py",
+    "test_compiling.py",
+    "test_many_processes.py",
+)
+"""Files that take longest: they come first, so that of two test processes neither waits for the other at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, all else in its order."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture
 def all_cores():
     """For a test that is the run that a user makes."""

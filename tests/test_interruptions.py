@@ -311,8 +311,9 @@ def differences(one: Any, two: Any, where: str = "") -> list[str]:
 
 
 def checkpoint_of(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """All of a run's checkpoint but Lightning's own counters, who loads the data and who watches."""
+    """All of a run's checkpoint but its name, Lightning's own counters, who loads the data and who watches."""
     checkpoint = read_checkpoint(run_dir / "checkpoints" / name)
+    assert checkpoint["lit_diffusion"].pop("run_id") == (run_dir / "run_id").read_text().strip()
     del checkpoint["loops"], checkpoint["epoch"]
     del checkpoint["lit_diffusion"]["config"]["data"]["num_workers"]
     del checkpoint["lit_diffusion"]["config"]["wandb"]

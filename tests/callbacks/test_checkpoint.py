@@ -88,11 +88,13 @@ def test_it_holds_tensors_and_plain_types_and_what_a_rebuild_needs(tmp_path):
     method = ncsn()
     method.run_config = {"model": {"class_path": "NCSN"}}
     callbacks = [EMA([64]), Samples(count=0), Telemetry(), Checkpoint()]
-    fit(method, digits_data(), tmp_path, 64, callbacks=callbacks, logger=run_logger(tmp_path, method))
+    logger = run_logger(tmp_path, method)
+    fit(method, digits_data(), tmp_path, 64, callbacks=callbacks, logger=logger)
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert plain(saved)
     assert saved["lit_diffusion"] == {
         "format_version": 1,
+        "run_id": logger.version,
         "config": {"model": {"class_path": "NCSN"}},
         "facts": {
             "source": "digits",
@@ -106,6 +108,7 @@ def test_it_holds_tensors_and_plain_types_and_what_a_rebuild_needs(tmp_path):
         "steps": 2,
         "skipped_steps": 0,
         "non_finite_in_a_row": 0,
+        "validation_due": False,
     }
     assert same(saved["state_dict"], method.state_dict())
     assert not any("_orig_mod" in name or name.startswith("module.") for name in saved["state_dict"])

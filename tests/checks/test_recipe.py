@@ -327,11 +327,12 @@ def test_memory(make, monkeypatch):
 
 def test_disk(make, monkeypatch):
     size = recipe.sizes(make())[1]
-    assert "2 checkpoints of" in said(recipe.disk, make())["ok"]  # the last and the one that is written
+    # The last, the one before it, and the one that is written.
+    assert "3 checkpoints of" in said(recipe.disk, make())["ok"]
     kept = make(callbacks=evaluator(keep=3))
-    assert "5 checkpoints of" in said(recipe.disk, kept)["ok"]
+    assert "6 checkpoints of" in said(recipe.disk, kept)["ok"]
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * size))
-    assert "5 checkpoints of" in said(recipe.disk, kept)["problem"]
+    assert "6 checkpoints of" in said(recipe.disk, kept)["problem"]
 
 
 def test_run_directory(make, tmp_path):
@@ -345,9 +346,11 @@ def test_run_directory(make, tmp_path):
     assert "already holds a run" in said(recipe.run_directory, make())["problem"]
     again = RunLogger("tiny", run_dir=tmp_path / "run", continues=True)
     assert "continues the run" in said(recipe.run_directory, make(logger=again))["ok"]
-    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").write_text("no event\n")
     with pytest.raises(UserError, match="cannot continue"):
         said(recipe.run_directory, make(logger=again))
+    (tmp_path / "run" / "metrics.jsonl").unlink()  # Killed before its first event.
+    assert "continues the run" in said(recipe.run_directory, make(logger=again))["ok"]
 
 
 def test_what_workers_need(make, monkeypatch, tmp_path):

@@ -158,6 +158,7 @@ def same_end(first, second):
 def test_a_run_killed_while_it_evaluates_ends_as_if_it_had_not_been(run, workdir, monkeypatch):
     (workdir / "held_walk.py").write_text(WALK)
     monkeypatch.syspath_prepend(workdir)
+    monkeypatch.setenv("LIT_DIFFUSION_ALLOW", "held_walk")
     walk = {"class_path": "held_walk.Walk", "init_args": {"steps_per_level": 2, "eta": 0.001}}
     fit_it = changed(workdir, eval={"sampler": walk})
     found_in = os.pathsep.join([str(workdir), str(Path(lit_diffusion.__file__).parent.parent)])
