@@ -73,7 +73,8 @@ def cifar10(folder: Path, batch: int, blocks: int) -> Case:
     images = np.random.default_rng(0).integers(0, 256, (2048, 32, 32, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", arr_0=images)
     arguments = ["--config", "experiments/ddpm.yaml", *NO_PICTURES]
-    arguments += ["--model.backbone", json.dumps({"class_path": "UNet", "init_args": {}})]
+    paper = {"channels": 128, "mult": [1, 2, 2, 2], "blocks": 2, "attention": [16]}
+    arguments += ["--model.backbone", json.dumps({"class_path": "UNet", "init_args": paper})]
     arguments += ["--data.source", json.dumps({"class_path": "Npz", "init_args": {"path": str(folder / "images.npz")}})]
     arguments += ["--data.global_batch_size", str(batch)]
     return Case(arguments, warm=3, steps=3, blocks=blocks)
@@ -293,7 +294,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=("digits", "cifar10"), default=None)
-    parser.add_argument("--batch", type=int, default=None, help="Of the large U-Net; default: 4, on a GPU 128.")
+    parser.add_argument("--batch", type=int, default=None, help="Of the large U-Net; default: 8, on a GPU 128.")
     parser.add_argument("--diffusers", action="store_true", help="Beside diffusers' U-Net.")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
@@ -302,7 +303,7 @@ if __name__ == "__main__":
         report("NCSN on the digits, 0.7 million parameters", timed(digits(), options.device, [], False, False))
     if options.only in (None, "cifar10"):
         with tempfile.TemporaryDirectory() as folder:
-            batch = options.batch or (128 if on_gpu else 4)
+            batch = options.batch or (128 if on_gpu else 8)
             case = cifar10(Path(folder), batch, blocks=15 if on_gpu else 10)
             more = ["--trainer.precision", "bf16-mixed", "--trainer.compile", "true"] if on_gpu else []
             found = timed(case, options.device, more, options.diffusers, on_gpu)
