@@ -477,6 +477,7 @@ def test_what_the_documentation_says_is_what_a_run_logs(wandb, tmp_path, monkeyp
     logger = RunLogger("tiny", run_dir=tmp_path / "evaluated", dashboard=Dashboard("offline"))
     logger.record("evaluation", EVALUATION)
     logger.record("test", {"fd/digits-500/mean": 0.5, "fd/digits-500/min": 0.4, "protocol": {"seeds": [0, 1]}})
+    logger.record("skipped", {"reason": "a loss", "t": 0.5, "sigma_over_alpha": 1.0, "overflow": False})
     logger.picture("neighbours", np.zeros((4, 4, 3), np.uint8), "")
     assert len(wandb.runs) == 3
     logged = {key for run in wandb.runs for row in run.logged for key in row} - {"images", "trainer/global_step"}
