@@ -428,9 +428,9 @@ SHORT = 17
 """Steps of the runs of the quick tests: two checkpoints at their cadence, an evaluation, a picture."""
 
 QUICK = {
-    "ncsn": ([Kill(place=("save", 2))], []),
-    "ddpm": ([Kill(place=("walk", 1))], []),
-    "score_sde_vp": ([Kill(step=9, delay=0.01)], ["--data.num_workers", "2"]),
+    "ncsn": [Kill(place=("save", 2))],
+    "ddpm": [Kill(place=("walk", 1))],
+    "score_sde_vp": [Kill(step=9, delay=0.01)],
 }
 
 
@@ -444,11 +444,10 @@ def short(tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, short, method):
-    kills, more = QUICK[method]
     straight = short if method == "ncsn" else tmp_path / "straight" / "run"
     if method != "ncsn":
         completed(command(method, straight, SHORT), straight.parent)
-    broken = broken_run(method, tmp_path / "broken", SHORT, kills, *more)
+    broken = broken_run(method, tmp_path / "broken", SHORT, QUICK[method])
     assert_the_same(straight, broken)
 
 
@@ -717,15 +716,9 @@ def test_two_processes_stopped_at_any_moment_end_as_if_they_never_were(tmp_path,
 
 
 def test_signals_to_one_process_stop_it_and_the_rest_is_made_when_it_continues(tmp_path, short):
-    """SIGTERM to the whole group while data workers load; SIGUSR1 in a picture; Ctrl-C in the evaluation at the end."""
+    """SIGUSR1 in a picture, Ctrl-C in the evaluation at the end."""
     run_dir = tmp_path / "run"
     arguments = command("ncsn", run_dir, SHORT)
-    with Process([*arguments, "--data.num_workers", "2"], tmp_path) as process:
-        assert until(reached(run_dir, 3), process), process.said()
-        os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait() == STOPPED, process.said()[-3000:]
-        assert process.last_line().startswith("lit_diffusion: stopped by SIGTERM after ")
-        assert "Traceback" not in process.said()
     for place, said in ((("film", 8, signal.SIGUSR1), "SIGUSR1"), (("walk", 1, signal.SIGINT), "SIGINT")):
         with Process(arguments, tmp_path, place=place) as process:
             assert process.wait() == STOPPED, process.said()[-3000:]
@@ -733,9 +726,23 @@ def test_signals_to_one_process_stop_it_and_the_rest_is_made_when_it_continues(t
             assert f"stopped by {said} while sampling: it is made when the run is continued" in process.said()
             assert "Traceback" not in process.said()
         assert events(run_dir)[-1]["status"] == "interrupted"
-    stops = [event["step"] for event in events(run_dir, "end")]
-    assert 3 <= stops[0] <= 12
-    assert stops[1:] == [15, SHORT]
+    assert [event["step"] for event in events(run_dir, "end")] == [15, SHORT]
+    completed(arguments, tmp_path)
+    assert_the_same(short, run_dir, stopped=True)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_is_the_main_process_s_and_no_worker_s(tmp_path, short):
+    run_dir = tmp_path / "run"
+    arguments = command("ncsn", run_dir, SHORT, "--data.num_workers", "2")
+    with Process(arguments, tmp_path) as process:
+        assert until(reached(run_dir, 3), process), process.said()
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait() == STOPPED, process.said()[-3000:]
+        assert process.last_line().startswith("lit_diffusion: stopped by SIGTERM after ")
+        assert "Traceback" not in process.said()
+    (stop,) = events(run_dir, "end")
+    assert 3 <= stop["step"] <= 12
     completed(arguments, tmp_path)
     assert_the_same(short, run_dir, stopped=True)
 
