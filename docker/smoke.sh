@@ -8,7 +8,7 @@ trap 'docker volume rm "$runs" >/dev/null' EXIT
 
 run() {
   docker run --rm --init --read-only --tmpfs /tmp --network none --shm-size 1g --user 12345:12345 \
-    -v "$runs:/work/runs" "$image" "$@"
+    -v "$runs:/project/runs" "$image" "$@"
 }
 
 run fit --config experiments/ncsn.yaml --trainer.accelerator cpu --trainer.max_images 640 --run_dir runs/smoke \

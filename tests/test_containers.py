@@ -101,8 +101,8 @@ def test_the_image_writes_into_one_folder():
     variables = environment()
     for name in PLACES.split():
         assert Path(variables[name]).is_relative_to("/cache"), name
-    assert any("install -d -m 1777 /cache /work/runs" in rest for keyword, rest in FINAL if keyword == "RUN")
-    assert json.loads(value("VOLUME")) == ["/cache", "/work/runs"]
+    assert any("install -d -m 1777 /cache /project/runs" in rest for keyword, rest in FINAL if keyword == "RUN")
+    assert json.loads(value("VOLUME")) == ["/cache", "/project/runs"]
 
 
 def test_the_image_is_a_command_of_nobody_in_particular():
@@ -145,7 +145,7 @@ def test_the_documented_command_keeps_the_contract(path):
     assert {("--tmpfs", "/tmp"), ("--network", "none")} <= pairs
     assert {"--shm-size", "--user"} <= set(given)
     mounted = {volume.split(":")[1] for flag, volume in pairs if flag == "-v"}
-    assert "/work/runs" in mounted
+    assert "/project/runs" in mounted
     assert mounted <= set(json.loads(value("VOLUME")))
 
 
@@ -212,7 +212,7 @@ def test_services_keep_the_images_contract(name):
     assert "privileged" not in service
     assert "cap_add" not in service
     targets = {volume.rsplit("}:", 1)[1] for volume in service["volumes"]}
-    assert targets == {"/work/data:ro", *json.loads(value("VOLUME"))}
+    assert targets == {"/project/data:ro", *json.loads(value("VOLUME"))}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -365,17 +365,17 @@ def contained(tmp_path):
     nobody = tmp_path / "passwd"
     nobody.write_text("root:x:0:0::/root:/bin/sh\n")
     sandbox = [bwrap, "--unshare-all", "--die-with-parent", "--uid", "12345", "--gid", "12345", "--clearenv"]
-    # One by one, not the root as it is: it may have no /cache, and a /work of its own.
+    # One by one, not the root as it is: it may have no /cache, and a /project of its own.
     for path in sorted(Path("/").iterdir()):
         if path.is_symlink():
             sandbox += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir() and path.name not in ("proc", "dev", "tmp", "cache", "work"):
             sandbox += ["--ro-bind", str(path), str(path)]
-    sandbox += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/work"]
+    sandbox += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/project"]
     sandbox += ["--perms", "1777", "--size", str(64 * MEBIBYTE), "--tmpfs", "/cache"]
     for path in {ROOT, Path(sys.prefix), Path(sys.base_prefix)}:
         sandbox += ["--ro-bind", str(path), str(path)]
-    sandbox += ["--ro-bind", str(nobody), "/etc/passwd", "--bind", str(runs), "/work/runs"]
+    sandbox += ["--ro-bind", str(nobody), "/etc/passwd", "--bind", str(runs), "/project/runs"]
     sandbox += ["--remount-ro", "/", "--chdir", value("WORKDIR")]
 
     def run(*arguments, **changes):
@@ -389,7 +389,7 @@ def contained(tmp_path):
 
 
 PROBE = """
-places = (%r, "/", "/usr", "/work", "/etc", "/cache", "/work/runs", "/tmp")
+places = (%r, "/", "/usr", "/project", "/etc", "/cache", "/project/runs", "/tmp")
 import getpass, json, os, pwd, socket
 def fails(make):
     try:
@@ -413,7 +413,7 @@ def test_the_sandbox_is_what_the_contract_says(contained):
         "id": [12345, 12345],
         "name": "KeyError",
         "user": "lit_diffusion",
-        "writable": ["/cache", "/work/runs", "/tmp"],
+        "writable": ["/cache", "/project/runs", "/tmp"],
         "network": ["lo"],
     }
 
