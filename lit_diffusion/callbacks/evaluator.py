@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lit_diffusion.callbacks.checkpoint import Checkpoint, checkpoint_folder, write_checkpoint
@@ -24,7 +23,7 @@ from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
-from lit_diffusion.metrics.gathering import many_processes
+from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.metrics.reference import RealData, reference_of
 from lit_diffusion.metrics.scores import (
     HIGHER_IS_BETTER,
@@ -341,10 +340,7 @@ class Evaluator(Drawing):
     ) -> None:
         protocol = result.protocol
         self.last = {"images": method.clock.images, "values": dict(result.values), "protocol": dict(protocol)}
-        shares: list[Any] = [kept]
-        if many_processes():
-            shares = [None] * trainer.world_size
-            dist.all_gather_object(shares, kept)
+        shares = shares_of_all(kept)
         said = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
         print_note(f"evaluation at {method.clock.images} images, seed {protocol['seed']}: {said} ({seconds:.1f} s)")
         if result.flagged:

@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lit_diffusion.callbacks.drawing import Drawing
@@ -22,7 +21,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import many_processes
+from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress
 from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
@@ -119,10 +118,7 @@ class Samples(Drawing):
         except DivergedError:
             print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
             return
-        shares: list[Any] = [(x, film.rows(x))]
-        if many_processes():
-            shares = [None] * trainer.world_size
-            dist.all_gather_object(shares, (x, film.rows(x)))
+        shares = shares_of_all((x, film.rows(x)))
         if not trainer.is_global_zero:
             return
         assert facts.value_range is not None
@@ -164,10 +160,7 @@ class Samples(Drawing):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, DataModule):  # Without what was made for the other processes' sake.
             mine = mine[: len(range(trainer.global_rank, data.predict_samples, trainer.world_size))]
-        shares: list[Any] = [mine]
-        if many_processes():
-            shares = [None] * trainer.world_size
-            dist.all_gather_object(shares, mine)
+        shares = shares_of_all(mine)
         if run is None or not trainer.is_global_zero:
             return
         x = in_their_order(shares)

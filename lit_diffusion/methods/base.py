@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
@@ -27,7 +26,7 @@ from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.flops import forward_flops
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
-from lit_diffusion.metrics.gathering import many_processes
+from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
 from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.reverse import ReverseVariance
@@ -420,10 +419,7 @@ class Method(pl.LightningModule):
         # The first whose loss is not finite; where all are, and the gradient is not, the largest.
         worst = int(torch.where(broken, float("inf"), losses).argmax())
         mine = (bool(broken.any()), float(losses[worst]), float(self.last_times[worst]), int(index[worst]))
-        shares: list[Any] = [mine]
-        if many_processes():
-            shares = [None] * self.trainer.world_size
-            dist.all_gather_object(shares, mine)
+        shares = shares_of_all(mine)
         found = [share for share in shares if share[0]]
         is_loss, loss, t, number = found[0] if found else max(shares, key=lambda share: share[1])
         level = self.denoiser.process.level(torch.tensor([t], dtype=torch.float64))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,15 @@ def summed(values: Tensor) -> Tensor:
     total = total.to(_carrier())
     dist.all_reduce(total)
     return total.to(values.device)
+
+
+def shares_of_all(mine: Any) -> list[Any]:
+    """What each process has, in the processes' order; anything that can be pickled, and all processes come."""
+    if not many_processes():
+        return [mine]
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return shares
 
 
 def gathered(rows: Tensor) -> Tensor:
