@@ -369,7 +369,7 @@ def contained(tmp_path):
     for path in sorted(Path("/").iterdir()):
         if path.is_symlink():
             sandbox += ["--symlink", os.readlink(path), str(path)]
-        elif path.is_dir() and path.name not in ("proc", "dev", "tmp", "cache", "work"):
+        elif path.is_dir() and path.name not in ("proc", "dev", "tmp", "cache", "project"):
             sandbox += ["--ro-bind", str(path), str(path)]
     sandbox += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/project"]
     sandbox += ["--perms", "1777", "--size", str(64 * MEBIBYTE), "--tmpfs", "/cache"]
