@@ -27,35 +27,48 @@ METHODS = {
     "ncsn": "NCSN",
     "ncsnv2": "NCSNv2",
     "ddpm": "DDPM",
+    "ddpm_cosine": "DDPM, cosine betas",
     "ddim": "DDIM, 50 steps",
     "score_sde_ve": "Score-SDE, VE",
     "score_sde_vp": "Score-SDE, VP",
     "score_sde_subvp": "Score-SDE, sub-VP",
 }
-"""Experiments by their file's name, and what the table calls them."""
+"""Runs by their name, which is their experiment's file unless :data:`CHANGED` says otherwise, and what the table calls
+them."""
 
-WALKS: dict[str, list[str]] = {
-    "ancestral, 10 steps": ["--sampler", "ancestral", "--sampler.steps", "10"],
-    "DDIM, 10 steps": ["--sampler", "ddim", "--sampler.steps", "10"],
-    "DDIM, 50 steps": ["--sampler", "ddim", "--sampler.steps", "50"],
-    "DDIM, 10 quadratic steps": ["--sampler", "ddim", "--sampler.steps", "10", "--sampler.spacing", "quadratic"],
-    "Heun, 25 steps": ["--sampler", "heun", "--sampler.steps", "25"],
-    "probability-flow ODE": ["--sampler", "ode"],
-    "annealed Langevin": [
-        *("--sampler", "annealed_langevin", "--sampler.initial", "gaussian", "--sampler.levels", "100"),
-        *("--sampler.steps_per_level", "5", "--sampler.eta", "8e-5", "--sampler.denoise", "true"),
-    ],
+CHANGED = {"ddpm_cosine": ("ddpm", ["--model.schedule", "cosine"])}
+"""Runs that are a shipped experiment with other values: its file and the values."""
+
+DDIM_50 = ["--sampler", "ddim", "--sampler.steps", "50"]
+
+OTHER_SAMPLERS: dict[str, tuple[str, list[str]]] = {
+    "ancestral, 10 steps": ("ddpm", ["--sampler", "ancestral", "--sampler.steps", "10"]),
+    "DDIM, 10 steps": ("ddpm", ["--sampler", "ddim", "--sampler.steps", "10"]),
+    "DDIM, 50 steps": ("ddpm", DDIM_50),
+    "DDIM, 50 steps, cosine betas": ("ddpm_cosine", DDIM_50),
+    "DDIM, 10 quadratic steps": ("ddpm", [*DDIM_50[:3], "10", "--sampler.spacing", "quadratic"]),
+    "Heun, 25 steps": ("ddpm", ["--sampler", "heun", "--sampler.steps", "25"]),
+    "probability-flow ODE": ("ddpm", ["--sampler", "ode"]),
+    "probability-flow ODE, cosine betas": ("ddpm_cosine", ["--sampler", "ode"]),
+    "annealed Langevin": (
+        "ddpm",
+        [
+            *("--sampler", "annealed_langevin", "--sampler.initial", "gaussian", "--sampler.levels", "100"),
+            *("--sampler.steps_per_level", "5", "--sampler.eta", "8e-5", "--sampler.denoise", "true"),
+        ],
+    ),
 }
-"""Other walks on one DDPM checkpoint."""
+"""Other samplers on the DDPM checkpoints."""
 
 
 def train(name: str, run: Path) -> float:
     """Fit an experiment into a new run directory; returns the seconds it took."""
     begin = time.monotonic()
-    config = ROOT / "experiments" / f"{name}.yaml"
+    file, changed = CHANGED.get(name, (name, []))
+    config = ROOT / "experiments" / f"{file}.yaml"
     # Pictures change nothing of the training, and cost a minute.
     without = ["--samples.count", "0", "--wandb.mode", "disabled"]
-    dispatch(["fit", "--config", str(config), "--run_dir", str(run), *without])
+    dispatch(["fit", "--config", str(config), "--run_dir", str(run), *changed, *without])
     return time.monotonic() - begin
 
 
@@ -139,16 +152,16 @@ def methods_table(runs: Path) -> list[str]:
     return lines
 
 
-def walks_table(runs: Path) -> list[str]:
-    """Other walks on the DDPM run."""
-    lines = [row(["walk on the DDPM run", *JUDGED]), row(["---"] * (len(JUDGED) + 1))]
-    for number, (title, arguments) in enumerate(WALKS.items()):
-        out = runs / f"walk-{number}.npz"
+def samplers_table(runs: Path) -> list[str]:
+    """Other samplers on the DDPM runs."""
+    lines = [row(["sampler on the DDPM run", *JUDGED]), row(["---"] * (len(JUDGED) + 1))]
+    for number, (title, (run, arguments)) in enumerate(OTHER_SAMPLERS.items()):
+        out = runs / f"sampler-{number}.npz"
         verdict = remembered(
-            runs / f"walk-{number}.json",
-            lambda out=out, arguments=arguments: judged(sample(runs / "ddpm", out, arguments)),
+            runs / f"sampler-{number}.json",
+            lambda out=out, run=run, arguments=arguments: judged(sample(runs / run, out, arguments)),
         )
-        values = evaluated(out, runs / f"walk-{number}-evaluated.json")
+        values = evaluated(out, runs / f"sampler-{number}-evaluated.json")
         lines.append(row([title, *figures(verdict, values)]))
     return lines
 
@@ -168,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     put_into_readme("digits-table", methods_table(options.runs))
-    put_into_readme("walks-table", walks_table(options.runs))
+    put_into_readme("samplers-table", samplers_table(options.runs))
 
 
 if __name__ == "__main__":
