@@ -5,34 +5,49 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from lit_diffusion.data.facts import DataFacts
+
 ValueRange = tuple[float, float]
 
 
-def to_uint8(x: Tensor, value_range: ValueRange) -> np.ndarray:
+def to_uint8(x: Tensor, scale: DataFacts | ValueRange) -> np.ndarray:
     """Images as a screen shows them: clamp to the range, scale to 0 .. 255, round to the nearest.
+
+    A model of dequantised data knows grey level v of L as the bin ``[v / L, (v + 1) / L)`` of the range: its images
+    are put back on the levels, ``v = floor(L x)``, before they are scaled, so that the bytes of a training image are
+    those of its source.
 
     This is the only function of the project that makes bytes of model values: metrics, PNG files, archives and
     dashboards all see its output.
 
     Args:
-        x: float ``[B, C, H, W]``; values outside ``value_range`` are clamped.
-        value_range: the values of black and white, e.g. ``(0, 1)`` or ``(-1, 1)``.
+        x: float ``[B, C, H, W]``; values outside the range are clamped.
+        scale: the facts of the model's data; or the values of black and white alone, e.g. ``(0, 1)`` or ``(-1, 1)``.
 
     Returns:
         uint8 ``[B, H, W, C]``.
 
     Raises:
-        ValueError: if a value is not finite, which no byte can show.
+        ValueError: if a value is not finite, which no byte can show, or the data are points.
     """
-    low, high = value_range
     x = x.detach().to(torch.float32)
     if not torch.isfinite(x).all():
         raise ValueError("to_uint8: NaN or infinite values have no grey level")
+    if isinstance(scale, tuple):
+        low, high = scale
+    elif scale.value_range is None or scale.grey_levels is None:
+        raise ValueError(f"to_uint8: {scale.source} are points, which have no grey levels")
+    elif scale.dequantised:
+        low, high, x = 0.0, 1.0, scale.grey_levels.nearest(x)
+    else:
+        low, high = scale.value_range
     scaled = ((x.clamp(low, high) - low) * (255.0 / (high - low))).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import lit_diffusion
+from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import image_grid, save_png, to_uint8
+from lit_diffusion.metrics.reference import RealData
 
 RANGES = [(0.0, 1.0), (-1.0, 1.0)]
 ENDS = [-1.2, -1.0, 0.0, 1.0, 1.2, float(np.nextafter(np.float32(1), np.float32(0))), 0.5, -0.5, 1e-30]
@@ -81,6 +85,31 @@ def test_channels_come_last_and_gradients_stay_out():
     assert out.shape == (2, 4, 5, 3)
     for n, c, h, w in [(0, 0, 0, 0), (1, 2, 3, 4), (1, 0, 2, 3), (0, 1, 3, 1)]:
         assert out[n, h, w, c] == ((n * 3 + c) * 4 + h) * 5 + w
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize("levels", [2, 17, 255, 256])
+def test_training_values_have_the_bytes_of_their_source(levels, value_range, dequantise):
+    """A perfect model's samples are judged as what they are."""
+    grey = np.arange(levels, dtype=np.uint8).repeat(50)[:, None, None, None]
+    source = InMemory(grey, levels=levels)
+    data = DataModule(source, 1, value_range=value_range, held_out_fraction=0.0, dequantise=dequantise)
+    index = torch.arange(len(grey))
+    expected = RealData.of(source, index, "train").values(index)
+    for training in (False, True):
+        x = data.prepare(torch.from_numpy(grey), torch.full((len(grey),), -1), index, training).x
+        np.testing.assert_array_equal(to_uint8(x, data.facts), expected)
+    if not dequantise:
+        np.testing.assert_array_equal(to_uint8(x, data.facts), to_uint8(x, value_range))
+
+
+def test_a_bin_holds_its_lower_end_and_the_outermost_all_beyond():
+    facts = DataFacts("x", (1, 1, 1), 4, (0.0, 1.0), None, dequantised=True)
+    x = torch.tensor([-9.0, 0.0, 0.25, 0.4999, 0.5, 0.75, 0.999, 1.0, 9.0]).view(1, 1, 1, -1)
+    assert (to_uint8(x, facts).ravel() / 85).tolist() == [0, 0, 1, 1, 2, 3, 3, 3, 3]
+    with pytest.raises(ValueError, match="x are points"):
+        to_uint8(x, DataFacts("x", (2,), None, None, None))
 
 
 def pictures(count, height, width, channels):
@@ -206,6 +235,17 @@ def test_the_search_passes_what_makes_none():
         )
         == []
     )
+
+
+def test_images_of_a_model_are_made_bytes_with_the_facts_of_its_data():
+    """A bare value range knows nothing of dequantised levels: only a source's own levels need no more."""
+    root = Path(lit_diffusion.__file__).parent
+    bare = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "to_uint8":
+                bare += [] if getattr(node.args[1], "id", "") == "facts" else [path.relative_to(root).as_posix()]
+    assert bare == ["metrics/reference.py"]
 
 
 def test_to_uint8_is_the_only_way_from_floats_to_bytes():

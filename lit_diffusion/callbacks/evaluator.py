@@ -332,8 +332,8 @@ class Evaluator(Drawing):
     @staticmethod
     def _as_seen(method: Method, x: Tensor) -> np.ndarray:
         """What extractors take: bytes of images, points as they are."""
-        value_range = method.require_facts().value_range
-        return to_uint8(x, value_range) if value_range is not None else x.float().numpy()
+        facts = method.require_facts()
+        return to_uint8(x, facts) if facts.is_image else x.float().numpy()
 
     def _record(
         self, trainer: pl.Trainer, method: Method, result: Result, kept: dict[int, np.ndarray], seconds: float

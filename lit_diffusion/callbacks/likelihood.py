@@ -385,12 +385,10 @@ class Likelihood(pl.Callback):
     def _frechet_by_time(self, trainer: pl.Trainer, method: Method) -> list[float]:
         """Of samples of the ODE, stopped at each of the times of one and the same solution."""
         facts, process = method.require_facts(), method.denoiser.process
-        assert facts.value_range is not None
         dimension = math.prod(facts.shape)
 
         def pixels(x: Tensor) -> Tensor:
-            assert facts.value_range is not None
-            return torch.from_numpy(to_uint8(x, facts.value_range)).flatten(1).double() / 255.0
+            return torch.from_numpy(to_uint8(x, facts)).flatten(1).double() / 255.0
 
         made = [Moments(dimension) for _ in self.smallest_times]
         denoiser = CountedDenoiser(method.denoiser)

@@ -121,7 +121,6 @@ class Samples(Drawing):
         shares = shares_of_all((x, film.rows(x)))
         if not trainer.is_global_zero:
             return
-        assert facts.value_range is not None
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
         values: dict[str, Any] = {
             "weights": weights,
@@ -131,12 +130,12 @@ class Samples(Drawing):
         if caveat := method.sampler.caveat():
             values["caveat"] = caveat
         x = in_their_order([x for x, _ in shares])
-        self.last = run.picture("samples", image_grid(to_uint8(x, facts.value_range)), caption, values)
+        self.last = run.picture("samples", image_grid(to_uint8(x, facts)), caption, values)
         if self.film_columns:
             # Of a solver that chooses its steps processes may have different numbers: the ends are what they share.
             height = min(len(rows) for _, rows in shares)
             strip = torch.cat([in_their_order([rows[k - height] for _, rows in shares]) for k in range(height)])
-            run.picture("film", image_grid(to_uint8(strip, facts.value_range), self.film_columns), caption, values)
+            run.picture("film", image_grid(to_uint8(strip, facts), self.film_columns), caption, values)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the model the weights that its samples are made with."""
@@ -166,7 +165,7 @@ class Samples(Drawing):
         x = in_their_order(shares)
         if not torch.isfinite(x).all():
             raise UserError("the sampler diverged (NaN or infinity): choose smaller steps or other weights")
-        array = x.numpy() if facts.value_range is None else to_uint8(x, facts.value_range)
+        array = x.numpy() if facts.value_range is None else to_uint8(x, facts)
         path = run.run_dir / "samples" / "predict.npz"
         with atomic_write(path) as file:
             np.savez_compressed(file, arr_0=array)

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     require_writable(out)
     method = load_model(options)
     facts = method.require_facts()
-    if not facts.is_image or facts.value_range is None:
+    if not facts.is_image:
         raise UserError("interpolate draws images; this model was trained on points")
     default = method.sampler if isinstance(method.sampler, DDIM) else DDIM()
     sampler = choose_sampler(default, name, keys)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     if not torch.isfinite(made).all():
         raise UserError("the walk diverged (NaN or infinity): use other weights")
-    save_png(image_grid(to_uint8(made.flatten(0, 1), facts.value_range), made.shape[1]), out)
+    save_png(image_grid(to_uint8(made.flatten(0, 1), facts), made.shape[1]), out)
     sys.stdout.write(
         f"wrote {pairs} rows of {made.shape[1]} images to {out} ({sampler.evaluations} evaluations each)\n"
     )

@@ -63,8 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     facts = method.require_facts()
     if facts.is_image:
-        assert facts.value_range is not None
-        write_images(np.concatenate([to_uint8(x, facts.value_range) for _, x in batches]), out)
+        write_images(np.concatenate([to_uint8(x, facts) for _, x in batches]), out)
     else:
         write_points(torch.cat([x for _, x in batches]).numpy(), out, facts)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")

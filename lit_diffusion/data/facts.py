@@ -23,6 +23,15 @@ class GreyLevels:
     high: float
     width: float
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """The level in whose bin each entry of x lies, as a share of the highest: float64 in ``[0, 1]``.
+
+        A bin holds its lower end; values beyond the outermost bins belong to these.
+        """
+        highest = round((self.high - self.low) / self.width)
+        level = ((x.to(torch.float64) - self.low) / self.width + 0.5).floor()
+        return level.clamp(0, highest) / max(highest, 1)
+
     def centre(self, x: Tensor) -> Tensor:
         """The value of the level in whose bin each entry of x lies: float64."""
         level = ((x.to(torch.float64) - self.low) / self.width).round()

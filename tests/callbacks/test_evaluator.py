@@ -805,3 +805,18 @@ def test_grey_levels_other_than_256_and_another_range(tmp_path):
     run = evaluated(tmp_path, 64, data=data, sampler=Replay(), samples=200, keep=0, metrics=["fid", "memorisation"])
     assert run.events[0]["fd/digits-200"] == pytest.approx(0.0, abs=1e-6)
     assert run.events[0]["near_copies/digits-200"] == 1.0
+
+
+def test_a_perfect_model_of_dequantised_data_has_a_distance_of_0(tmp_path):
+    data = DataModule(digits(), 32, value_range=(-1.0, 1.0), held_out_fraction=0.0, dequantise=True)
+
+    class Replay(Fixed):
+        def start(self, process, noise):
+            index = noise.indices
+            value = torch.from_numpy(np.stack([data.source.value(int(i)) for i in index]))
+            return data.normalise(value, index)  # With the noise of training.
+
+    keys = {"sampler": Replay(), "samples": 1797, "batch_size": 599, "keep": 0, "metrics": ["fid", "memorisation"]}
+    (event,) = evaluated(tmp_path, 64, data=data, **keys).events
+    assert event["fd/digits-1797"] == pytest.approx(0.0, abs=1e-6)
+    assert event["near_copies/digits-1797"] == 1.0
