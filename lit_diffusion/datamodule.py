@@ -19,6 +19,7 @@ from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
 from lit_diffusion.interrupts import leave_it_to_the_main_process
 from lit_diffusion.randomness import keyed_permutation, keyed_uniform
+from lit_diffusion.run import print_note
 
 SPLIT_SEED = 0
 """The held-out images do not depend on a run's seed, so that runs can be compared on them."""
@@ -196,6 +197,8 @@ class DataModule(pl.LightningDataModule):
                     f"data.held_out_fraction {held_out_fraction} leaves nothing of {count} images to train on"
                 )
         self._checked = False
+        for line in [*source.notes(), *([] if held_out is None else held_out.notes())]:
+            print_note(line)
 
     # ---- loaders -----------------------------------------------------------------------------------------------
 

@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         require_writable(out.parent)
     device = choose_device(options.device)
     source = images_as_given(options.samples)
+    _say_notes(source)
     samples = RealData.of(source, torch.arange(len(source)), "all")
     wanted = None if options.metrics is None else _metrics(options.metrics)
     captions = None if options.captions is None else _captions(Path(options.captions), samples.count)
@@ -169,9 +170,15 @@ def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> Refe
             f"both to one size; how they are resized is part of the protocol, so it is not done here"
         )
     extractor.require_fit(tuple(source.shape))
+    _say_notes(source)
     return reference_of(
         RealData.of(source, torch.arange(len(source)), "all"), extractor, show_progress=True, say=print_note
     )
+
+
+def _say_notes(source: Source) -> None:
+    for line in source.notes():
+        print_note(line)
 
 
 def _has_moments_only(path: Path) -> bool:

@@ -1,13 +1,13 @@
-"""Images somebody gives to be looked at or scored: every pixel as it is in the file."""
+"""Images somebody gives to be looked at or scored: read as for training, and none cut or resized."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from lit_diffusion.data.folder import SUFFIXES, is_image, open_files
+from lit_diffusion.data.folder import any_in_colour, image_names, open_files, picture_losses, read_image
 from lit_diffusion.data.npz import Npz
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
@@ -20,22 +20,21 @@ def images_as_given(path: str | Path) -> Source:
         UserError: if there is nothing there, or no images of one common size.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return Npz(path)
     return _Unchanged(path)
 
 
 class _Unchanged(Source):
-    """Files of images that all have one size and one mode."""
+    """Files of images that all have one size: RGB where one of them is, with the grey ones repeated, else grey."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.stem
         self._files = open_files(path)
-        self._names = sorted(name for name in self._files.names() if is_image(name))
-        if not self._names:
-            raise UserError(f"no image in {path}: there must be files that end in {', '.join(SUFFIXES)}")
-        self.shape = self._read(self._names[0]).shape
+        self._names = image_names(self._files, path)
+        self._channels: Literal[1, 3] = 3 if any_in_colour(self._files, self._names) else 1
+        self.shape = read_image(self._files, self._names[0], path, channels=self._channels).shape
 
     def __len__(self) -> int:
         return len(self._names)
@@ -44,24 +43,17 @@ class _Unchanged(Source):
         """Image ``index``: uint8 ``[C, H, W]``.
 
         Raises:
-            UserError: if the file is corrupt, or of another size or mode than the first.
+            UserError: if the file is corrupt or cannot be read, or is of another size than the first.
         """
         name = self._names[index]
-        image = self._read(name)
+        image = read_image(self._files, name, self.path, channels=self._channels)
         if image.shape != self.shape:
             raise UserError(
                 f"{name} in {self.path} is {list(image.shape)}, {self._names[0]} is {list(self.shape)}: all images "
-                f"must have one size and one number of channels; nothing is resized here"
+                f"must have one size; nothing is resized here"
             )
         return image
 
-    def _read(self, name: str) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(self._files.read(name))) as picture:
-                grey = picture.mode in ("1", "L")
-                values = np.asarray(picture.convert("L" if grey else "RGB"))
-        except Exception as error:  # Pillow, its decoders and zipfile raise anything over a damaged file.
-            raise UserError(f"{name} in {self.path} is not a whole image: replace or remove it ({error})") from error
-        return np.ascontiguousarray(values[None] if values.ndim == 2 else values.transpose(2, 0, 1))
+    def notes(self) -> list[str]:
+        """Whether images hold further pictures."""
+        return picture_losses(self._files, self._names, self.path)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 import warnings
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lit_diffusion.data.pixels import check_size, decode
+from lit_diffusion.data.pixels import Size, decode, height_and_width, is_grey, losses
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -23,13 +29,14 @@ class ImageFolder(Source):
     """The images of a folder or of a zip file, at any depth, in the order of their names.
 
     An image is a file whose name ends in one of `SUFFIXES`; hidden files and folders (``.name``, ``__MACOSX``) are
-    passed over. Each is read when it is asked for: turned as its EXIF tag says, transparent parts laid on white, the
-    high byte kept of 16-bit values, cut to the square in its middle and resized to ``size`` (Lanczos, antialiased). An
-    image that is ``size x size`` already keeps every pixel. See `lit_diffusion.data.pixels.to_pixels`.
+    passed over, links are followed, and each file counts once, whatever links lead to it. Each is read when it is asked
+    for: turned as its EXIF tag says, transparent parts laid on white, the high byte kept of 16-bit values, cut to the
+    middle that has the sides' ratio and resized to ``size`` (Lanczos, antialiased). An image that has the size already
+    keeps every pixel. See `lit_diffusion.data.pixels.to_pixels`.
 
     Args:
         path: a folder or a zip file.
-        size: the side of the images in pixels.
+        size: of the images in pixels: the side of a square, or [height, width].
         channels: 3 for RGB, 1 for grey.
         classes: whether the folders directly under ``path`` are the classes; they are numbered in the order of their
             names, which ``class_names`` lists.
@@ -45,22 +52,19 @@ class ImageFolder(Source):
     def __init__(
         self,
         path: str | Path,
-        size: int,
+        size: Size,
         channels: Literal[1, 3] = 3,
         classes: bool = False,
         on_corrupt: Literal["fail", "skip"] = "fail",
     ) -> None:
-        check_size(size)
+        self._size = height_and_width(size)
         self.path = Path(path).expanduser()
         self.name = self.path.stem
-        self.shape = (channels, size, size)
+        self.shape = (channels, *self._size)
         self.class_names: list[str] = []
-        self._size = size
         self._channels: Literal[1, 3] = channels
         self._files = open_files(self.path)
-        self._names = sorted(name for name in self._files.names() if is_image(name))
-        if not self._names:
-            raise UserError(f"no image in {self.path}: there must be files that end in {', '.join(SUFFIXES)}")
+        self._names = image_names(self._files, self.path)
         if classes:
             for name in self._names:
                 if "/" not in name:
@@ -83,7 +87,7 @@ class ImageFolder(Source):
         return len(self._names)
 
     def value(self, index: int) -> np.ndarray:
-        """Image ``index``: uint8 ``[C, size, size]``.
+        """Image ``index``: uint8 ``[C, height, width]``.
 
         Raises:
             UserError: if the file is corrupt or cannot be read.
@@ -105,25 +109,20 @@ class ImageFolder(Source):
             digest.update(f"{name}\0{self._files.stamp(name)}\0".encode())
         return digest.hexdigest()[:16]
 
+    def notes(self) -> list[str]:
+        """Whether images are cut, or hold further pictures."""
+        return picture_losses(self._files, self._names, self.path, self._size)
+
     def _decode(self, name: str) -> np.ndarray:
         try:
-            return decode(self._files.read(name), self._size, self._channels)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow, its decoders and zipfile raise anything over a damaged file.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            # Only the operating system sets errno: then the file may be whole, and skipping it would hide a full queue
-            # of open files or a lost network drive.
-            if isinstance(error, OSError) and error.errno is not None:
-                raise UserError(f"cannot read {name} in {self.path}: {error.strerror or reason}") from error
-            raise _CorruptImageError(
-                f"{name} in {self.path} is not a whole image ({reason}): replace or remove it, or set on_corrupt: skip"
-            ) from error
+            return read_image(self._files, name, self.path, self._size, self._channels)
+        except CorruptImageError as error:
+            raise CorruptImageError(f"{error}, or set on_corrupt: skip") from error
 
     def _is_whole(self, name: str) -> bool:
         try:
             self._decode(name)
-        except _CorruptImageError:
+        except CorruptImageError:
             return False
         return True
 
@@ -143,19 +142,93 @@ class ImageFolder(Source):
             )
 
 
-class _CorruptImageError(UserError):
+class CorruptImageError(UserError):
     """A file that has the name of an image and is none."""
 
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is one of a folder's images."""
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and name.lower().endswith(SUFFIXES)
+    return not any(map(_is_hidden, PurePosixPath(name).parts)) and name.lower().endswith(SUFFIXES)
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
 
 
 def _class_of(name: str) -> str:
-    return name.split("/", 1)[0]
+    return _composed(name.split("/", 1)[0])
+
+
+def _composed(name: str) -> str:
+    """One spelling of names: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def image_names(files: _Folder | _Zip, path: Path) -> list[str]:
+    """The names of the images among files, in an order that no operating system changes.
+
+    Raises:
+        UserError: if there are none.
+    """
+    names = sorted(filter(is_image, files.names()), key=lambda name: (_composed(name), name))
+    if not names:
+        raise UserError(f"no image in {path}: there must be files that end in {', '.join(SUFFIXES)}")
+    return names
+
+
+def read_image(
+    files: _Folder | _Zip,
+    name: str,
+    path: Path,
+    size: tuple[int, int] | None = None,
+    channels: Literal[1, 3] | None = None,
+) -> np.ndarray:
+    """One of the files of a folder or zip file as `lit_diffusion.data.pixels.to_pixels` gives it.
+
+    Raises:
+        CorruptImageError: if it is no whole image.
+        UserError: if it cannot be read.
+    """
+    try:
+        return decode(files.read(name), size, channels)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow, its decoders and zipfile raise anything over a damaged file.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        # Only the operating system sets errno: then the file may be whole, and skipping it would hide a full queue
+        # of open files or a lost network drive.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"cannot read {name} in {path}: {error.strerror or reason}") from error
+        raise CorruptImageError(f"{name} in {path} is not a whole image ({reason}): replace or remove it") from error
+
+
+def picture_losses(
+    files: _Folder | _Zip, names: list[str], path: Path, size: tuple[int, int] | None = None
+) -> list[str]:
+    """What is lost of a folder's images, see `lit_diffusion.data.pixels.losses`."""
+    return losses(str(path), len(names), lambda index: _opened(files, names[index]), size)
+
+
+def any_in_colour(files: _Folder | _Zip, names: list[str]) -> bool:
+    """Whether one of the images is not grey; reads the beginnings of files, until one is in colour."""
+
+    def in_colour(name: str) -> bool:
+        try:
+            with _opened(files, name) as picture:
+                return not is_grey(picture)
+        except Exception:  # Whoever reads it says what it is.
+            return False
+
+    return any(map(in_colour, names))
+
+
+@contextmanager
+def _opened(files: _Folder | _Zip, name: str) -> Iterator[Image.Image]:
+    """A picture of which no more is read than is asked for."""
+    from PIL import Image
+
+    with files.open(name) as file, Image.open(file) as picture:
+        yield picture
 
 
 def open_files(path: Path) -> _Folder | _Zip:
@@ -184,17 +257,69 @@ class _Folder:
         self._path = path
 
     def names(self) -> list[str]:
-        return [
-            (Path(folder) / file).relative_to(self._path).as_posix()
-            for folder, _, files in os.walk(self._path, followlinks=True)
-            for file in files
-        ]
+        """Each file once: under its own name if it has one here, else under that of the first link to it.
+
+        A link to a folder that holds the link is a loop, and one to a folder that holds this one leads to what is not
+        meant: neither is followed. Broken links have names too; reading says what they are.
+
+        Raises:
+            UserError: if a folder cannot be listed.
+        """
+        root = os.path.realpath(self._path)
+        found: dict[str, str] = {}  # from real paths
+        listed: set[str] = set()
+        links = self._list(root, "", found, listed)
+        while links:
+            further = []
+            for name, link in sorted(links):
+                real = os.path.realpath(link)
+                if os.path.isdir(real):
+                    if Path(real) not in {Path(root), *Path(root).parents, *Path(link).parents}:
+                        further += self._list(real, f"{name}/", found, listed)
+                elif os.path.isfile(real) or not os.path.exists(real):
+                    found.setdefault(real, name)
+            links = further
+        return list(found.values())
+
+    def _list(self, folder: str, prefix: str, found: dict[str, str], listed: set[str]) -> list[tuple[str, str]]:
+        """Add a folder's own files, at any depth; returns the links in it: name and path."""
+        links = []
+        waiting = [(folder, prefix)]
+        while waiting:
+            folder, prefix = waiting.pop()
+            if folder in listed:
+                continue
+            listed.add(folder)
+            try:
+                entries = list(os.scandir(folder))
+            except OSError as error:
+                raise UserError(f"cannot list {folder}, below {self._path}: {error.strerror or error}") from error
+            for entry in entries:
+                if _is_hidden(entry.name):
+                    continue
+                if entry.is_symlink():
+                    links.append((prefix + entry.name, entry.path))
+                elif entry.is_dir():
+                    waiting.append((entry.path, f"{prefix}{entry.name}/"))
+                elif entry.is_file():  # no pipe or socket, of which a read would wait
+                    found.setdefault(entry.path, prefix + entry.name)
+        return links
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self._path / name).open("rb")
 
     def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
+        path = self._path / name
+        try:
+            return path.read_bytes()
+        except OSError:
+            if path.is_symlink() and not path.exists():
+                raise ValueError(f"a link to {os.readlink(path)}, which is not there") from None
+            raise
 
     def stamp(self, name: str) -> str:
-        status = (self._path / name).stat()
+        path = self._path / name
+        status = path.stat() if path.exists() else path.lstat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
 
@@ -219,7 +344,11 @@ class _Zip:
         return self._open
 
     def names(self) -> list[str]:
-        return [member.filename for member in self._archive().infolist() if not member.is_dir()]
+        """Each name once: of members of one name the last counts, as when they are unpacked."""
+        return list({member.filename: None for member in self._archive().infolist() if not member.is_dir()})
+
+    def open(self, name: str) -> IO[bytes]:
+        return self._archive().open(name)
 
     def read(self, name: str) -> bytes:
         return self._archive().read(name)

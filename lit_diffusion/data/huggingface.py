@@ -10,20 +10,20 @@ from typing import Any, Literal
 import numpy as np
 
 from lit_diffusion.data.cache import data_root, fetch_command
-from lit_diffusion.data.pixels import check_size, to_pixels
+from lit_diffusion.data.pixels import Size, height_and_width, losses, open_picture, to_pixels
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
 
 
 class HuggingFace(Source):
-    """Images of a Hugging Face data set, from the disk: uint8 ``[channels, size, size]``.
+    """Images of a Hugging Face data set, from the disk: uint8 ``[channels, height, width]``.
 
     Needs the extra ``hf``. Pictures are brought to their shape by `lit_diffusion.data.pixels.to_pixels`.
 
     Args:
         path: a folder that ``save_to_disk`` wrote, or ``owner/name`` of a data set of the hub that was fetched with
             ``python -m lit_diffusion fetch data owner/name``.
-        size: the side of the images in pixels.
+        size: of the images in pixels: the side of a square, or [height, width].
         split: of the data set.
         image_key: the column of the images.
         label_key: the column of the classes (a ClassLabel or integers from 0), if they are wanted.
@@ -38,7 +38,7 @@ class HuggingFace(Source):
     def __init__(
         self,
         path: str | Path,
-        size: int,
+        size: Size,
         split: str = "train",
         image_key: str = "image",
         label_key: str | None = None,
@@ -46,7 +46,7 @@ class HuggingFace(Source):
         channels: Literal[1, 3] = 3,
         root: str | Path | None = None,
     ) -> None:
-        check_size(size)
+        self._size = height_and_width(size)
         datasets = _datasets()
         data = _load(datasets, str(path), split, data_root() if root is None else Path(root).expanduser())
         for key in filter(None, (image_key, label_key, caption_key)):
@@ -55,8 +55,7 @@ class HuggingFace(Source):
         if not isinstance(data.features[image_key], datasets.Image):
             raise UserError(f"image_key: column {image_key!r} of {path} holds {data.features[image_key]}, no images")
         self.name = Path(path).name
-        self.shape = (channels, size, size)
-        self._size = size
+        self.shape = (channels, *self._size)
         self._channels: Literal[1, 3] = channels
         self._where = str(path)
         self._saved = data._fingerprint
@@ -64,6 +63,7 @@ class HuggingFace(Source):
         # One column, so that asking for an image decodes nothing else.
         self._images = data.select_columns(image_key)
         self._image_key = image_key
+        self._files = self._images.cast_column(image_key, datasets.Image(decode=False))
         self._labels: np.ndarray | None = None
         if label_key is not None:
             self._labels = np.asarray(data[label_key][:])
@@ -85,7 +85,7 @@ class HuggingFace(Source):
         return len(self._images)
 
     def value(self, index: int) -> np.ndarray:
-        """Image ``index``: uint8 ``[channels, size, size]``.
+        """Image ``index``: uint8 ``[channels, height, width]``.
 
         Raises:
             UserError: if it is no whole image.
@@ -105,6 +105,15 @@ class HuggingFace(Source):
     def caption(self, index: int) -> str | None:
         """The text of image ``index``, None without ``caption_key``."""
         return None if self._captions is None else self._captions[int(index)][self._caption_key]
+
+    def notes(self) -> list[str]:
+        """Whether images are cut, or hold further pictures."""
+
+        def picture_of(index: int) -> Any:
+            file = self._files[index][self._image_key]
+            return open_picture(file["bytes"] or Path(file["path"]).read_bytes())
+
+        return losses(self._where, len(self), picture_of, self._size)
 
     def fingerprint(self) -> str:
         """A hash of the fingerprint that `datasets` saved with the data, and of the options."""

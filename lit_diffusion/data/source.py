@@ -42,6 +42,10 @@ class Source(ABC):
         """The text that describes datum ``index``, None where there is none."""
         return None
 
+    def notes(self) -> list[str]:
+        """What is lost of the data on the way, such as what is cut off: a line each, said once where a run begins."""
+        return []
+
     def fingerprint(self) -> str:
         """A hash of what the source would yield: equal for equal data, different when anything changes.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_diffusion.data.cache import data_root, fetch_command
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.data.pixels import check_size, to_pixels
+from lit_diffusion.data.pixels import Size, height_and_width, open_picture, to_pixels
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
 
@@ -109,13 +109,15 @@ class SVHN(InMemory):
 
 
 class CelebA(Source):
-    """CelebA, aligned and cropped (Liu et al. 2015): 162,770 faces for training, uint8 ``[3, size, size]``, no classes.
+    """CelebA, aligned and cropped (Liu et al. 2015): 162,770 faces for training, uint8 ``[3, height, width]``, no
+    classes.
 
-    The square of ``crop`` pixels in the middle of the 178 x 218 picture is resized to ``size`` (Lanczos, antialiased).
+    The square of ``crop`` pixels in the middle of the 178 x 218 picture is resized to ``size`` (Lanczos, antialiased);
+    of the square, where ``size`` is none, the middle that has the sides' ratio.
     The middle 140 pixels are what NCSN and its successors train on.
 
     Args:
-        size: the side of the images in pixels.
+        size: of the images in pixels: the side of a square, or [height, width].
         crop: the side of the square that is cut out, at most 178.
         split: ``train``, ``valid`` or ``test``.
         root: the folder that holds ``celeba``, by default `lit_diffusion.data.cache.data_root`.
@@ -126,43 +128,41 @@ class CelebA(Source):
 
     def __init__(
         self,
-        size: int = 64,
+        size: Size = 64,
         crop: int = 140,
         split: Literal["train", "valid", "test"] = "train",
         root: str | Path | None = None,
     ) -> None:
-        check_size(size)
+        self._size = height_and_width(size)
         if not 1 <= crop <= 178:
             raise UserError(f"crop: {crop} does not fit into the 178 x 218 pictures of CelebA: give 1 to 178, e.g. 140")
         data = _load("CelebA", root, split=split)
         self.name = f"celeba-{split}"
-        self.shape = (3, size, size)
+        self.shape = (3, *self._size)
         self._folder = Path(data.root, data.base_folder, "img_align_celeba")
         self._files = list(data.filename)
-        self._size = size
         self._crop = crop
 
     def __len__(self) -> int:
         return len(self._files)
 
     def value(self, index: int) -> np.ndarray:
-        """Face ``index``: uint8 ``[3, size, size]``.
+        """Face ``index``: uint8 ``[3, height, width]``.
 
         Raises:
             UserError: if its file is missing or corrupt.
         """
-        from PIL import Image
-
         path = self._folder / self._files[index]
         try:
-            with Image.open(path) as picture:
+            with open_picture(path.read_bytes()) as picture:
                 left, top = (picture.width - self._crop) // 2, (picture.height - self._crop) // 2
                 face = picture.crop((left, top, left + self._crop, top + self._crop))
                 return to_pixels(face, self._size, 3)
-        except OSError as error:
-            raise UserError(
-                f"cannot read {path} ({error.strerror or error}): extract img_align_celeba.zip again"
-            ) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow and its decoders raise anything over a damaged file.
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"cannot read {path} ({reason}): extract img_align_celeba.zip again") from error
 
     def fingerprint(self) -> str:
         """A hash of the crop and of the names and sizes of the files: their pixels were checked when they came."""

@@ -1,4 +1,6 @@
+import os
 import pickle
+import unicodedata
 import warnings
 import zipfile
 from pathlib import Path
@@ -10,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lit_diffusion.data import ImageFolder, Npz
+from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -225,6 +228,94 @@ def test_a_member_of_a_zip_file_whose_checksum_is_wrong(tmp_path):
     data[data.index(b"BM") + 60] ^= 1
     file.write_bytes(data)
     assert "0.bmp" in message(lambda: ImageFolder(file, size=8).value(0))
+
+
+def test_links_lead_to_each_file_once(tmp_path):
+    pool = tmp_path / "pool"
+    for name in ("set/b/0.png", "set/b/1.png", "pool/2.png", "pool/deep/3.png", "pool/4.png", "elsewhere/no.png"):
+        write(tmp_path / name, random_image())
+    folder = tmp_path / "set"
+    before = ImageFolder(folder, size=8)._names
+    (folder / "up").symlink_to("..")  # holds the folder itself, and what is not meant
+    (folder / "b" / "round").symlink_to(folder)
+    (folder / "a").symlink_to("b")
+    (folder / "0.png").symlink_to("b/0.png")
+    assert before == ImageFolder(folder, size=8)._names == ["b/0.png", "b/1.png"]  # their own names, not a link's
+
+    (folder / "z").symlink_to(pool)
+    (folder / "y").symlink_to(pool / "deep")
+    (folder / "c").symlink_to(pool)
+    (pool / "back").symlink_to(tmp_path)
+    (folder / "linked.png").symlink_to(pool / "4.png")
+    source = ImageFolder(folder, size=8)
+    # The first link to each, in the order of their names: linked.png comes after c.
+    assert source._names == ["b/0.png", "b/1.png", "c/2.png", "c/4.png", "c/deep/3.png"]
+    np.testing.assert_array_equal(values(source), values(images_as_given(folder)))
+
+
+def test_a_store_of_hidden_files_is_found_by_its_links(tmp_path):
+    write(tmp_path / ".store" / "abc.png", random_image())
+    (tmp_path / "0.png").symlink_to(".store/abc.png")
+    assert ImageFolder(tmp_path, size=8)._names == ["0.png"]
+
+
+def test_broken_links_are_corrupt_files(tmp_path):
+    write(tmp_path / "0.png", random_image())
+    (tmp_path / "1.png").symlink_to("gone.png")
+    (tmp_path / "2.png").symlink_to("2.png")
+    source = ImageFolder(tmp_path, size=8)
+    assert "1.png in" in message(lambda: source.value(1))
+    assert "a link to gone.png, which is not there" in message(lambda: source.value(1))
+    assert "on_corrupt: skip" in message(lambda: source.value(1))
+    assert "1.png in" in message(lambda: images_as_given(tmp_path).value(1))
+    assert len(source.fingerprint()) == 16
+    with pytest.warns(UserWarning, match="skipped 2 of 3"):
+        assert ImageFolder(tmp_path, size=8, on_corrupt="skip")._names == ["0.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "0.png", random_image())
+    write(tmp_path / "b" / "0.png", random_image())
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "b, below" in message(lambda: ImageFolder(tmp_path, size=8))
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    write(tmp_path / "0.png", random_image())
+    os.mkfifo(tmp_path / "1.png")
+    values(ImageFolder(tmp_path, size=8))
+
+
+def test_a_name_twice_in_a_zip_file_is_one_image(tmp_path):
+    first, second = random_image(), random_image()
+    for number, image in enumerate((first, second)):
+        write(tmp_path / f"{number}.png", image)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, of the name
+        for number in range(2):
+            archive.write(tmp_path / f"{number}.png", "same.png")
+    [value] = values(ImageFolder(tmp_path / "set.zip", size=8))
+    np.testing.assert_array_equal(value, second.transpose(2, 0, 1))  # as unpacking leaves it
+
+
+def test_accents_are_one_letter_or_two(tmp_path):
+    """macOS spells names otherwise than Linux: the same order, and the same classes."""
+    orders = []
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / form
+        for name in ("\u00e9t\u00e9/0.PNG", "etf/1.png", "ez/2.Png"):
+            write(folder / unicodedata.normalize(form, name), random_image())
+        source = ImageFolder(folder, size=8, classes=True)
+        orders.append(([unicodedata.normalize("NFC", name) for name in source._names], source.class_names))
+    assert orders[0] == orders[1]
+    assert orders[0][1][-1] == "\u00e9t\u00e9"
 
 
 def test_only_corrupt_files(tmp_path):
