@@ -33,6 +33,8 @@ from lit_diffusion.processes import Level, Process, expand_like
 Parametrization = Literal["eps", "score", "raw_score", "x0", "v", "velocity", "edm", "mean"]
 NoiseInput = Literal["index", "log_sigma", "quarter_log_sigma", "time", "time_999"]
 InputScale = Literal["none", "unit_variance"]
+ClipX0 = Literal["data"] | tuple[float, float] | None
+"""The range in which a predicted clean datum is kept: the data's own, a given one, or none."""
 
 
 def _edm(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
@@ -143,9 +145,35 @@ class Denoiser(nn.Module, ABC):
     on_grid_only: bool = False
     """Whether it knows the grid's levels only, and no time between them."""
 
+    data_range: tuple[float, float] | None = None
+    """The least and the largest value of what it denoises, None where there are none: points, exact densities."""
+
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
         """Predict from ``x_t`` ``[B, ...]`` at times ``t`` ``[B]`` in (0, 1]."""
+
+
+def require_clip(clip: ClipX0) -> None:
+    """Refuse what is no range.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if isinstance(clip, str):
+        require_choice("", "clip_x0", clip, ("data",))
+    elif clip is not None and not clip[0] < clip[1]:
+        raise UserError(f"clip_x0 is [{clip[0]:g}, {clip[1]:g}]; the first must be below the second, or null for none")
+
+
+def clip_range(clip: ClipX0, denoiser: Denoiser) -> tuple[float, float] | None:
+    """The range that is meant with a denoiser, None for none."""
+    return denoiser.data_range if clip == "data" else clip
+
+
+def clipped(x0: Tensor, clip: ClipX0, denoiser: Denoiser) -> Tensor:
+    """A predicted clean datum, kept in the range that is meant with its denoiser."""
+    found = clip_range(clip, denoiser)
+    return x0 if found is None else x0.clamp(*found)
 
 
 class NetworkDenoiser(Denoiser):

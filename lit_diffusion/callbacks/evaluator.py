@@ -319,7 +319,7 @@ class Evaluator(Drawing):
         result.protocol.update(
             weights=weights,
             seed=seed,
-            sampler=in_words(walk),
+            sampler=in_words(walk, method.denoiser),
             network_evaluations=walk.evaluations,
             backbone_precision=precision_name(method.denoiser.autocast_dtype),
             stage=stage,

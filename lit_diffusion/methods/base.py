@@ -81,7 +81,7 @@ class Method(pl.LightningModule):
         self.gradient_clip = gradient_clip
         self.clock = Clock()
         self.seed = 0
-        self.facts: DataFacts | None = None
+        self._facts: DataFacts | None = None
         self.run_config: dict[str, Any] | None = None
         """The whole resolved configuration; the command line sets it, checkpoints carry it."""
         self.stepped = False
@@ -206,6 +206,17 @@ class Method(pl.LightningModule):
         if self.facts is None:
             raise UserError("this model does not know its data: set method.facts = datamodule.facts")
         return self.facts
+
+    @property
+    def facts(self) -> DataFacts | None:
+        """Of the data, None as long as nobody has set them."""
+        return self._facts
+
+    @facts.setter
+    def facts(self, facts: DataFacts | None) -> None:
+        self._facts = facts
+        as_they_are = type(self).encode is Method.encode  # What else is diffused has not the data's range.
+        self.denoiser.data_range = facts.value_range if facts is not None and as_they_are else None
 
     # ---- training ----------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers import ClipX0, Denoiser, clipped
 from lit_diffusion.errors import require_choice
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseVariance, require_variance, reverse_log_variance, reverse_mean
@@ -28,7 +28,8 @@ class Ancestral(ToTheData):
         steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
         variance: of each step: ``beta``, that of the forward step; ``beta_tilde``, that of its posterior; ``learned``.
         spacing: which levels a subsequence visits: ``uniform``, or ``quadratic`` with more of them near the data.
-        clip_x0: keep the predicted clean image in this range, usually the data's; null: leave it.
+        clip_x0: keep the predicted clean image in a range: ``data``, that of the data (points have none), or ``[low,
+            high]``; null: leave it.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Ancestral(ToTheData):
         steps: int | None = None,
         variance: ReverseVariance = "beta",
         spacing: Spacing = "uniform",
-        clip_x0: tuple[float, float] | None = None,
+        clip_x0: ClipX0 = "data",
     ) -> None:
         super().__init__(steps, spacing, clip_x0)
         require_choice("", "variance", variance, get_args(ReverseVariance))
@@ -52,7 +53,7 @@ class Ancestral(ToTheData):
         prediction = denoiser(x, at_time(x, move.t), cond)
         s = at_time(x, move.s)
         step = denoiser.process.transition(s, prediction.level.t)
-        x = reverse_mean(prediction, step, self.clipped(prediction.x0))
+        x = reverse_mean(prediction, step, clipped(prediction.x0, self.clip_x0, denoiser))
         if move.s == 0.0:
             return x
         log_variance = reverse_log_variance(prediction, denoiser.process, step, s, self.variance)

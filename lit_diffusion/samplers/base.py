@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.denoisers import Denoiser, Prediction
+from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_range, clipped, require_clip
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
@@ -47,6 +47,7 @@ class CountedDenoiser(Denoiser):
         self.process = denoiser.process
         self.learned_variance = denoiser.learned_variance
         self.on_grid_only = denoiser.on_grid_only
+        self.data_range = denoiser.data_range
         self.evaluations = 0
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
@@ -236,19 +237,17 @@ class ToTheData(Predictor):
     Args:
         steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
         spacing: which levels a subsequence visits: ``uniform``, or ``quadratic`` with more of them near the data.
-        clip_x0: keep the predicted clean image in this range, usually the data's; null: leave it.
+        clip_x0: keep the predicted clean image in a range: ``data``, that of the data (points have none), or ``[low,
+            high]``; null: leave it.
 
     Raises:
         UserError: for a spacing that is not one of these, or an empty range.
     """
 
-    def __init__(self, steps: int | None, spacing: Spacing, clip_x0: tuple[float, float] | None) -> None:
+    def __init__(self, steps: int | None, spacing: Spacing, clip_x0: ClipX0) -> None:
         super().__init__(steps)
         require_choice("", "spacing", spacing, get_args(Spacing))
-        if clip_x0 is not None and not clip_x0[0] < clip_x0[1]:
-            raise UserError(
-                f"clip_x0 is [{clip_x0[0]:g}, {clip_x0[1]:g}]; the first must be below the second, or null for none"
-            )
+        require_clip(clip_x0)
         self.spacing = spacing
         self.clip_x0 = clip_x0
 
@@ -257,9 +256,10 @@ class ToTheData(Predictor):
         times = subsequence(process, self.steps, self.spacing)[::-1]
         return [Move(t, s) for t, s in zip(times, [*times[1:], 0.0], strict=True)]
 
-    def clipped(self, x0: Tensor) -> Tensor:
-        """The predicted clean datum, kept in the range where one is given."""
-        return x0 if self.clip_x0 is None else x0.clamp(*self.clip_x0)
+
+def denoised(denoiser: Denoiser, x: Tensor, t: float, cond: Condition | None, clip_x0: ClipX0) -> Tensor:
+    """The posterior mean at a time, by Tweedie's formula, kept in the range: how most samplers end."""
+    return clipped(denoiser(x, at_time(x, t), cond).x0, clip_x0, denoiser)
 
 
 def at_time(x: Tensor, t: float) -> Tensor:
@@ -274,15 +274,22 @@ def described(sampler: Sampler) -> dict[str, Any]:
     return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
 
 
-def in_words(sampler: Sampler) -> str:
-    """A sampler as a protocol says it: ``Ancestral(steps=null, variance=beta)``."""
+def in_words(sampler: Sampler, denoiser: Denoiser) -> str:
+    """A sampler as a protocol says it: ``Ancestral(steps=null, variance=beta, clip_x0=data [-1, 1])``."""
 
-    def word(value: Any) -> str:
+    def word(key: str, value: Any) -> str:
         if isinstance(value, dict):
             return f"{value['class_path'].rpartition('.')[2]}({words(value['init_args'])})"
-        return "null" if value is None else str(value)
+        return clip_in_words(value, denoiser) if key == "clip_x0" else "null" if value is None else str(value)
 
     def words(arguments: dict[str, Any]) -> str:
-        return ", ".join(f"{key}={word(value)}" for key, value in arguments.items())
+        return ", ".join(f"{key}={word(key, value)}" for key, value in arguments.items())
 
-    return word(described(sampler))
+    return word("", described(sampler))
+
+
+def clip_in_words(clip: ClipX0, denoiser: Denoiser) -> str:
+    """A range with what it means here: ``data [-1, 1]``, ``[-1, 1]``, ``null``; ``data`` where the data have none."""
+    found = clip_range(clip, denoiser)
+    said = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"
+    return f"data {said}".rstrip() if clip == "data" else said or "null"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers import ClipX0, Denoiser, require_clip
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import Sampler, at_time, to_the_smallest_time
+from lit_diffusion.samplers.base import Sampler, at_time, denoised, to_the_smallest_time
 
 Initial = Literal["uniform", "gaussian"]
 
@@ -168,6 +168,8 @@ class AnnealedLangevin(_LangevinSampler):
         uniform_range: of a uniform start, in data units.
         levels: how many levels to visit, evenly spaced in time and of the process's own grid where it has one; null:
             that whole grid, which continuous time does not have.
+        clip_x0: keep the mean of ``denoise`` in a range: ``data``, that of the data (points have none), or ``[low,
+            high]``; null: leave it.
     """
 
     def __init__(
@@ -178,8 +180,10 @@ class AnnealedLangevin(_LangevinSampler):
         initial: Initial = "uniform",
         uniform_range: tuple[float, float] = (0.0, 1.0),
         levels: int | None = None,
+        clip_x0: ClipX0 = "data",
     ) -> None:
         super().__init__(initial, uniform_range)
+        require_clip(clip_x0)
         if steps_per_level < 1:
             raise UserError(f"steps_per_level is {steps_per_level}; annealed Langevin dynamics needs at least one")
         if levels is not None and levels < 2:
@@ -188,6 +192,7 @@ class AnnealedLangevin(_LangevinSampler):
         self.eta = eta
         self.denoise = denoise
         self.levels = levels
+        self.clip_x0 = clip_x0
 
     def _times(self, process: Process) -> Tensor:
         """The levels' times, from noise to data."""
@@ -215,4 +220,4 @@ class AnnealedLangevin(_LangevinSampler):
         """The posterior mean at the smallest level, when ``denoise``."""
         if not self.denoise:
             return x
-        return denoiser(x, at_time(x, float(self._times(denoiser.process)[-1])), cond).x0
+        return denoised(denoiser, x, float(self._times(denoiser.process)[-1]), cond, self.clip_x0)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers import ClipX0, Denoiser, require_clip
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import Move, OnStep, Progress, Sampler, at_time
+from lit_diffusion.samplers.base import Move, OnStep, Progress, Sampler, at_time, denoised
 from lit_diffusion.samplers.sde import ToTheSmallestTime
 
 TIGHT = 1e-5
@@ -34,10 +34,12 @@ class FixedSteps(ToTheSmallestTime):
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
+            leave it.
     """
 
-    def __init__(self, steps: int | None = None, denoise: bool = False) -> None:
-        super().__init__(steps, denoise)
+    def __init__(self, steps: int | None = None, denoise: bool = False, clip_x0: ClipX0 = "data") -> None:
+        super().__init__(steps, denoise, clip_x0)
 
 
 class Euler(FixedSteps):
@@ -46,6 +48,8 @@ class Euler(FixedSteps):
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
+            leave it.
     """
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
@@ -59,6 +63,8 @@ class Heun(FixedSteps):
     Args:
         steps: number of steps of two evaluations each; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
+            leave it.
     """
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
@@ -170,20 +176,29 @@ class ProbabilityFlow(Sampler):
         atol: absolute tolerance of a step.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
         t_end: where to stop; null: the smallest sampling time of the process.
+        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
+            leave it.
     """
 
     adaptive = True
 
     def __init__(
-        self, rtol: float = 1e-5, atol: float = 1e-5, denoise: bool = False, t_end: float | None = None
+        self,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        denoise: bool = False,
+        t_end: float | None = None,
+        clip_x0: ClipX0 = "data",
     ) -> None:
         require_tolerances(rtol, atol)
+        require_clip(clip_x0)
         if t_end is not None and not 0.0 < t_end < 1.0:
             raise UserError(f"t_end is {t_end:g}; it lies between 0 and 1")
         self.rtol = rtol
         self.atol = atol
         self.denoise = denoise
         self.t_end = t_end
+        self.clip_x0 = clip_x0
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse a network that knows no time between its levels."""
@@ -244,4 +259,4 @@ class ProbabilityFlow(Sampler):
         """The posterior mean, when ``denoise``."""
         if not self.denoise:
             return x
-        return denoiser(x, at_time(x, self.plan(denoiser.process)[0].s), cond).x0
+        return denoised(denoiser, x, self.plan(denoiser.process)[0].s, cond, self.clip_x0)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers import ClipX0, Denoiser, require_clip
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import Move, Predictor, at_time, to_the_smallest_time
+from lit_diffusion.samplers.base import Move, Predictor, at_time, denoised, to_the_smallest_time
 from lit_diffusion.samplers.langevin import langevin_update
 
 
@@ -30,11 +30,15 @@ class ToTheSmallestTime(Predictor):
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
+            leave it.
     """
 
-    def __init__(self, steps: int | None = None, denoise: bool = True) -> None:
+    def __init__(self, steps: int | None = None, denoise: bool = True, clip_x0: ClipX0 = "data") -> None:
         super().__init__(steps)
+        require_clip(clip_x0)
         self.denoise = denoise
+        self.clip_x0 = clip_x0
 
     def plan(self, process: Process) -> list[Move]:
         """Equal steps from 1 to the smallest time of sampling."""
@@ -45,7 +49,7 @@ class ToTheSmallestTime(Predictor):
         """The posterior mean, when ``denoise``."""
         if not self.denoise:
             return x
-        return denoiser(x, at_time(x, self.plan(denoiser.process)[-1].s), cond).x0
+        return denoised(denoiser, x, self.plan(denoiser.process)[-1].s, cond, self.clip_x0)
 
     @abstractmethod
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
@@ -60,6 +64,8 @@ class EulerMaruyama(ToTheSmallestTime):
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
+            leave it.
     """
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
@@ -81,6 +87,8 @@ class ReverseDiffusion(ToTheSmallestTime):
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
+            leave it.
     """
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:

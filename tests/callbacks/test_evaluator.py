@@ -148,7 +148,7 @@ def test_the_protocol_says_how(tmp_path):
         "metric_seed": 2020,
         "weights": "ema",
         "seed": 7,
-        "sampler": in_words(run.method.sampler),
+        "sampler": in_words(run.method.sampler, run.method.denoiser),
         "network_evaluations": 7,
         "backbone_precision": "32-true",
         "stage": "fit",

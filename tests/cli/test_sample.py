@@ -107,6 +107,13 @@ def test_a_sampler_inside_a_sampler(sample, capsys):
     assert not np.array_equal(named, more)
 
 
+def test_a_predicted_image_is_kept_in_the_range_that_is_asked_for(sample):
+    walk = ("--num_samples", 4, "--sampler", "ancestral")
+    default = sample("a.npz", *walk)
+    for given, alike in (("data", True), ("[0.0, 1.0]", True), ("null", False), ("[0.0, 0.5]", False)):
+        assert np.array_equal(sample("b.npz", *walk, "--sampler.clip_x0", given), default) is alike
+
+
 def test_a_loose_tolerance_is_said(sample, capsys):
     sample("a.npz", "--num_samples", 4, "--sampler", "ode", "--sampler.rtol", "1e-3", "--sampler.atol", "1e-3")
     assert "note: tolerances above 1e-05" in capsys.readouterr().out

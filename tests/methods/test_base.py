@@ -8,12 +8,14 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
+from tiny import ddpm, digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Checkpoint
 from lit_diffusion.errors import UserError
-from lit_diffusion.methods import NCSN
+from lit_diffusion.methods import DDPM, NCSN
 from lit_diffusion.randomness import keyed_normal
+from lit_diffusion.samplers import DDIM
+from lit_diffusion.samplers.base import CountedDenoiser
 
 
 class Watch(pl.Callback):
@@ -487,6 +489,26 @@ def test_generate_leaves_the_mode_as_it_was_and_needs_the_facts():
     assert first.shape == (2, 1, 8, 8)
     assert not first.requires_grad
     assert method.sample_shape == (1, 8, 8)
+
+
+def test_the_denoiser_knows_the_range_of_what_is_diffused():
+    method = ddpm(levels=8)
+    assert method.denoiser.data_range is None
+    method.facts = digits_data(value_range=(-1.0, 1.0)).facts
+    assert method.denoiser.data_range == CountedDenoiser(method.denoiser).data_range == (-1.0, 1.0)
+    free = method.generate(torch.arange(8), 0, sampler=DDIM(8, clip_x0=None))
+    assert float(free.abs().max()) > 1.0  # What an untrained network predicts.
+    assert float(method.generate(torch.arange(8), 0, sampler=DDIM(8)).abs().max()) == 1.0
+    method.facts = points_data().facts
+    assert method.denoiser.data_range is None
+
+    class Latent(DDPM):
+        def encode(self, x):
+            return 3.0 * x, x.new_zeros(len(x))
+
+    method = ddpm(make=Latent, levels=8)
+    method.facts = digits_data().facts
+    assert method.denoiser.data_range is None
 
 
 def test_encode_and_decode_are_the_identity_for_most():

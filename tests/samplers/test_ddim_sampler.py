@@ -24,7 +24,7 @@ from laws import (
 from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import VE, VP, Betas, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, cosine_betas, linear_betas
 from lit_diffusion.samplers import DDIM, Ancestral, Move
 
 each_paper = pytest.mark.parametrize("process", PAPERS.values(), ids=PAPERS)
@@ -63,6 +63,16 @@ def test_with_eta_1_it_is_ancestral_sampling_with_the_posteriors_variance(proces
     ddim = DDIM(steps, eta=1.0).sample(denoiser, noise_of(5, dtype=torch.float64))
     ancestral = Ancestral(steps, "beta_tilde").sample(denoiser, noise_of(5, dtype=torch.float64))
     torch.testing.assert_close(ddim, ancestral, rtol=1e-9, atol=1e-9)
+
+
+def test_with_eta_1_it_is_the_posterior_of_the_clipped_prediction():
+    """The noise is that of the clipped x0 too; with the prediction's own they are 0.15 apart."""
+    denoiser = ExactDenoiser(MIXTURE, Betas(cosine_betas(50)))
+    ddim = DDIM(eta=1.0, clip_x0=(-0.5, 0.5)).sample(denoiser, noise_of(50, dtype=torch.float64))
+    ancestral = Ancestral(variance="beta_tilde", clip_x0=(-0.5, 0.5))
+    expected = ancestral.sample(denoiser, noise_of(50, dtype=torch.float64))
+    torch.testing.assert_close(ddim, expected, rtol=1e-9, atol=1e-9)
+    assert float(expected.max()) == 0.5  # It is clipped.
 
 
 def test_with_eta_0_all_noise_is_in_the_start():
@@ -149,6 +159,20 @@ def test_the_way_back_ends_nearer_to_where_it_began_the_more_steps_there_are(pro
     assert errors[-1] < 0.1
 
 
+def test_a_clipped_walk_has_a_way_back_too():
+    """It is the ODE of the clipped prediction, in both directions."""
+    process, clip = VP(1.0, 6.0, t_min_sampling=1e-4), (-0.8, 0.8)
+    x0 = MIXTURE.sample(noise_of(50, dtype=torch.float64).normal(), noise_of(50, 4).uniform(())).clamp(*clip)
+    denoiser, errors = ExactDenoiser(MIXTURE, process), []
+    for steps in (50, 100):
+        sampler = DDIM(steps, spacing="quadratic", clip_x0=clip)
+        back = sampler.sample(denoiser, None, start=sampler.encode(denoiser, x0))
+        errors.append(float((back - x0).norm(dim=1).mean()))
+        assert float(back.abs().max()) <= 0.8
+    assert order(*errors) == pytest.approx(1.0, abs=0.15)
+    assert errors[-1] < 0.04
+
+
 @each_paper
 def test_the_code_is_the_flows(process):
     x0 = GAUSSIAN.sample(noise_of(20, dtype=torch.float64).normal(), noise_of(20).uniform(()))
@@ -198,7 +222,8 @@ def test_diffusers_agrees(walk, eta, clip):
     assert [round(move.t * levels) - 1 for move in ours.plan(process)] == scheduler.timesteps.tolist()
     with torch.no_grad():
         for t, state in zip(scheduler.timesteps, states, strict=True):
-            x = scheduler.step(network(x, t.expand(3)), t, x, eta, variance_noise=noise.normal()).prev_sample
+            raw = network(x, t.expand(3))
+            x = scheduler.step(raw, t, x, eta, use_clipped_model_output=True, variance_noise=noise.normal()).prev_sample
             assert float((state - x).norm() / x.norm()) < 1e-9
 
 

@@ -26,7 +26,7 @@ from lit_diffusion.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
 )
-from lit_diffusion.samplers.base import subsequence, to_the_smallest_time
+from lit_diffusion.samplers.base import ToTheData, described, in_words, subsequence, to_the_smallest_time
 
 LEVELS = 8
 GRID = Betas(linear_betas(LEVELS, 0.01, 0.4))
@@ -209,6 +209,49 @@ def test_the_start_may_be_given(name):
     assert bool((given != sampler.sample(Observed(GRID), noise_of(4))).any(1).all())
 
 
+# The range of the predicted data
+
+
+def with_clip(sampler, clip):
+    """The same sampler with another range."""
+    keys = {key: getattr(sampler, key) for key in described(sampler)["init_args"]}
+    if isinstance(sampler, PredictorCorrector):
+        return PredictorCorrector(**{**keys, "predictor": with_clip(sampler.predictor, clip)})
+    return type(sampler)(**{**keys, "clip_x0": clip})
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("langevin")])
+def test_a_predicted_datum_is_kept_in_the_range_of_the_data(name):
+    denoiser, clip, sampler = Observed(VE(0.3, 3.0, levels=8)), (-0.1, 0.1), EVERY[name][0]
+    free, within = (with_clip(sampler, each).sample(denoiser, noise_of(20)) for each in (None, clip))
+    assert torch.equal(with_clip(sampler, "data").sample(denoiser, noise_of(20)), free)  # Which here have none.
+    denoiser.data_range = clip
+    assert torch.equal(with_clip(sampler, "data").sample(denoiser, noise_of(20)), within)
+    assert torch.equal(with_clip(sampler, None).sample(denoiser, noise_of(20)), free)
+    own = getattr(sampler, "predictor", sampler)
+    if isinstance(own, ToTheData) or own.denoise:
+        assert (float(within.min()), float(within.max())) == (pytest.approx(-0.1), pytest.approx(0.1))
+    else:
+        assert torch.equal(within, free)
+
+
+@pytest.mark.parametrize("make", [each for each in SAMPLERS.values() if each not in (Langevin, PredictorCorrector)])
+def test_the_range_of_the_data_is_every_samplers_default(make):
+    assert make().clip_x0 == "data"
+
+
+def test_a_protocol_says_the_range_that_was_used():
+    denoiser = Observed(GRID)
+    assert in_words(DDIM(5), denoiser) == "DDIM(steps=5, eta=0.0, spacing=uniform, clip_x0=data)"
+    denoiser.data_range = (-1.0, 1.0)
+    assert in_words(DDIM(5), denoiser).endswith("clip_x0=data [-1, 1])")
+    assert in_words(DDIM(clip_x0=None), denoiser).endswith("clip_x0=null)")
+    assert in_words(DDIM(clip_x0=(0.0, 0.5)), denoiser).endswith("clip_x0=[0, 0.5])")
+    assert "ReverseDiffusion(steps=null, denoise=True, clip_x0=data [-1, 1])" in in_words(
+        PredictorCorrector(), denoiser
+    )
+
+
 # A sample stands alone
 
 
@@ -329,6 +372,9 @@ def test_an_adaptive_solver_refuses_a_network_that_knows_only_levels():
         (lambda: DDIM(spacing="linear"), ["spacing is 'linear'", "uniform"]),
         (lambda: Ancestral(clip_x0=(1.0, -1.0)), ["clip_x0 is [1, -1]", "below"]),
         (lambda: DDIM(clip_x0=(0.0, 0.0)), ["clip_x0 is [0, 0]"]),
+        (lambda: EulerMaruyama(clip_x0="range"), ["clip_x0 is 'range'", "data"]),
+        (lambda: ProbabilityFlow(clip_x0=(1.0, 0.0)), ["clip_x0 is [1, 0]", "null"]),
+        (lambda: AnnealedLangevin(clip_x0=(1.0, 0.0)), ["clip_x0 is [1, 0]", "null"]),
         (lambda: DDIM(eta=1.5), ["eta is 1.5", "between 0"]),
         (lambda: DDIM(eta=-0.1), ["eta is -0.1"]),
         (lambda: DDIM(eta=float("nan")), ["eta is nan"]),
