@@ -14,10 +14,11 @@ from lit_diffusion.errors import UserError
 FREE = frozenset(
     {
         *("seed", "seeds", "stage", "samples", "samples_fingerprint"),
-        *("sampler", "network_evaluations", "weights", "backbone_precision", "caveat"),
+        *("sampler", "network_evaluations", "weights", "backbone_precision", "caveat", "bootstrap", "bootstrap_of"),
     }
 )
-"""What says whose samples were judged, not how: figures of different models and walks are there to be compared."""
+"""What says whose samples were judged, not how, or only how sure a figure is: figures of different models and walks are
+there to be compared."""
 
 
 def differing_keys(protocols: Sequence[Mapping[str, Any]], but: frozenset[str] = FREE) -> list[str]:

@@ -24,7 +24,7 @@ from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
 from lit_diffusion.metrics.gathering import shares_of_all
-from lit_diffusion.metrics.reference import RealData, reference_of
+from lit_diffusion.metrics.reference import RealData, Reference, reference_of
 from lit_diffusion.metrics.scores import (
     HIGHER_IS_BETTER,
     MetricName,
@@ -34,8 +34,10 @@ from lit_diffusion.metrics.scores import (
     bias_caveat,
     choose_metrics,
     is_better,
+    metrics_left_out,
 )
 from lit_diffusion.precision import precision_name
+from lit_diffusion.protocol import differing_keys
 from lit_diffusion.run import RunLogger, print_note, run_logger_of
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.samplers.base import in_words
@@ -73,7 +75,8 @@ class Evaluator(Drawing):
         weights: of the model: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``.
         sampler: of the samples while training; null: the method's own.
         seed: of the samples while training.
-        reference: the real data: ``train`` or ``held_out``.
+        reference: the real data: ``train`` or ``held_out``. Copies are looked for among the training images either
+            way, and among their mirror images where ``data.flip`` mirrors.
         best: metric by which the best checkpoints are kept; its name as in ``metrics``.
         keep: how many of them; 0: none.
         batch_size: samples at a time on each process; changes memory and speed only.
@@ -144,7 +147,7 @@ class Evaluator(Drawing):
         self._chosen: int | None = None
         self._loaded: Extractor | None = None
         self._scores: Scores | None = None
-        self._data: RealData | None = None
+        self._training: RealData | None = None
         self._began = 0.0
         self._began_at = 0
         self._warned = False
@@ -212,7 +215,7 @@ class Evaluator(Drawing):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the networks."""
-        self._loaded = self._scores = self._data = None
+        self._loaded = self._scores = self._training = None
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` chose and the last figures, for a checkpoint."""
@@ -252,7 +255,9 @@ class Evaluator(Drawing):
             raise UserError(
                 f"eval.reference {self.reference}: there are {real} such data; hold out more, or take train"
             )
-        chosen = choose_metrics(self.metrics, self._loaded, count, real, self.options)
+        chosen = choose_metrics(
+            self.metrics, self._loaded, count, real, self.options, training_count=len(data.train_indices)
+        )
         if self.keep and stage == "fit" and self.best not in chosen:
             raise UserError(f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(chosen)}")
         return chosen
@@ -277,12 +282,28 @@ class Evaluator(Drawing):
         assert self._loaded is not None
         data, extractor = self._datamodule(trainer), self._loaded.to(method.device)
         if self._scores is None:
-            self._data = self._real(data)  # Kept: finding out which data these are may read them all.
             shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-            reference = reference_of(
-                self._data, extractor, None, trainer.global_rank, trainer.world_size, shown, say=print_note
+
+            def known(real: RealData) -> Reference:
+                return reference_of(real, extractor, None, trainer.global_rank, trainer.world_size, shown, print_note)
+
+            real = self._real(data)  # Made once: finding out which data these are may read them all.
+            reference = known(real)
+            training = mirrored = None
+            if "memorisation" in chosen:
+                train = (data.source, data.train_indices, "train")
+                self._training = real if self.reference == "train" else RealData.of(*train)
+                training = reference if self.reference == "train" else known(self._training)
+                mirrored = known(RealData.of(*train, mirrored=True)) if data.flip else None
+            left_out = metrics_left_out(
+                self.metrics, extractor, count, real.count, self.options, training_count=len(data.train_indices)
             )
-            self._scores = Scores(chosen, extractor, reference, tuple(data.facts.shape), self.options, PAIRS)
+            self._scores = Scores(
+                *(chosen, extractor, reference, tuple(data.facts.shape), self.options, PAIRS),
+                training=training,
+                mirrored=mirrored,
+                left_out=left_out,
+            )
         self._scores.to(method.device)
         return self._scores
 
@@ -326,6 +347,8 @@ class Evaluator(Drawing):
         )
         if caveat := walk.caveat():
             result.protocol["caveat"] = caveat
+        if self._datamodule(trainer).flip:
+            result.protocol["reference_mirrored"] = False  # Half of what such a model learns to make is not in it.
         self._record(trainer, method, result, kept, time.perf_counter() - began)
         return result
 
@@ -350,9 +373,12 @@ class Evaluator(Drawing):
             )
         assert self._scores is not None
         caveat = bias_caveat(self._scores.extractor, protocol["n_fake"]) if "fid" in self._scores.metrics else None
-        if caveat is not None and not self._warned:
+        if not self._warned:
             self._warned = True
-            print_note(f"  note: {caveat}")
+            if caveat is not None:
+                print_note(f"  note: {caveat}")
+            if result.left_out:
+                print_note(f"  left out: {result.left_out_line}")
         run = run_logger_of(trainer)
         if run is None or not trainer.is_global_zero:
             return
@@ -370,6 +396,8 @@ class Evaluator(Drawing):
             "samples_file": f"samples/{path.name}",
             "protocol": protocol,
         }
+        if result.left_out:
+            values["left_out"] = result.left_out
         if result.intervals:
             values["intervals"] = {key: list(interval) for key, interval in result.intervals.items()}
         run.record("evaluation", values)
@@ -379,11 +407,14 @@ class Evaluator(Drawing):
     def _draw_pairs(self, run: RunLogger, method: Method, result: Result) -> None:
         """The samples closest to training images, each above the image."""
         assert self._scores is not None
-        assert self._data is not None
         if not result.pairs:
             return
+        assert self._training is not None
         positions = torch.tensor([pair.neighbour for pair in result.pairs])
-        real = self._data.values(self._scores.reference.positions[positions])
+        real = self._training.values(self._scores.training.positions[positions])
+        for row, pair in enumerate(result.pairs):
+            if pair.mirrored:
+                real[row] = real[row][:, ::-1].copy()
         both = np.concatenate((np.stack([pair.image for pair in result.pairs]), real))
         caption = f"samples nearest to a training image, above it; {method.clock.images} images seen"
         distances = {"distances": [round(pair.distance, 6) for pair in result.pairs]}
@@ -475,7 +506,11 @@ class Evaluator(Drawing):
         """Mean and minimum over the seeds."""
         seeds = list(self.test_seeds)
         protocol = {key: value for key, value in results[0].protocol.items() if key != "seed"}
+        for key in differing_keys([result.protocol for result in results], frozenset({"seed"})):
+            protocol[key] = [result.protocol.get(key) for result in results]
         summary: dict[str, Any] = {"protocol": {**protocol, "seeds": seeds}}
+        if results[0].left_out:
+            summary["left_out"] = results[0].left_out
         plural = "s" if len(seeds) > 1 else ""
         print_note(f"test with weights {protocol['weights']}, {protocol['sampler']}, seed{plural} {seeds}:")
         for name in results[0].values:

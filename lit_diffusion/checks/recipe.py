@@ -418,7 +418,8 @@ def evaluation(recipe: Recipe) -> Iterator[Finding]:
     if real < 2:
         raise UserError(f"eval.reference {evaluator.reference}: there are {real} such data; hold out more")
     count = 500 if evaluator.samples == "auto" else evaluator.samples
-    chosen = choose_metrics(evaluator.metrics, extractor, count, real, evaluator.options)
+    given = (evaluator.metrics, extractor, count, real, evaluator.options)
+    chosen = choose_metrics(*given, training_count=len(recipe.data.train_indices))
     if evaluator.keep and evaluator.best not in chosen:
         raise UserError(f"eval.best is {evaluator.best!r}, which is not among the metrics here: {', '.join(chosen)}")
     if evaluator.samples == "auto":

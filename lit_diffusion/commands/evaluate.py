@@ -26,7 +26,15 @@ from lit_diffusion.metrics.features import (
     load_extractor,
 )
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of, reference_of_moments
-from lit_diffusion.metrics.scores import MetricName, Result, ScoreOptions, Scores, bias_caveat, choose_metrics
+from lit_diffusion.metrics.scores import (
+    MetricName,
+    Result,
+    ScoreOptions,
+    Scores,
+    bias_caveat,
+    choose_metrics,
+    metrics_left_out,
+)
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import print_note
 
@@ -104,10 +112,10 @@ def main(arguments: Sequence[str]) -> None:
         clip.to(device)
     reference = _reference(options.reference, samples.shape, extractor)
     has_features = len(reference.features) > 0
-    chosen = choose_metrics(
-        wanted, extractor, samples.count, len(reference.features), score_options, has_features, captions is not None
-    )
-    scores = Scores(chosen, extractor, reference, samples.shape, score_options, clip=clip)
+    given = (extractor, samples.count, len(reference.features), score_options, has_features, captions is not None)
+    chosen = choose_metrics(wanted, *given)
+    left_out = metrics_left_out(wanted, *given)
+    scores = Scores(chosen, extractor, reference, samples.shape, score_options, clip=clip, left_out=left_out)
     for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
         words = None if captions is None else [captions[i] for i in part.tolist()]
         scores.update(samples.values(part), part, words)
@@ -115,6 +123,10 @@ def main(arguments: Sequence[str]) -> None:
     result.protocol.update(
         samples=str(options.samples), samples_fingerprint=samples.record["fingerprint"], stage="evaluate"
     )
+    if "memorisation" in chosen:
+        result.protocol["memorisation_split"] = "the reference as given, whatever the model was trained on"
+    if samples.record["fingerprint"] == reference.record.get("fingerprint"):
+        result.protocol["caveat"] = "the samples are the reference itself, so these figures are of no model"
     _print(result, extractor, samples.count)
     if out is not None:
         with atomic_write(out) as file:
@@ -129,6 +141,7 @@ def as_plain(result: Result) -> dict[str, Any]:
         "values": result.values,
         "errors": result.errors,
         "intervals": {key: list(interval) for key, interval in result.intervals.items()},
+        "left_out": result.left_out,
         "protocol": result.protocol,
     }
 
@@ -218,6 +231,10 @@ def _print(result: Result, extractor: Extractor, count: int) -> None:
         if name in result.intervals:
             line += "  [{:.6g}, {:.6g}]".format(*result.intervals[name])
         sys.stdout.write(line + "\n")
+    if result.left_out:
+        sys.stdout.write(f"  left out: {result.left_out_line}\n")
+    if "caveat" in protocol:
+        sys.stdout.write(f"  note: {protocol['caveat']}\n")
     if result.flagged:
         sys.stdout.write("  note: many samples are copies of reference images (near_copies)\n")
     caveat = bias_caveat(extractor, count) if any(name.startswith(("fid", "fd/")) for name in result.values) else None

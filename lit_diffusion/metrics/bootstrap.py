@@ -33,3 +33,15 @@ def bootstrap_interval(
     tail = 0.5 * (1.0 - level)
     low, high = torch.quantile(values + shift, torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+def unanimous_interval(share: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact binomial interval (Clopper and Pearson 1934) of a share of 0 or 1, where no resample differs.
+
+    Args:
+        share: 0 or 1.
+        count: of the data.
+        level: of the interval.
+    """
+    bound = (0.5 * (1.0 - level)) ** (1.0 / count)
+    return (bound, 1.0) if share == 1.0 else (0.0, 1.0 - bound)

@@ -5,6 +5,9 @@ The unbiased estimate of the squared maximum mean discrepancy under :math:`k(a, 
 .. math::  \frac{1}{m(m-1)} \sum_{i \ne j} \big(k(x_i, x_j) + k(y_i, y_j)\big) - \frac{2}{m^2} \sum_{i,j} k(x_i, y_j)
 
 averaged over random subsets of m features of each set. Unbiased at any m, so it may be slightly negative.
+
+The deviation over the subsets is an error only where these differ: of subsets of m among n features it understates that
+of fresh ones by about :math:`\sqrt{1 - m / n}`, and it is 0 where every subset is the whole set.
 """
 
 from __future__ import annotations
@@ -53,17 +56,27 @@ class KernelDistance(RowsMetric):
         self.subset_size = subset_size
         self.seed = seed
 
+    def drawn(self, count: int) -> tuple[int, int]:
+        """Of ``count`` samples, how many subsets are drawn and of what size; one where it must be the whole of both."""
+        size = min(self.subset_size, count, len(self.reference))
+        return 1 if size == count == len(self.reference) else self.subsets, size
+
+    def has_error(self, count: int) -> bool:
+        """Whether the deviation of ``count`` samples is one: subsets share at most three quarters of either set."""
+        subsets, size = self.drawn(count)
+        return subsets > 1 and size <= 0.75 * min(count, len(self.reference))
+
     def compute(self) -> tuple[float, float]:
-        """Mean and deviation over the subsets.
+        """Mean and deviation over the subsets; see :meth:`has_error` for what the latter is worth.
 
         Raises:
             UserError: for fewer than two samples.
         """
         features = self.all_rows()
-        size = min(self.subset_size, len(features), len(self.reference))
+        subsets, size = self.drawn(len(features))
         generator = np.random.RandomState(self.seed)
         values = []
-        for _ in range(self.subsets):
+        for _ in range(subsets):
             chosen = [
                 torch.from_numpy(generator.choice(len(z), size, replace=False)) for z in (features, self.reference)
             ]

@@ -8,6 +8,8 @@ With :math:`d_1, d_2` a sample's distances to its two nearest training data, and
   other;
 - ``authenticity``: the share of samples farther from r than r's own nearest neighbour among the training data is (Alaa
   et al. 2022, sec. 3): about a half for fresh data (0.38 in the plane), 0 for copies.
+
+Where a training mirrors its images, an image and its mirror image are one datum, as far away as the nearer of the two.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ class Pair:
         index: of the sample.
         neighbour: position of the datum among the real features.
         image: the sample, uint8 ``[H, W, C]``.
+        mirrored: whether it is the datum's mirror image that is nearest.
     """
 
     distance: float
     index: int
     neighbour: int
     image: np.ndarray
+    mirrored: bool = False
 
 
 class Memorisation(RowsMetric):
@@ -51,13 +55,16 @@ class Memorisation(RowsMetric):
     Args:
         real: features of the training data.
         pairs: so many of the samples closest to a training datum are kept to be looked at.
+        mirrored: features of the same data mirrored left to right, float32 ``[M, D]``, where the training saw those.
     """
 
-    def __init__(self, real: Neighbourhood, pairs: int = 0) -> None:
+    def __init__(self, real: Neighbourhood, pairs: int = 0, mirrored: Tensor | None = None) -> None:
         super().__init__(torch.float64)
         self.real = real
         self.pairs = pairs
+        self.mirrored = mirrored
         self._closest: list[Pair] = []
+        self._between: Tensor | None = None
 
     def reset(self) -> None:
         """Forget the samples."""
@@ -72,19 +79,41 @@ class Memorisation(RowsMetric):
             index: int64 ``[B]``.
             images: uint8 ``[B, H, W, C]``.
         """
-        distances, positions = nearest_exactly(features, self.real.features, 2, self.real.device, self.real.block_mb)
-        super().update(torch.cat((distances, positions[:, :1].double()), dim=1), index)
+        distances, positions = self._nearest(features, self.real.features)
+        mirrored = torch.zeros(len(features), dtype=torch.bool)
+        if self.mirrored is not None:
+            found = self._nearest(features, self.mirrored)
+            mirrored = found[0][:, 0] < distances[:, 0]
+            distances, order = torch.cat((distances, found[0]), dim=1).sort(dim=1, stable=True)
+            positions = torch.cat((positions, found[1]), dim=1).gather(1, order)
+        nearest = positions[:, :1]
+        second = distances.masked_fill(positions == nearest, float("inf")).amin(1)  # Of another datum.
+        super().update(torch.stack((distances[:, 0], second, nearest[:, 0].double()), dim=1), index)
         if images is not None and self.pairs:
-            found = [
-                Pair(float(distances[k, 0]), int(index[k]), int(positions[k, 0]), images[k])
-                for k in distances[:, 0].argsort()[: self.pairs].tolist()
+            pairs = [
+                Pair(float(distances[k, 0]), int(index[k]), int(nearest[k, 0]), images[k], bool(mirrored[k]))
+                for k in distances[:, 0].argsort(stable=True)[: self.pairs].tolist()
             ]
-            self._closest = _smallest([*self._closest, *found], self.pairs)
+            self._closest = _smallest([*self._closest, *pairs], self.pairs)
+
+    def _nearest(self, queries: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        return nearest_exactly(queries, points, 2, self.real.device, self.real.block_mb)
+
+    def _between_data(self) -> Tensor:
+        """Distance of each training datum to the nearest of the others: float64 ``[M]``."""
+        if self._between is None:
+            self._between = self.real.nearest_other()
+            if self.mirrored is not None:
+                distances, positions = self._nearest(self.real.features, self.mirrored)
+                itself = positions == torch.arange(len(positions))[:, None]
+                across = distances.masked_fill(itself, float("inf")).amin(1)
+                self._between = torch.minimum(self._between, across)
+        return self._between
 
     def compute(self) -> dict[str, Tensor]:
         """What each of the samples of all processes contributes; the metrics are the means, float64 ``[N]`` each."""
         first, second, position = self.all_rows().unbind(1)
-        between = self.real.nearest_other()
+        between = self._between_data()
         # Where the data hold a datum twice, a copy of it has 0 / 0: no sign of a new sample.
         ratio = torch.where(second > 0.0, first / second, 0.0)
         return {

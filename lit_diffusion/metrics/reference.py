@@ -55,15 +55,23 @@ class RealData:
     record: dict[str, Any]
 
     @classmethod
-    def of(cls, source: Source, indices: Tensor, split: str) -> RealData:
-        """Data number ``indices`` of a source: their own grey levels, brought to 0 .. 255; points as they are."""
+    def of(cls, source: Source, indices: Tensor, split: str, mirrored: bool = False) -> RealData:
+        """Data number ``indices`` of a source: their own grey levels, brought to 0 .. 255; points as they are.
+
+        Args:
+            source: where they come from.
+            indices: int64 ``[N]``, which of them.
+            split: what part of the source that is, for the record.
+            mirrored: images left to right, as a training that flips sees half of them.
+        """
         levels = source.levels
 
         def values(positions: Tensor) -> np.ndarray:
             found = np.stack([source.value(int(i)) for i in indices[positions]])
             if levels is None:
                 return found.astype(np.float32)
-            return to_uint8(torch.from_numpy(found).double() / (levels - 1), (0.0, 1.0))
+            images = to_uint8(torch.from_numpy(found).double() / (levels - 1), (0.0, 1.0))
+            return images[:, :, ::-1].copy() if mirrored else images
 
         chosen = hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]
         record = {
@@ -73,6 +81,8 @@ class RealData:
             "indices": chosen,
             "levels": levels,
         }
+        if mirrored:
+            record["mirrored"] = True
         return cls(values, len(indices), tuple(source.shape), record)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.metrics.bootstrap import bootstrap_interval
+from lit_diffusion.metrics.bootstrap import bootstrap_interval, unanimous_interval
 from lit_diffusion.metrics.clip_score import CLIPScore
 from lit_diffusion.metrics.features import CLIP, Extractor
 from lit_diffusion.metrics.frechet import FrechetDistance, frechet_distance, gaussian_of, require_enough_for_infinity
-from lit_diffusion.metrics.gathering import RowsMetric
+from lit_diffusion.metrics.gathering import RowsMetric, summed
 from lit_diffusion.metrics.inception_score import InceptionScore, scores_of_parts
 from lit_diffusion.metrics.kernel import KernelDistance
 from lit_diffusion.metrics.manifolds import ManifoldMetrics
@@ -39,6 +39,7 @@ DEFAULT_METRICS: tuple[MetricName, ...] = (
     "memorisation",
 )
 _MANIFOLDS = ("precision", "recall", "density", "coverage")
+_SHARES = frozenset({"precision", "recall", "coverage", "near_copies", "memorised", "authenticity"})
 _MEMORISATION = ("near_copies", "nn_ratio", "memorised", "authenticity")
 HIGHER_IS_BETTER = frozenset({"is", "precision", "recall", "density", "coverage", "clip_score"})
 
@@ -92,6 +93,8 @@ class ScoreOptions:
             least = {"bootstrap": 0, "seed": 0, "kid_subset_size": 2}.get(name, 1)
             if value < least:
                 raise UserError(f"{name} is {value}; give at least {least}")
+        if self.bootstrap == 1:
+            raise UserError("bootstrap is 1, and one resample has no spread; give some hundreds, or 0 for no intervals")
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,11 @@ class Result:
     Attributes:
         values: by their names.
         errors: standard deviation over the parts or subsets, or standard error, of those that have one.
-        intervals: 95 % bootstrap intervals, where asked for.
+        intervals: 95 % bootstrap intervals, where asked for; of shares of 0 and 1 the exact binomial ones.
         protocol: how all of them were made.
         pairs: samples closest to training data, each with the datum's position in the reference.
         flagged: whether the samples look like copies of training data.
+        left_out: metrics, errors and intervals that are not there, each with the reason.
     """
 
     values: dict[str, float]
@@ -113,6 +117,15 @@ class Result:
     protocol: dict[str, Any]
     pairs: list[Pair] = field(default_factory=list)
     flagged: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left_out_line(self) -> str:
+        """What was left out and why, a reason once; empty where nothing was."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            names.setdefault(reason, []).append(name)
+        return "; ".join(f"{', '.join(them)} ({reason})" for reason, them in names.items())
 
 
 def choose_metrics(
@@ -123,6 +136,7 @@ def choose_metrics(
     options: ScoreOptions,
     has_features: bool = True,
     has_captions: bool = False,
+    training_count: int | None = None,
 ) -> list[MetricName]:
     """Those asked for, each checked before any work; of the default ones, those that can be had.
 
@@ -134,22 +148,46 @@ def choose_metrics(
         options: of the metrics.
         has_features: whether the real features are known, not their moments alone.
         has_captions: whether the samples have captions.
+        training_count: of training data, where these are not the real data; None: they are.
 
     Raises:
         UserError: for one that cannot be computed of these.
     """
-    for metric in wanted or ():
-        require_choice("", "metrics", metric, get_args(MetricName))
-    chosen: list[MetricName] = []
-    for metric in wanted if wanted is not None else DEFAULT_METRICS:
-        reason = _refused(metric, extractor, count, real_count, options, has_features, has_captions)
-        if reason is None:
-            chosen.append(metric)
-        elif wanted is not None:
-            raise UserError(f"{metric} cannot be had: {reason}")
+    given = (extractor, count, real_count, options, has_features, has_captions, training_count)
+    refused = metrics_left_out(wanted, *given)
+    if wanted is not None and refused:
+        metric, reason = next(iter(refused.items()))
+        raise UserError(f"{metric} cannot be had: {reason}")
+    chosen = [metric for metric in (DEFAULT_METRICS if wanted is None else wanted) if metric not in refused]
     if not chosen:
         raise UserError(f"no metric can be had of {count} samples and {real_count} real data; give more of both")
     return list(dict.fromkeys(chosen))
+
+
+def metrics_left_out(
+    wanted: Sequence[MetricName] | None,
+    extractor: Extractor,
+    count: int,
+    real_count: int,
+    options: ScoreOptions,
+    has_features: bool = True,
+    has_captions: bool = False,
+    training_count: int | None = None,
+) -> dict[str, str]:
+    """Why each of those metrics that cannot be had cannot; the arguments are those of :func:`choose_metrics`.
+
+    Raises:
+        UserError: for a metric that there is not.
+    """
+    for metric in wanted or ():
+        require_choice("", "metrics", metric, get_args(MetricName))
+    training = real_count if training_count is None else training_count
+    left_out: dict[str, str] = {}
+    for metric in DEFAULT_METRICS if wanted is None else wanted:
+        reason = _refused(metric, extractor, count, real_count, options, has_features, has_captions, training)
+        if reason is not None:
+            left_out[metric] = reason
+    return left_out
 
 
 def _refused(
@@ -160,6 +198,7 @@ def _refused(
     options: ScoreOptions,
     has_features: bool,
     has_captions: bool,
+    training_count: int,
 ) -> str | None:
     if metric == "is":
         if not extractor.has_logits:
@@ -181,7 +220,7 @@ def _refused(
         k = max(options.precision_neighbours, options.density_neighbours)
         if min(count, real_count, options.manifold_samples) <= k:
             return f"neighbourhoods of {k} need more than {k} samples and data"
-    if metric == "memorisation" and real_count < 2:
+    if metric == "memorisation" and training_count < 2:
         return "it needs at least 2 training data"
     if metric == "clip_score" and not has_captions:
         return "the samples have no captions"
@@ -201,6 +240,9 @@ class Scores:
         options: of the metrics.
         pairs: so many of the samples closest to real data are kept to be looked at.
         clip: embeds images and captions for the CLIP score; None: the extractor itself.
+        training: what the samples may be copies of; None: the reference.
+        mirrored: the same data mirrored left to right, where the training saw those too.
+        left_out: metrics that cannot be had, with the reasons, for the results.
     """
 
     def __init__(
@@ -212,10 +254,16 @@ class Scores:
         options: ScoreOptions | None = None,
         pairs: int = 0,
         clip: CLIP | None = None,
+        training: Reference | None = None,
+        mirrored: Reference | None = None,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
         self.metrics = tuple(metrics)
         self.extractor = extractor
         self.reference = reference
+        self.training = training if training is not None else reference
+        self.mirrored = mirrored
+        self.left_out = dict(left_out or {})
         self.shape = shape
         self.options = options = options or ScoreOptions()
         self.count = 0
@@ -238,7 +286,11 @@ class Scores:
                 real, options.precision_neighbours, options.density_neighbours, options.manifold_samples
             )
         self._memorisation = (
-            Memorisation(Neighbourhood(reference.features, device, options.block_mb), pairs)
+            Memorisation(
+                Neighbourhood(self.training.features, device, options.block_mb),
+                pairs,
+                None if mirrored is None else mirrored.features,
+            )
             if "memorisation" in metrics
             else None
         )
@@ -325,10 +377,15 @@ class Scores:
 
         Raises:
             UserError: where the figures cannot be had of so many.
+            ValueError: if so many were not taken in.
         """
+        taken = int(summed(torch.tensor(float(self.count))))
+        if taken != total:
+            raise ValueError(f"{taken} samples were taken in, the figures' names would say {total}")
         values: dict[str, float] = {}
         errors: dict[str, float] = {}
         intervals: dict[str, tuple[float, float]] = {}
+        left_out = dict(self.left_out)
         pairs: list[Pair] = []
         flagged = False
 
@@ -341,8 +398,14 @@ class Scores:
 
         def note_mean(metric: str, parts: Tensor) -> None:
             key = note(metric, float(parts.mean()))
-            if self.options.bootstrap:
+            if not self.options.bootstrap:
+                return
+            if bool((parts != parts[0]).any()):
                 intervals[key] = self._interval(lambda chosen: float(parts[chosen].mean()), len(parts))
+            elif metric in _SHARES:
+                intervals[key] = unanimous_interval(values[key], len(parts))
+            else:
+                left_out[f"{metric} interval"] = "all resamples give the same value"
 
         if self._frechet is not None:
             if "fid" in self.metrics:
@@ -355,7 +418,12 @@ class Scores:
             if "fid_infinity" in self.metrics:
                 note("fid_infinity", *self._frechet.infinity())
         if self._inception is not None:
-            key = note("is", *self._inception.compute())
+            score, deviation = self._inception.compute()
+            key = note("is", score)
+            if self.options.is_splits > 1 and total >= 2 * self.options.is_splits:
+                errors[key] = deviation
+            else:
+                left_out["is error"] = f"{self.options.is_splits} parts of {total} samples have no spread"
             if self.options.bootstrap:
                 logits = self._inception.shuffled()
                 parts = self.options.is_splits
@@ -363,7 +431,15 @@ class Scores:
                     lambda chosen: float(np.mean(scores_of_parts(logits[chosen], parts))), len(logits)
                 )
         if self._kernel is not None:
-            note("kid", *self._kernel.compute())
+            distance, deviation = self._kernel.compute()
+            key = note("kid", distance)
+            if self._kernel.has_error(total):
+                errors[key] = deviation
+            else:
+                _, size = self._kernel.drawn(total)
+                left_out["kid error"] = (
+                    f"subsets of {size} share most of {total} samples and {len(self._kernel.reference)} data"
+                )
         if self._manifolds is not None:
             manifolds = self._manifolds.compute()
             for metric in _MANIFOLDS:
@@ -376,8 +452,14 @@ class Scores:
             pairs = self._memorisation.closest()
             flagged = float(scores["near_copies"].mean()) > FLAGGED_ABOVE
         if self._clip is not None:
-            note("clip_score", *self._clip.compute())
-        return Result(values, errors, intervals, self.protocol(total), pairs, flagged)
+            score, error = self._clip.compute()
+            key = note("clip_score", score)
+            if total > 1:
+                errors[key] = error
+            else:
+                left_out["clip_score error"] = "one image has no spread"
+        protocol = {**self.protocol(total), **self._of_fewer_or_others()}
+        return Result(values, errors, intervals, protocol, pairs, flagged, left_out)
 
     def _interval(self, statistic: Callable[[Tensor], float], count: int) -> tuple[float, float]:
         return bootstrap_interval(statistic, count, self.options.bootstrap, self.options.seed)
@@ -390,13 +472,14 @@ class Scores:
             "reference": self.reference.key,
             "reference_source": record.get("reference_source"),
             "split": record.get("split"),
-            "n_real": self.reference.gaussian.count,
+            "n_real": self.reference.gaussian.count or None,
             "n_fake": total,
         }
         if self._inception is not None:
             protocol["is_splits"] = options.is_splits
         if self._kernel is not None:
-            protocol |= {"kid_subsets": options.kid_subsets, "kid_subset_size": options.kid_subset_size}
+            subsets, size = self._kernel.drawn(total)
+            protocol |= {"kid_subsets": subsets, "kid_subset_size": size}
         if self._manifolds is not None:
             protocol |= {
                 "precision_neighbours": options.precision_neighbours,
@@ -408,7 +491,32 @@ class Scores:
         if self._clip is not None:
             assert self._captioner is not None
             protocol |= {"clip": self._captioner.model, "clip_sha256": self._captioner.sha256}
+        if options.bootstrap:
+            protocol["bootstrap"] = options.bootstrap
+            if self._manifolds is not None:
+                protocol["bootstrap_of"] = "samples; of recall and coverage the real data"
         return protocol
+
+    def _of_fewer_or_others(self) -> dict[str, Any]:
+        """Where a metric is not of all the reference's data, or is of others: how many, and which."""
+        found: dict[str, Any] = {}
+        reference, training = self.reference, self.training
+        if self._kernel is not None and len(reference.features) != reference.gaussian.count:
+            found["kid_n_real"] = len(reference.features)
+        if self._memorisation is None:
+            return found
+        if training is not reference:
+            found |= {
+                "memorisation_reference": training.key,
+                "memorisation_source": training.record.get("reference_source"),
+                "memorisation_split": training.record.get("split"),
+                "memorisation_n_real": len(training.features),
+            }
+        elif len(training.features) != training.gaussian.count:
+            found["memorisation_n_real"] = len(training.features)
+        if self.mirrored is not None:
+            found["memorisation_mirrored"] = True
+        return found
 
 
 class _Rows(RowsMetric):

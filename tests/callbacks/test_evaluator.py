@@ -24,7 +24,7 @@ from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import image_grid, to_uint8
-from lit_diffusion.metrics import Scores, load_extractor
+from lit_diffusion.metrics import Result, Scores, load_extractor
 from lit_diffusion.metrics.reference import RealData, reference_of
 from lit_diffusion.metrics.scores import DEFAULT_METRICS
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
@@ -141,7 +141,7 @@ def test_the_protocol_says_how(tmp_path):
         "n_fake": 40,
         "is_splits": 10,
         "kid_subsets": 100,
-        "kid_subset_size": 1000,
+        "kid_subset_size": 40,
         "precision_neighbours": 3,
         "density_neighbours": 5,
         "manifold_n_real": 1761,
@@ -318,6 +318,68 @@ def test_the_picture_has_each_sample_above_its_nearest_training_image(tmp_path, 
     assert event["distances"] == pytest.approx(nearest.values[chosen].tolist(), abs=1e-4)
     without = evaluated(tmp_path / "b", 64, metrics=IMAGE)
     assert events(without.run_dir, "picture") == []
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_copies_are_those_of_training_images_whatever_the_reference_and_whichever_way_round(tmp_path, capsys, flip):
+    class Mirrored(Fixed):
+        def start(self, process, noise):
+            return super().start(process, noise).flip(-1)
+
+    data = digits_data(flip=flip)
+    (event,) = evaluated(
+        tmp_path, 64, data=data, sampler=Mirrored() if flip else Fixed(), reference="held_out", metrics=None
+    ).events
+    assert event["near_copies/digits-40"] == event["memorised/digits-40"] == 1.0
+    assert event["authenticity/digits-40"] == 0.0
+    assert "look like copies of training images" in capsys.readouterr().out
+    protocol = event["protocol"]
+    assert (protocol["split"], protocol["n_real"]) == ("held_out", 36)
+    assert (protocol["memorisation_split"], protocol["memorisation_n_real"]) == ("train", 1761)
+    assert protocol["memorisation_reference"] != protocol["reference"]
+    assert protocol.get("memorisation_mirrored", False) is flip
+    assert protocol.get("reference_mirrored") is (False if flip else None)
+    (picture,) = events(tmp_path / "run", "picture")
+    both = np.asarray(Image.open(tmp_path / "run" / picture["file"]))
+    gap = np.flatnonzero((both == 64).all(1))
+    middle = gap[gap > gap[0] + len(both) // 4][0]  # The samples above it, the images below.
+    height = middle - len(gap) // 3
+    assert np.array_equal(both[len(gap) // 3 :][:height], both[middle + len(gap) // 3 :][:height])
+
+
+def test_without_mirroring_a_mirror_image_is_no_copy(tmp_path):
+    class Mirrored(Fixed):
+        def start(self, process, noise):
+            return super().start(process, noise).flip(-1)
+
+    (event,) = evaluated(tmp_path, 64, sampler=Mirrored(), metrics=["fid", "memorisation"]).events
+    assert event["near_copies/digits-40"] < 0.5
+    assert not [key for key in event["protocol"] if key.startswith("memorisation")]
+
+
+def test_what_was_left_out_is_said_once_and_written_every_time(tmp_path, capsys):
+    run = evaluated(tmp_path, 128, reference="held_out", samples=5)
+    expected = {
+        "is": "10 parts need at least as many samples, there are 5",
+        **dict.fromkeys(
+            ("precision", "recall", "density", "coverage"), "neighbourhoods of 5 need more than 5 samples and data"
+        ),
+        "kid error": "subsets of 5 share most of 5 samples and 36 data",
+    }
+    assert [event["left_out"] for event in run.events] == [expected, expected]
+    assert capsys.readouterr().out.count("left out: is (10 parts") == 1
+    assert all(event["errors"] == {} for event in run.events)
+
+
+def test_a_test_says_what_differed_between_its_seeds(monkeypatch):
+    """A solver that chooses its steps takes other numbers of them."""
+    same = {"weights": "ema", "sampler": "ode"}
+    results = [Result({"fid-40": 1.0}, {}, {}, {**same, "seed": k, "network_evaluations": 10 + k}) for k in (0, 1)]
+    told = []
+    logger = SimpleNamespace(record=lambda event, values: told.append(values["protocol"]))
+    monkeypatch.setattr(module, "run_logger_of", lambda trainer: logger)
+    Evaluator(test_seeds=(0, 1))._report(SimpleNamespace(), results)
+    assert told == [{**same, "network_evaluations": [10, 11], "seeds": [0, 1]}]
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ def given(tmp_path_factory):
     np.savez(folder / "one.npz", arr_0=images[:1])
     np.savez(folder / "floats.npz", arr_0=images / 255.0)
     np.savez(folder / "large.npz", arr_0=np.zeros((30, 16, 16, 1), np.uint8))
+    gaussian = gaussian_of(load_extractor("digits", (1, 8, 8))(digit_images(100, 80)).features)
+    np.savez(folder / "moments.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
     np.savez(folder / "wrong_moments.npz", mu=np.zeros(3), sigma=np.eye(3))
     for name in ("corrupt", "two_sizes"):
         save_folder(folder / name, images)
@@ -102,8 +104,13 @@ def test_images_against_themselves(evaluate, capsys):
     for name in ("precision", "recall", "coverage", "near_copies", "memorised"):
         assert values[f"{name}/digits-60"] == 1.0
     assert "note: many samples are copies of reference images" in capsys.readouterr().out
-    evaluate("images.npz", "others.npz")
+    found = evaluate("images.npz", "others.npz")
     assert "copies of reference" not in capsys.readouterr().out
+    assert found["protocol"]["memorisation_split"] == "the reference as given, whatever the model was trained on"
+    assert "caveat" not in found["protocol"]
+    itself = evaluate("images.npz", "images.npz")["protocol"]["caveat"]
+    assert itself == "the samples are the reference itself, so these figures are of no model"
+    assert f"note: {itself}" in capsys.readouterr().out
 
 
 def test_what_is_written_and_printed(evaluate, capsys, given):
@@ -127,6 +134,33 @@ def test_what_is_written_and_printed(evaluate, capsys, given):
     assert "fewer than" not in capsys.readouterr().out
 
 
+def test_what_one_image_has_not_is_said(evaluate, capsys):
+    found = evaluate("one.npz", "others.npz")
+    assert set(found["values"]) == {
+        f"{name}/digits-1" for name in ("near_copies", "nn_ratio", "memorised", "authenticity")
+    }
+    assert found["left_out"]["fid"] == found["left_out"]["kid"] == "it needs at least 2 samples, there are 1"
+    assert set(found["left_out"]) == {"fid", "is", "kid", "precision", "recall", "density", "coverage"}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    for name, reason in found["left_out"].items():
+        assert name in line
+        assert reason in line
+    moments = evaluate("images.npz", "moments.npz")
+    assert set(moments["left_out"]) == {"kid", "precision", "recall", "density", "coverage", "memorisation"}
+    assert moments["protocol"]["n_real"] is None
+    assert evaluate("images.npz", "others.npz", "--metrics", "fid,precision")["left_out"] == {}
+
+
+def test_subsets_that_are_the_whole_set_are_no_error(evaluate):
+    found = evaluate("images.npz", "images.zip", "--metrics", "kid")
+    assert found["errors"] == {}
+    assert (found["protocol"]["kid_subsets"], found["protocol"]["kid_subset_size"]) == (1, 60)
+    assert found["left_out"] == {"kid error": "subsets of 60 share most of 60 samples and 60 data"}
+    some = evaluate("images.npz", "others.npz", "--metrics", "kid", "--kid_subset_size", 30)
+    assert some["errors"]["kd/digits-60"] > 0.0
+    assert (some["protocol"]["kid_subsets"], some["protocol"]["kid_subset_size"]) == (100, 30)
+
+
 def test_the_batch_changes_nothing(evaluate):
     one, other = (evaluate("images.npz", "others.npz", "--batch_size", size)["values"] for size in (7, 250))
     assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
@@ -142,10 +176,7 @@ def test_intervals_where_asked_for(evaluate, capsys):
     assert low < found["values"]["precision/digits-60"] < high
 
 
-def test_moments_alone_are_enough_for_the_frechet_distance_alone(evaluate, given):
-    extractor = load_extractor("digits", (1, 8, 8))
-    gaussian = gaussian_of(extractor(digit_images(100, 80)).features)
-    np.savez(given / "moments.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
+def test_moments_alone_are_enough_for_the_frechet_distance_alone(evaluate):
     found = evaluate("images.npz", "moments.npz")
     assert set(found["values"]) == {"fd/digits-60", "is/digits-60"}  # the latter knows nothing of the reference
     images = evaluate("images.npz", "others.npz", "--metrics", "fid")

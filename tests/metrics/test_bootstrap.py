@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from lit_diffusion.metrics import bootstrap_interval, frechet_distance, gaussian_of
+from lit_diffusion.metrics.bootstrap import unanimous_interval
 
 
 def normal(count, seed, dimension=1):
@@ -70,3 +72,11 @@ def test_the_seed_decides():
     mean = lambda chosen: float(x[chosen].mean())
     assert bootstrap_interval(mean, 50, 50, 1) == bootstrap_interval(mean, 50, 50, 1)
     assert bootstrap_interval(mean, 50, 50, 1) != bootstrap_interval(mean, 50, 50, 2)
+
+
+@pytest.mark.parametrize("count", [1, 7, 500])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_none_or_all_has_the_exact_interval(share, count):
+    """Of no copies among seven samples nobody knows that there are none among a thousand."""
+    expected = binomtest(int(share * count), count).proportion_ci(0.95)
+    assert unanimous_interval(share, count) == pytest.approx((expected.low, expected.high), rel=1e-9)

@@ -75,6 +75,25 @@ def test_near_equal_sets_keep_their_digits():
     )
 
 
+def test_the_deviation_over_subsets_is_an_error_only_where_they_differ():
+    """Against what other sets of the same laws would give."""
+    spread = np.std([squared_mmd(features(30, k).double(), features(30, 10**6 + k).double()) for k in range(100)])
+    for size, count, honest in ((30, 300, True), (225, 300, True), (226, 300, False), (1000, 300, False)):
+        metric = KernelDistance(features(301, 2), 100, size)
+        assert metric.has_error(count) is honest
+    metric = KernelDistance(features(300, 2), 100, 30)
+    metric.update(features(300, 1), torch.arange(300))
+    assert metric.compute()[1] == pytest.approx(spread, rel=0.4)
+    assert not KernelDistance(features(300, 2), 1, 30).has_error(300)
+
+
+def test_of_two_whole_sets_there_is_one_subset():
+    metric = KernelDistance(features(50, 2), 100, 1000)
+    assert (metric.drawn(50), metric.drawn(40), metric.drawn(60)) == ((1, 50), (100, 40), (100, 50))
+    metric.update(x := features(50, 1), torch.arange(50))
+    assert metric.compute() == (pytest.approx(squared_mmd(x.double(), features(50, 2).double()), rel=1e-9), 0.0)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_sample_has_no_pair(count):
     with pytest.raises(UserError, match="at least 2 of each set"):

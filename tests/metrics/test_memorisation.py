@@ -103,3 +103,35 @@ def test_pairs_of_equal_distance_are_in_the_order_of_their_numbers():
 
 def test_two_training_data_are_enough():
     assert means(points(10, 1), TRAINING[:2])["nn_ratio"] <= 1.0
+
+
+def test_where_training_mirrors_a_datum_is_as_far_as_the_nearer_of_its_two_sides():
+    training, samples = points(300, 0, 3), points(100, 1, 3)
+    training[:5, 0] = 0.0  # Their own mirror images.
+    training[10] = training[11] * torch.tensor([-1.0, 1.0, 1.0])  # A datum that the data hold both ways round.
+    mirror = lambda x: x * torch.tensor([-1.0, 1.0, 1.0])
+    samples[:5], samples[5:20] = training[:5], mirror(training[20:35])
+    metric = Memorisation(Neighbourhood(training, CPU), 4, mirror(training))
+    for part in torch.arange(100).split(30):
+        metric.update(samples[part], part, np.zeros((len(part), 1, 1, 1), np.uint8))
+    distance = lambda a, b: torch.minimum(
+        torch.cdist(a.double(), b.double()), torch.cdist(a.double(), mirror(b).double())
+    )
+    d = distance(samples, training).sort(dim=1)
+    own = distance(training, training).fill_diagonal_(float("inf")).amin(1)
+    found = metric.compute()
+    first, second = d.values[:, 0], d.values[:, 1]
+    # cdist rounds what is 0; the metric does not.
+    torch.testing.assert_close(found["nn_ratio"], first / second, atol=1e-6, rtol=1e-6)
+    assert found["memorised"][:20].tolist() == found["near_copies"][:20].tolist() == [1.0] * 20
+    near = first < torch.quantile(own, 0.01)
+    near[:20] = True
+    torch.testing.assert_close(found["near_copies"], near.double())
+    torch.testing.assert_close(found["authenticity"], (first > own[d.indices[:, 0]] + 1e-6).double())
+    assert [(pair.index, pair.neighbour, pair.mirrored) for pair in metric.closest()] == [
+        (n, n, False) for n in range(4)
+    ]
+    metric.pairs = 6
+    metric.reset()
+    metric.update(samples[5:11], torch.arange(6), np.zeros((6, 1, 1, 1), np.uint8))
+    assert [(pair.neighbour, pair.mirrored) for pair in metric.closest()] == [(20 + n, True) for n in range(6)]

@@ -30,6 +30,7 @@ from lit_diffusion.metrics.scores import (
     count_label,
     is_better,
     metric_key,
+    metrics_left_out,
 )
 
 OPTIONS = ScoreOptions(is_splits=4, kid_subsets=5, kid_subset_size=30, manifold_samples=50)
@@ -307,6 +308,101 @@ def test_the_protocol_says_what_the_figures_depend_on():
     }
 
 
+def test_the_protocol_says_what_was_measured_of_other_data_or_fewer():
+    """Features are kept of some of very many data, and copies may be looked for among others than the reference."""
+    x = points(80, 1)
+    assert not {key for key in scores_of(x).compute(80).protocol if key.endswith("_n_real")} - {"manifold_n_real"}
+    reference = reference_to(points(60, 0), split="held_out")
+    reference = replace(reference, gaussian=replace(reference.gaussian, count=1234))
+
+    def protocol(**keys):
+        scores = Scores(ALL, Linear(), reference, (3,), OPTIONS, **keys)
+        scores.update(x, torch.arange(80))
+        return scores.compute(80).protocol
+
+    fewer = protocol()
+    assert (fewer["n_real"], fewer["kid_n_real"], fewer["memorisation_n_real"]) == (1234, 60, 60)
+    training = reference_to(x, split="train", reference_source="t")
+    others = protocol(training=training, mirrored=reference_to(-x))
+    assert others["memorisation_reference"] == training.key != others["reference"]
+    assert (others["memorisation_source"], others["memorisation_split"]) == ("t", "train")
+    assert (others["memorisation_n_real"], others["memorisation_mirrored"]) == (80, True)
+
+
+def test_copies_are_looked_for_among_the_training_data_and_their_mirror_images():
+    x = points(80, 1)
+    for training, mirrored in ((x, -x), (-x, x)):
+        both = {"training": reference_to(training), "mirrored": reference_to(mirrored)}
+        result = scores_of(x, metrics=("memorisation",), real=points(60, 5), **both).compute(80)
+        assert result.values["near_copies/digits-80"] == 1.0
+        assert result.flagged
+    assert not scores_of(x, metrics=("memorisation",), real=x, training=reference_to(-x)).compute(80).flagged
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "left_out"),
+    [
+        ({"kid_subset_size": 1000}, 60, {"kid error": "subsets of 60 share most of 60 samples and 60 data"}),
+        ({"kid_subset_size": 50}, 80, {"kid error": "subsets of 50 share most of 80 samples and 60 data"}),
+        ({"is_splits": 1}, 80, {"is error": "1 parts of 80 samples have no spread"}),
+        ({"is_splits": 50}, 80, {"is error": "50 parts of 80 samples have no spread"}),
+        ({}, 80, {}),
+    ],
+)
+def test_an_error_bar_that_is_none_is_left_out_and_said(options, count, left_out):
+    options = replace(OPTIONS, **options)
+    result = scores_of(points(count, 1), metrics=("is", "kid"), options=options).compute(count)
+    assert result.left_out == left_out
+    assert {f"{key.split('/')[0].replace('kd', 'kid')} error" for key in result.values} - {
+        f"{key.split('/')[0].replace('kd', 'kid')} error" for key in result.errors
+    } == set(left_out)
+    size = min(options.kid_subset_size, count, 60)
+    assert result.protocol["kid_subset_size"] == size
+    assert result.protocol["kid_subsets"] == (1 if size == count else 5)
+
+
+def test_intervals_say_what_was_resampled_and_are_never_empty():
+    options = replace(OPTIONS, bootstrap=20)
+    real = points(60, 0)
+    result = scores_of(real.copy(), metrics=("precision", "recall", "memorisation"), options=options, real=real)
+    found = result.compute(60)
+    assert found.values["near_copies/digits-60"] == 1.0
+    assert found.intervals["near_copies/digits-60"] == pytest.approx((0.025 ** (1 / 60), 1.0))
+    assert found.left_out == {"nn_ratio interval": "all resamples give the same value"}
+    assert (found.protocol["bootstrap"], found.protocol["bootstrap_of"]) == (
+        20,
+        "samples; of recall and coverage the real data",
+    )
+    assert all(low < high for low, high in found.intervals.values())
+    with pytest.raises(UserError, match="bootstrap is 1, and one resample has no spread"):
+        ScoreOptions(bootstrap=1)
+
+
+def test_what_is_left_out_is_said_a_reason_once():
+    left_out = metrics_left_out(None, load_extractor("points", (3,)), 1, 100, OPTIONS)
+    assert left_out == {
+        "fid": "it needs at least 2 samples, there are 1",
+        "is": "the Inception Score needs a classifier, extractor points is none",
+        "kid": "it needs at least 2 samples, there are 1",
+        **dict.fromkeys(
+            ("precision", "recall", "density", "coverage"), "neighbourhoods of 5 need more than 5 samples and data"
+        ),
+    }
+    scores = scores_of(points(1, 1), metrics=("memorisation",), left_out=left_out)
+    result = scores.compute(1)
+    assert result.left_out == left_out
+    assert result.left_out_line.startswith("fid, kid (it needs at least 2 samples, there are 1); is (")
+    assert metrics_left_out(["fid"], Linear(), 9, 9, OPTIONS) == {}
+    assert metrics_left_out(None, Linear(), 100, 100, OPTIONS, training_count=1) == {
+        "memorisation": "it needs at least 2 training data"
+    }
+
+
+def test_a_name_holds_the_number_that_was_measured():
+    with pytest.raises(ValueError, match="80 samples were taken in, the figures' names would say 100"):
+        scores_of(points(80, 1), metrics=("fid",)).compute(100)
+
+
 def test_captions_are_scored_by_clip():
     class Clip(CLIP):
         def __init__(self):
@@ -327,6 +423,13 @@ def test_captions_are_scored_by_clip():
     assert clip.seen == ["a", "b", "c"]
     assert result.values == {"clip_score-3": pytest.approx(100.0 / 3.0)}
     assert (result.protocol["clip"], result.protocol["clip_sha256"]) == ("clip-vit-b-32", "abc")
+    assert set(result.errors) == {"clip_score-3"}
+    scores.reset()
+    scores.update(x[:1], torch.arange(1), ["a"])
+    assert (scores.compute(1).errors, scores.compute(1).left_out) == (
+        {},
+        {"clip_score error": "one image has no spread"},
+    )
 
 
 def test_a_sample_counts_once():
