@@ -168,6 +168,7 @@ def load(path: str | Path, weights: str | None = None, device: str | torch.devic
     method.load_state_dict(checkpoint["state_dict"])
     state = checkpoint[CHECKPOINT_KEY]
     method.facts = DataFacts.from_plain(state["facts"])
+    method.require_fitting_classes()
     method.clock.images, method.clock.steps = state["images_seen"], state["steps"]
     method.run_config = state["config"]
     ema = checkpoint.get("callbacks", {}).get("EMA")

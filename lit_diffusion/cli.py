@@ -40,6 +40,7 @@ from lit_diffusion.checkpoints import (
     read_checkpoint,
     require_fitting_weights,
 )
+from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import packaged_experiment
@@ -205,6 +206,7 @@ class CLI(LightningCLI):
         method = build_method(section.model.as_dict())
         method.seed = section.seed_everything
         method.facts = self.datamodule.facts
+        method.require_fitting_classes(self.datamodule)
         method.clock.batch = self.datamodule.global_batch_size
         self._load_weights(method, section)
         return method
@@ -214,6 +216,10 @@ class CLI(LightningCLI):
             if self.continues:
                 self._require_same_method(section)
             require_fitting_weights(method, self.checkpoint["state_dict"], section.ckpt_path)
+            trained = self.checkpoint[CHECKPOINT_KEY]["facts"]
+            if trained is not None and method.num_classes is not None:
+                trained = DataFacts.from_plain(trained)
+                self.datamodule.facts.require_classes_of(trained, f"checkpoint {section.ckpt_path}")
             method.on_load_checkpoint(self.checkpoint)  # Now, so that the first event of the run says where it starts.
             print_note(f"checkpoint {section.ckpt_path}: {method.clock.images} images seen")
             self._print_differences(section)

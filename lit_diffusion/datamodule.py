@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as IndexSampler
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.data.facts import DataFacts, in_brief
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
 from lit_diffusion.interrupts import leave_it_to_the_main_process
@@ -59,13 +59,13 @@ class Batch:
 class _Numbered(Dataset[tuple[np.ndarray, int, int]]):
     """Items ``(number in the run, index in the source)`` to their value, label and number."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, labels: np.ndarray | None) -> None:
         self.source = source
+        self.labels = labels
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int, int]:
         number, index = item
-        label = self.source.label(index)
-        return self.source.value(index), -1 if label is None else label, number
+        return self.source.value(index), -1 if self.labels is None else int(self.labels[index]), number
 
     @staticmethod
     def collate(items: list[tuple[np.ndarray, int, int]]) -> dict[str, Tensor]:
@@ -75,6 +75,63 @@ class _Numbered(Dataset[tuple[np.ndarray, int, int]]):
             "label": torch.tensor(labels),
             "index": torch.tensor(numbers),
         }
+
+
+MOST_CLASSES = 1_000_000
+"""More are no classes: labels that were never numbered."""
+
+
+def _labels(source: Source, key: str) -> np.ndarray | None:
+    """The class of each datum, int64 ``[N]``; None without classes.
+
+    Raises:
+        UserError: if one is not in ``0 .. num_classes - 1``, or the names are not as many different ones.
+    """
+    count, names = source.num_classes, source.class_names
+    if count is None:
+        return None
+    if count > MOST_CLASSES:
+        raise UserError(f"{key} {source.name} has {count} classes: number them from 0 without gaps, or leave them out")
+    if names and (len(names) != count or len(set(names)) != count):
+        raise UserError(
+            f"{key} {source.name} has {count} classes and the names {in_brief(names)}: give each its own name"
+        )
+    given = [source.label(index) for index in range(len(source))]
+    labels = np.array([-1 if label is None else label for label in given], dtype=np.int64)
+    if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
+        raise UserError(
+            f"{key} {source.name}: the label of item {wrong[0]} is {given[wrong[0]]}, and it has {count} classes, 0 to "
+            f"{count - 1} ({len(wrong)} such items): correct the labels, or leave these items out"
+        )
+    return labels
+
+
+def _labels_as_in_training(held_out: Source, source: Source) -> np.ndarray | None:
+    """The labels of held-out data by the numbers that the classes have in training; None where either has none.
+
+    Raises:
+        UserError: for a class that there is not in training.
+    """
+    labels = None if source.num_classes is None else _labels(held_out, "data.held_out")
+    if labels is None or source.num_classes is None or held_out.num_classes is None:
+        return None
+    without = "or leave its labels out (classes: false, label_key: null)"
+    if not source.class_names or not held_out.class_names:
+        if held_out.num_classes > source.num_classes:
+            raise UserError(
+                f"data.held_out has {held_out.num_classes} classes, data.source {source.num_classes}: give it the "
+                f"classes of the training, {without}"
+            )
+        return labels
+    numbers = {name: number for number, name in enumerate(source.class_names)}
+    table = np.array([numbers.get(name, -1) for name in held_out.class_names])
+    if len(unknown := np.unique(labels[table[labels] < 0])):
+        first = held_out.class_names[unknown[0]]
+        raise UserError(
+            f"data.held_out has a class {first!r} that data.source has not: {in_brief(held_out.class_names)} against "
+            f"{in_brief(source.class_names)}; name its classes as those of the training, {without}"
+        )
+    return table[labels]
 
 
 class TrainingOrder(IndexSampler[list[tuple[int, int]]]):
@@ -119,7 +176,8 @@ class DataModule(pl.LightningDataModule):
         source: where the data come from.
         global_batch_size: images of one optimiser step over all processes together.
         value_range: what black and white become, ``[0, 1]`` or ``[-1, 1]``; points are used as they are.
-        held_out: a source of its own for validation and test; null: a fraction of ``source``.
+        held_out: a source of its own for validation and test; null: a fraction of ``source``. Its classes are those of
+            ``source``: by their names where both have names, else by their numbers.
         held_out_fraction: of ``source`` kept for validation and test when ``held_out`` is null; the same images for
             every seed.
         flip: mirror half of the training images left to right.
@@ -176,13 +234,18 @@ class DataModule(pl.LightningDataModule):
         self.seed = 0
         """Of the run; the command line sets it."""
         self.held_out_source = source if held_out is None else held_out
-        self.facts = DataFacts(
+        self.labels = _labels(source, "data.source")
+        """Of the source's data, int64 ``[N]``; None without classes."""
+        self.held_out_labels = self.labels if held_out is None else _labels_as_in_training(held_out, source)
+        """Of the held-out source's, by the numbers that the classes have in training."""
+        facts = DataFacts(
             source=source.name,
             shape=tuple(source.shape),
             levels=source.levels,
             value_range=None if source.levels is None else (float(value_range[0]), float(value_range[1])),
             num_classes=source.num_classes,
             dequantised=dequantise and source.levels is not None,
+            class_names=tuple(source.class_names) if source.num_classes and source.class_names else None,
         )
         if held_out is not None:
             self.train_indices = torch.arange(len(source))
@@ -196,9 +259,19 @@ class DataModule(pl.LightningDataModule):
                 raise UserError(
                     f"data.held_out_fraction {held_out_fraction} leaves nothing of {count} images to train on"
                 )
+        self.facts = replace(facts, class_counts=self.class_counts(held_out=False))
         self._checked = False
         for line in [*source.notes(), *([] if held_out is None else held_out.notes())]:
             print_note(line)
+
+    def class_counts(self, held_out: bool) -> tuple[int, ...] | None:
+        """How many of the held-out, or the training data each class has; None where they have no labels."""
+        labels, indices = (
+            (self.held_out_labels, self.held_out_indices) if held_out else (self.labels, self.train_indices)
+        )
+        if labels is None:
+            return None
+        return tuple(np.bincount(labels[indices.numpy()], minlength=self.source.num_classes or 0).tolist())
 
     # ---- loaders -----------------------------------------------------------------------------------------------
 
@@ -241,7 +314,7 @@ class DataModule(pl.LightningDataModule):
         clock = None if self.trainer is None else getattr(self.trainer.lightning_module, "clock", None)
         seen = 0 if clock is None else clock.images
         order = TrainingOrder(self.train_indices, self.seed, seen, self.global_batch_size, rank, world_size)
-        return self._loader(self.source, order)
+        return self._loader(self.source, self.labels, order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Every held-out image once, over all processes: strided; nothing where none is held out.
@@ -253,7 +326,7 @@ class DataModule(pl.LightningDataModule):
         if not numbered:
             return []
         batches = self._shared_out(numbered, (NOBODYS, numbered[0][1]))
-        return self._loader(self.held_out_source, batches)
+        return self._loader(self.held_out_source, self.held_out_labels, batches)
 
     def _shared_out(self, items: list[Any], nobodys: Any) -> list[list[Any]]:
         """This process's batches of items that every world_size-th is of, as many as the first process has."""
@@ -274,9 +347,9 @@ class DataModule(pl.LightningDataModule):
         batches = self._shared_out(indices[:-1], indices[-1])
         return DataLoader([torch.tensor(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
 
-    def _loader(self, source: Source, batches: Any) -> DataLoader[Any]:
+    def _loader(self, source: Source, labels: np.ndarray | None, batches: Any) -> DataLoader[Any]:
         return DataLoader(
-            _Numbered(source),
+            _Numbered(source, labels),
             batch_sampler=batches,
             collate_fn=_Numbered.collate,
             num_workers=self.num_workers,
@@ -353,8 +426,9 @@ class DataModule(pl.LightningDataModule):
 
     def training_batch(self, indices: Tensor) -> Batch:
         """Training data number ``indices`` of ``train_indices`` with their labels, numbered as given."""
-        labels = [self.source.label(int(self.train_indices[i])) for i in indices]
-        cond = None if self.facts.num_classes is None else Condition(label=torch.tensor(labels))
+        cond = None
+        if self.labels is not None:
+            cond = Condition(label=torch.from_numpy(self.labels)[self.train_indices[indices]])
         return Batch(self.training_values(indices), indices, cond)
 
     def held_out_values(self, indices: Tensor) -> Tensor:

@@ -111,6 +111,21 @@ def keyed_permutation(seed: int, stream: str, length: int, epoch: int = 0) -> Te
     return torch.argsort((words[:, 0] << 31) ^ words[:, 1], stable=True)
 
 
+def keyed_choice(seed: int, stream: str, index: Tensor, weights: Tensor, draw: int = 0) -> Tensor:
+    """Entries k with a probability in proportion to ``weights[k]``, never one that weighs 0: int64 ``[B]``.
+
+    Args:
+        seed: see :func:`keyed_uniform`.
+        stream: see :func:`keyed_uniform`.
+        index: int64 ``[B]``.
+        weights: ``[K]`` on the index's device, none below 0, not all 0.
+        draw: see :func:`keyed_uniform`.
+    """
+    edges = (weights.double() / weights.sum()).cumsum(0)[:-1]
+    uniform = keyed_uniform(seed, stream, index, draw=draw, dtype=torch.float64)
+    return torch.bucketize(uniform, edges, right=True)
+
+
 class SampleNoise:
     """The noise of a batch of samples, in the order in which a sampler asks for it.
 

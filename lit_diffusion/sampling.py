@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,10 @@ def generate_in_batches(
     seed: int,
     batch_size: int,
     sampler: Sampler | None = None,
-    label: int | None = None,
+    label: int | str | None = None,
     show_progress: bool = True,
     on_step: OnStep | None = None,
+    class_counts: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Samples of a seed, in order, on the CPU: the next numbers ``[b]`` and samples ``[b, *shape]``.
 
@@ -64,9 +65,11 @@ def generate_in_batches(
         seed: of the samples.
         batch_size: at a time.
         sampler: None for the method's own.
-        label: class of all samples; None: all classes in turn, where there are any.
+        label: class of all samples; None: as class_counts say.
         show_progress: draw a bar.
         on_step: called after every sampler step.
+        class_counts: of the data whose classes the samples are to have as often, see
+            :meth:`~lit_diffusion.methods.base.Method.condition_by_counts`; None: all classes in turn.
 
     Raises:
         DivergedError: if a walk ended in NaN.
@@ -98,7 +101,11 @@ def generate_in_batches(
             filled = torch.cat((part, first + torch.arange(size - len(part))))
             trouble: UserError | None = None
             try:
-                x = method.generate(filled, seed, method.condition(filled, label), sampler, stepped)[: len(part)].cpu()
+                if label is None:
+                    cond = method.condition_by_counts(filled, seed, class_counts)
+                else:
+                    cond = method.condition(filled, label)
+                x = method.generate(filled, seed, cond, sampler, stepped)[: len(part)].cpu()
                 if not torch.isfinite(x).all():
                     trouble = DivergedError(
                         f"the sampler diverged (NaN or infinity among samples {int(part[0])} to {int(part[-1])}): "

@@ -318,3 +318,72 @@ def test_single_data_come_as_a_batch_does():
     torch.testing.assert_close(
         held_out[0] * 16, torch.from_numpy(digits().value(int(data.held_out_indices[3]))).float()
     )
+
+
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+def labelled(labels, num_classes=None, names=None) -> InMemory:
+    """A ramp with labels."""
+    return ramp(len(labels), labels=np.array(labels), num_classes=num_classes or max(labels) + 1, class_names=names)
+
+
+def test_the_facts_say_the_classes_names_and_how_often_each_is_in_training():
+    data = DataModule(labelled([2, 0, 2, 2, 0] * 4, 4, ["a", "b", "c", "d"]), 4, held_out_fraction=0.25)
+    left = torch.tensor([data.source.label(int(i)) for i in data.train_indices])
+    assert data.facts.class_names == ("a", "b", "c", "d")
+    assert data.facts.class_counts == tuple(torch.bincount(left, minlength=4).tolist())
+    assert sum(data.facts.class_counts) == 15
+    assert [a + b for a, b in zip(data.facts.class_counts, data.class_counts(held_out=True), strict=True)] == [
+        8,
+        0,
+        12,
+        0,
+    ]
+    assert (DataModule(ramp(9), 3).facts.class_names, DataModule(ramp(9), 3).facts.class_counts) == (None, None)
+
+
+def held_out_labels(data: DataModule) -> list[int]:
+    """As validation sees them."""
+    return torch.cat([batch["label"] for batch in on(data, training=False).val_dataloader()]).tolist()
+
+
+def test_held_out_classes_have_the_numbers_of_training_by_their_names():
+    source = labelled([0, 1, 2, 0, 1, 2], names=["a", "b", "c"])
+    data = DataModule(source, 3, held_out=labelled([0, 1, 1, 0], names=["b", "c"]))
+    assert held_out_labels(data) == [1, 2, 2, 1]
+    assert data.class_counts(held_out=True) == (0, 2, 2)
+    turned = DataModule(source, 3, held_out=labelled([0, 1, 2], names=["c", "a", "b"]))
+    assert held_out_labels(turned) == [2, 0, 1]
+    # Known by name, though it has no data there; one unknown that has none does no harm.
+    declared = DataModule(source, 3, held_out=labelled([1, 1], 3, ["z", "a", "y"]))
+    assert held_out_labels(declared) == [0, 0]
+
+
+def test_held_out_classes_without_names_keep_their_numbers():
+    source = labelled([0, 1, 2, 0, 1, 2], names=["a", "b", "c"])
+    assert held_out_labels(DataModule(source, 3, held_out=labelled([1, 0, 1]))) == [1, 0, 1]
+    assert held_out_labels(DataModule(labelled([0, 1]), 2, held_out=labelled([1, 0], names=["x", "y"]))) == [1, 0]
+    assert held_out_labels(DataModule(ramp(4), 2, held_out=labelled([1, 0]))) == [-1, -1]  # Nobody looks at them.
+
+
+@pytest.mark.parametrize(
+    ("source", "held_out", "said"),
+    [
+        (
+            labelled([0, 1], names=["b", "c"]),
+            labelled([0, 1, 2], names=["a", "b", "c"]),
+            "data.held_out has a class 'a' that data.source has not: a, b, c against b, c",
+        ),
+        (labelled([0, 1]), labelled([0, 1, 2]), "data.held_out has 3 classes, data.source 2"),
+        (labelled([0, 1, 0, 3], 3), None, "data.source array: the label of item 3 is 3, and it has 3 classes, 0 to 2"),
+        (labelled([0, 1, -1, -1], 2), None, "label of item 2 is -1, and it has 2 classes, 0 to 1 (2 such items)"),
+        (ramp(3, num_classes=2), None, "the label of item 0 is None"),
+        (labelled([0, 1]), labelled([0, 5], 2), "data.held_out array: the label of item 1 is 5"),
+        (labelled([0, 1], names=["a", "b", "c"]), None, "has 2 classes and the names a, b, c"),
+        (labelled([0, 1], names=["a", "a"]), None, "give each its own name"),
+        (labelled([0, 4_000_000_000]), None, "has 4000000001 classes: number them from 0 without gaps"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_in_their_place(source, held_out, said):
+    assert said in refusal(lambda: DataModule(source, 2, held_out=held_out))

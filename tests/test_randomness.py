@@ -9,6 +9,7 @@ from scipy import stats
 from lit_diffusion import randomness
 from lit_diffusion.randomness import (
     SampleNoise,
+    keyed_choice,
     keyed_normal,
     keyed_permutation,
     keyed_uniform,
@@ -206,3 +207,17 @@ def test_the_bits_are_the_same_on_a_gpu():
     assert torch.equal(random_words(1, "s", index.cuda(), 33, 5).cpu(), random_words(1, "s", index, 33, 5))
     assert torch.equal(keyed_uniform(1, "s", index.cuda(), (9,)).cpu(), keyed_uniform(1, "s", index, (9,)))
     torch.testing.assert_close(keyed_normal(1, "s", index.cuda(), (9,)).cpu(), keyed_normal(1, "s", index, (9,)))
+
+
+# ---- choices -----------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_has_the_probabilities_of_its_weights():
+    weights = torch.tensor([96, 0, 4, 0])
+    index = torch.arange(20_000)
+    chosen = keyed_choice(3, "x", index, weights)
+    assert torch.bincount(chosen, minlength=4).tolist()[1::2] == [0, 0]
+    assert abs(float((chosen == 2).double().mean()) - 0.04) < 4 * (0.04 * 0.96 / len(index)) ** 0.5
+    assert torch.equal(keyed_choice(3, "x", index[7:9], weights), chosen[7:9])
+    assert not torch.equal(keyed_choice(4, "x", index, weights), chosen)
+    assert keyed_choice(0, "x", index, torch.tensor([0, 1])).unique().tolist() == [1]

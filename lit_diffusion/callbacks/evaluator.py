@@ -76,7 +76,8 @@ class Evaluator(Drawing):
         sampler: of the samples while training; null: the method's own.
         seed: of the samples while training.
         reference: the real data: ``train`` or ``held_out``. Copies are looked for among the training images either
-            way, and among their mirror images where ``data.flip`` mirrors.
+            way, and among their mirror images where ``data.flip`` mirrors. A class-conditional model draws its samples'
+            classes as often as the real data have them; the protocol says so under ``labels``.
         best: metric by which the best checkpoints are kept; its name as in ``metrics``.
         keep: how many of them; 0: none.
         batch_size: samples at a time on each process; changes memory and speed only.
@@ -272,6 +273,10 @@ class Evaluator(Drawing):
     def _indices(self, data: DataModule) -> Tensor:
         return data.train_indices if self.reference == "train" else data.held_out_indices
 
+    def _class_counts(self, data: DataModule) -> tuple[int, ...] | None:
+        """Of the reference: samples whose classes come as often differ from it by what they look like alone."""
+        return data.class_counts(held_out=self.reference == "held_out")
+
     def _real(self, data: DataModule) -> RealData:
         source = data.source if self.reference == "train" else data.held_out_source
         return RealData.of(source, self._indices(data), self.reference)
@@ -316,11 +321,15 @@ class Evaluator(Drawing):
         weights = self._weights(trainer)
         walk = self._walk(method, stage)
         mine = Share.of(count, self.batch_size, trainer.global_rank, trainer.world_size)
+        counts = self._class_counts(self._datamodule(trainer))
         kept: dict[int, np.ndarray] = {}
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         try:
             with averages_of(trainer).applied(method, weights):
-                for index, x in generate_in_batches(method, mine, seed, self.batch_size, walk, show_progress=shown):
+                made = generate_in_batches(
+                    method, mine, seed, self.batch_size, walk, show_progress=shown, class_counts=counts
+                )
+                for index, x in made:
                     if len(index) == 0:  # A batch for the others' sake.
                         continue
                     data = self._as_seen(method, x)
@@ -345,6 +354,8 @@ class Evaluator(Drawing):
             backbone_precision=precision_name(method.denoiser.autocast_dtype),
             stage=stage,
         )
+        if method.num_classes is not None:
+            result.protocol["labels"] = f"as in the {'training' if self.reference == 'train' else 'held-out'} data"
         if caveat := walk.caveat():
             result.protocol["caveat"] = caveat
         if self._datamodule(trainer).flip:
@@ -451,7 +462,8 @@ class Evaluator(Drawing):
         seconds = 0.0
         for _ in range(2):
             began = time.perf_counter()
-            x = method.generate(indices, self.seed, method.condition(indices), self._walk(method, "fit"))
+            cond = method.condition_by_counts(indices, self.seed, self._class_counts(self._datamodule(trainer)))
+            x = method.generate(indices, self.seed, cond, self._walk(method, "fit"))
             scores.extractor(self._as_seen(method, x.nan_to_num().cpu()))
             seconds = time.perf_counter() - began
         return seconds / batch

@@ -397,7 +397,7 @@ class Likelihood(pl.Callback):
         with self._bar(trainer, len(parts), "samples for the figure") as bar:
             for indices in parts:
                 noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape)
-                cond = method.condition(indices)
+                cond = method.condition_by_counts(indices, self.seed, facts.class_counts)
 
                 def velocity(t: float, x: Tensor, cond: Any = cond) -> Tensor:
                     return denoiser(x, at_time(x, t), cond).velocity

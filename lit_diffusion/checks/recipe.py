@@ -24,6 +24,7 @@ from lit_diffusion.checks import Finding, first_line, in_bytes, machine, note, o
 from lit_diffusion.cli import CLI
 from lit_diffusion.cli import main as run_cli
 from lit_diffusion.clock import Cadence, in_images
+from lit_diffusion.data.facts import in_brief
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
@@ -170,6 +171,25 @@ def data_found(recipe: Recipe) -> Iterator[Finding]:
     yield ok(f"data {facts.source}: {train} to train on, {held_out} held out, {shape}{levels}{classes}")
     if held_out == 0:
         yield note("nothing is held out: no held-out loss, no likelihood", "set data.held_out_fraction 0.1")
+
+
+def classes(recipe: Recipe) -> Iterator[Finding]:
+    """The backbone's classes against the data's, which ``fit`` refuses where the backbone has too few."""
+    told, facts = recipe.method.denoiser.backbone.num_classes, recipe.data.facts
+    if told is None or facts.num_classes is None or facts.class_counts is None:
+        return
+    names = facts.class_names or range(facts.num_classes)
+    empty = [str(name) for name, count in zip(names, facts.class_counts, strict=True) if count == 0]
+    if empty:
+        yield warning(f"no training data of the classes {in_brief(empty)}", "number the classes without gaps")
+    if told > facts.num_classes:
+        yield note(
+            f"the backbone has {told} classes, the data {facts.num_classes}: the others are not trained",
+            f"set model.init_args.backbone.init_args.num_classes {facts.num_classes}",
+        )
+    elif not empty:
+        least, most = min(facts.class_counts), max(facts.class_counts)
+        yield ok(f"the model is told {told} classes, of {least} to {most} training data each")
 
 
 def data_range(recipe: Recipe) -> Iterator[Finding]:
@@ -568,6 +588,7 @@ def weights_and_biases(view: Dashboard) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     data_found,
+    classes,
     data_range,
     sigma_data,
     largest_noise,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +19,7 @@ class InMemory(Source):
         name: short and stable, for logs and cache keys.
         levels: the number of grey levels, None for points.
         num_classes: of the labels, None without labels.
+        class_names: of the classes in the order of their numbers, None where they have none.
     """
 
     def __init__(
@@ -27,11 +29,13 @@ class InMemory(Source):
         name: str = "array",
         levels: int | None = 256,
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.name = name
         self.shape = values.shape[1:]
         self.levels = levels
         self.num_classes = num_classes
+        self.class_names = class_names
         self._values = values
         self._labels = labels
 

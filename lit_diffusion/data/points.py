@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.errors import UserError
-from lit_diffusion.randomness import keyed_normal, keyed_uniform
+from lit_diffusion.randomness import keyed_choice, keyed_normal, keyed_uniform
 
 
 class GaussianMixturePoints(InMemory):
@@ -200,10 +200,7 @@ def _normal(seed: int, index: Tensor) -> Tensor:
 
 
 def _choice(seed: int, index: Tensor, weights: Tensor, draw: int = 0) -> Tensor:
-    """int64 ``[N]``: entry k with a probability in proportion to ``weights[k]``."""
-    edges = (weights.double() / weights.sum()).cumsum(0)[:-1]
-    uniform = keyed_uniform(seed, "points/choice", index, draw=draw, dtype=torch.float64)
-    return torch.bucketize(uniform, edges, right=True)
+    return keyed_choice(seed, "points/choice", index, weights, draw)
 
 
 def _on_circle(radius: Tensor, angle: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +19,7 @@ class Source(ABC):
         shape: of one datum: ``(C, H, W)`` or ``(D,)``.
         levels: the number of grey levels of an image (256; the digits have 17), None for points.
         num_classes: of the labels, None where there are none.
+        class_names: of the classes in the order of their numbers; None or empty where they have none.
         name: short and stable, for logs and cache keys.
     """
 
@@ -25,6 +27,7 @@ class Source(ABC):
     shape: tuple[int, ...]
     levels: int | None = 256
     num_classes: int | None = None
+    class_names: Sequence[str] | None = None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from lit_diffusion import interrupts
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.clock import Clock, in_images
 from lit_diffusion.cuda_graphs import RecordedBackbone
-from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.data.facts import DataFacts, class_number
 from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
@@ -28,7 +28,7 @@ from lit_diffusion.flops import forward_flops
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
-from lit_diffusion.randomness import SampleNoise, stream_key
+from lit_diffusion.randomness import SampleNoise, keyed_choice, stream_key
 from lit_diffusion.reverse import ReverseVariance
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import OnStep, Sampler
@@ -181,21 +181,98 @@ class Method(pl.LightningModule):
         finally:
             self.train(was_training)
 
-    def condition(self, indices: Tensor, label: int | None = None) -> Condition | None:
-        """What samples ``indices`` ``[B]`` are conditioned on: a given class, else sample i has class i mod K.
+    @property
+    def num_classes(self) -> int | None:
+        """Of the classes that samples may have: those of the data; None where the model or the data have none."""
+        classes = self.denoiser.backbone.num_classes
+        if self.facts is None or classes is None:
+            return classes
+        return None if self.facts.num_classes is None else min(classes, self.facts.num_classes)
+
+    def condition(self, indices: Tensor, label: int | str | None = None) -> Condition | None:
+        """What samples ``indices`` ``[B]`` are conditioned on: a given class, else all classes of the data in turn.
+
+        With K classes in the training data sample i has the (i mod K)-th; None for a model that is not
+        class-conditional.
+
+        Args:
+            indices: int64 ``[B]``.
+            label: of all, by its name or its number.
 
         Raises:
-            UserError: if a label is asked of a model that has none, or is out of range.
+            UserError: if a label is asked of a model that has none, or there is no such class.
         """
-        classes = self.denoiser.backbone.num_classes
-        if classes is None:
+        if self.num_classes is None:
             if label is not None:
                 raise UserError(f"label {label}: this model is not class-conditional; leave --label out")
             return None
-        if label is not None and not 0 <= label < classes:
-            raise UserError(f"label {label}: this model's classes are 0 to {classes - 1}")
-        labels = indices % classes if label is None else torch.full_like(indices, label)
+        if label is not None:
+            labels = torch.full_like(indices, self.class_number(label))
+        else:
+            counts = self.facts.class_counts if self.facts is not None else None
+            there = [k for k in range(self.num_classes) if counts is None or counts[k] > 0]
+            labels = torch.tensor(there, device=indices.device)[indices % len(there)]
         return Condition(label=labels.to(self.device))
+
+    def condition_by_counts(self, indices: Tensor, seed: int, class_counts: Sequence[int] | None) -> Condition | None:
+        """What samples ``indices`` ``[B]`` are conditioned on to have their classes as often as data have them.
+
+        Sample i's class is drawn in proportion to the counts, keyed by (seed, i).
+
+        Args:
+            indices: int64 ``[B]``.
+            seed: of the samples.
+            class_counts: data of each class; None: not known, then all classes in turn.
+        """
+        if self.num_classes is None or class_counts is None:
+            return self.condition(indices)
+        weights = torch.tensor(class_counts)
+        # On the CPU: where the edge between two classes lies must not depend on the device.
+        labels = keyed_choice(seed, "sample class", indices.cpu(), weights)
+        return Condition(label=labels.to(self.device))
+
+    def class_number(self, label: int | str) -> int:
+        """The number of a class by its name or, where no class has that name, by its number.
+
+        Raises:
+            UserError: if there is no such class.
+        """
+        names = None if self.facts is None else self.facts.class_names
+        return class_number(label, self.num_classes or 0, names)
+
+    def require_fitting_classes(self, data: DataModule | None = None) -> None:
+        """Refuse, before any work, data whose labels the backbone cannot be told.
+
+        A backbone without classes is told none. One with more classes than the data have, for weights that were
+        trained on more, is told those of the data; the others are neither trained nor sampled.
+
+        Args:
+            data: what it is to be trained or measured on, whose held-out part needs labels, too; None for a model
+                alone.
+
+        Raises:
+            UserError: naming the classes of both and the key to set.
+        """
+        classes, facts = self.denoiser.backbone.num_classes, self.require_facts()
+        key = "model.init_args.backbone.init_args.num_classes"
+        if classes is None:
+            return
+        if facts.num_classes is not None and facts.num_classes <= classes:
+            if data is not None and data.held_out_labels is None and len(data.held_out_indices) > 0:
+                raise UserError(
+                    f"the backbone has {classes} classes and data.held_out has no labels: give them (its classes or "
+                    f"label_key), or set data.held_out null"
+                )
+            return
+        if facts.num_classes is None:
+            raise UserError(
+                f"the backbone has {classes} classes ({key}) and the data {facts.source} have no labels: set {key} "
+                f"null, or give the data's labels (data.source's classes or label_key)"
+            )
+        raise UserError(
+            f"the backbone has {classes} classes and the data {facts.source} have {facts.num_classes}: set {key} "
+            f"{facts.num_classes}, or null for a model that is not told the class"
+        )
 
     def require_facts(self) -> DataFacts:
         """The facts of the data.
@@ -226,6 +303,7 @@ class Method(pl.LightningModule):
         if isinstance(datamodule, DataModule):
             self.facts = datamodule.facts
             self.clock.batch = datamodule.global_batch_size
+            self.require_fitting_classes(datamodule)
         self.interrupted = False
         if stage == "fit" and getattr(self.trainer, "endless", False):
             raise UserError("a run needs an end: give trainer.max_images, trainer.max_steps or trainer.max_time")
@@ -522,8 +600,9 @@ class Method(pl.LightningModule):
             self.log(name, total / count, rank_zero_only=True)
 
     def predict_step(self, indices: Tensor, batch_idx: int) -> Tensor:
-        """Samples number ``indices`` of the run's seed, of all classes in turn where there are any."""
-        return self.generate(indices, self.seed, self.condition(indices))
+        """Samples number ``indices`` of the run's seed, their classes as often as in the training data."""
+        cond = self.condition_by_counts(indices, self.seed, self.require_facts().class_counts)
+        return self.generate(indices, self.seed, cond)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

@@ -103,6 +103,8 @@ def test_it_holds_tensors_and_plain_types_and_what_a_rebuild_needs(tmp_path):
             "value_range": [0.0, 1.0],
             "num_classes": 10,
             "dequantised": False,
+            "class_names": None,
+            "class_counts": list(digits_data().facts.class_counts),
         },
         "images_seen": 64,
         "steps": 2,

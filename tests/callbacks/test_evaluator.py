@@ -27,6 +27,7 @@ from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.metrics import Result, Scores, load_extractor
 from lit_diffusion.metrics.reference import RealData, reference_of
 from lit_diffusion.metrics.scores import DEFAULT_METRICS
+from lit_diffusion.randomness import keyed_choice
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
 from lit_diffusion.samplers.base import in_words
 
@@ -103,6 +104,28 @@ def close(first, second, within=1e-6):
     )
 
 
+class OfItsClass(Sampler):
+    """Sample i is image i of the class that is asked for, of few (``told`` has the classes) in a long row each."""
+
+    def __init__(self, rows):
+        self.rows = [torch.from_numpy(row).float() / 16.0 for row in rows]
+        self.told: list[int] = []
+
+    def plan(self, process):
+        return []
+
+    def start(self, process, noise):
+        return noise.indices.view(-1, 1, 1, 1).expand(-1, 1, 8, 8).float()
+
+    def step(self, *arguments):
+        raise AssertionError
+
+    def finish(self, denoiser, x, cond):
+        self.told += cond.label.tolist()
+        numbers = x[:, 0, 0, 0].long().tolist()
+        return torch.stack([self.rows[k][i % len(self.rows[k])] for i, k in zip(numbers, cond.label, strict=True)])
+
+
 # ---- what is measured --------------------------------------------------------------------------------------------
 
 
@@ -122,6 +145,41 @@ def test_the_figures_are_those_of_the_averaged_weights_samples(tmp_path):
     assert not close(by_hand(run.method.generate(torch.arange(40), seed=7)).values, expected.values, 1e-4)  # raw ones
     kept = np.load(run.run_dir / run.events[1]["samples_file"])["arr_0"]
     assert np.array_equal(kept, to_uint8(samples, (0.0, 1.0)))
+
+
+def two_digits(counts):
+    """So many zeros and ones."""
+    labels = np.array([digits().label(i) for i in range(len(digits()))])
+    rows = [np.stack([digits().value(i) for i in np.flatnonzero(labels == k)[:n]]) for k, n in enumerate(counts)]
+    return InMemory(np.concatenate(rows), np.repeat([0, 1], counts), levels=17, num_classes=2), rows
+
+
+@pytest.mark.parametrize("reference", ["train", "held_out"])
+def test_samples_have_their_classes_as_often_as_the_data_that_they_are_compared_with(tmp_path, reference):
+    """Images of the data themselves, by their classes: at no distance."""
+    (source, rows), (other, others) = two_digits((168, 7)), two_digits((20, 30))
+    counts, real = ((168, 7), rows) if reference == "train" else ((20, 30), others)
+    sampler = OfItsClass(real)
+    run = evaluated(
+        tmp_path,
+        64,
+        method=ncsn(network={"num_classes": 2}),
+        data=DataModule(source, 32, held_out=other),
+        samples=600,
+        batch_size=300,
+        metrics=["fid"],
+        reference=reference,
+        sampler=sampler,
+        seed=7,
+    )
+    (event,) = run.events
+    weights = torch.tensor(counts)
+    assert sampler.told == keyed_choice(7, "sample class", torch.arange(600), weights).tolist()
+    share = counts[1] / sum(counts)
+    assert abs(sum(sampler.told) / 600 - share) < 3 * math.sqrt(share * (1 - share) / 600)
+    split = "training" if reference == "train" else "held-out"
+    assert event["protocol"]["labels"] == f"as in the {split} data"
+    assert event["fd/digits-600"] < 1.0  # As often as in the other of the two it would be over 100.
 
 
 def test_the_protocol_says_how(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.accelerators import MPSAccelerator
-from tiny import ddpm, digits_data, ncsn, points_data, run_logger, score_sde, toy_dsm, trainer
+from tiny import ddpm, digits, digits_data, ncsn, points_data, run_logger, score_sde, toy_dsm, trainer
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, NoiseLevels, Samples, Telemetry
 from lit_diffusion.checks import machine, recipe
@@ -58,6 +58,18 @@ def test_data_found(make):
         "ok       data digits: 1761 to train on, 36 held out, 1 x 8 x 8, 17 grey levels, 10 classes"
     )
     assert "held_out_fraction" in said(recipe.data_found, make(data=points_data(held_out_fraction=0.0)))["note"]
+
+
+def test_classes(make):
+    assert said(recipe.classes, make()) == {}  # a model that is told none
+    ten = said(recipe.classes, make(ncsn(network={"num_classes": 10})))
+    assert ten["ok"] == "ok       the model is told 10 classes, of 170 to 181 training data each"
+    more = said(recipe.classes, make(ncsn(network={"num_classes": 12})))
+    assert "has 12 classes, the data 10: the others are not trained; set" in more["note"]
+    gaps = InMemory(np.stack([digits().value(i) for i in range(40)]), np.array([0, 3] * 20), "gaps", 17, 5)
+    found = said(recipe.classes, make(ncsn(network={"num_classes": 5}), DataModule(gaps, 8)))
+    assert set(found) == {"warning"}
+    assert "no training data of the classes 1, 2, 4" in found["warning"]
 
 
 def test_data_range(make):

@@ -94,6 +94,7 @@ def test_overrides_count_as_for_fit(doctor):
         (["--config", "tiny.yaml", "--trainer.accelerator", "nonsense"], "the recipe cannot be built"),
         (["--config", "tiny.yaml", "--eval.every_n_images", "64", "--eval.extractor", "vgg16"], "fetch weights vgg16"),
         (["--config", "tiny.yaml", "--run_dir", "tiny.yaml"], "tiny.yaml is a file"),
+        (["--config", "tiny.yaml", "--model.backbone.num_classes", "5"], "has 5 classes and the data digits have 10"),
     ],
 )
 def test_what_fit_would_refuse_is_a_problem(doctor, arguments, words):

@@ -214,3 +214,45 @@ def test_fetch_says_what_it_takes():
     assert "fetch data CIFAR10" in refusal(["fetch", "data"])
     assert "weights is 'imagenet'; choose one of inception, vgg16" in refusal(["fetch", "weights", "imagenet"])
     assert "imagenet" in refusal(["fetch", "data", "imagenet"]).lower()
+
+
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+def class_folders(root, names, count=4):
+    """A folder of images for each name."""
+    shade = np.random.default_rng(0)
+    for name in names:
+        for number in range(count):
+            path = root / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(shade.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    return root
+
+
+def folders(key, path):
+    """The options for a source of class folders."""
+    source = {"class_path": "ImageFolder", "init_args": {"path": str(path), "size": 8, "channels": 1, "classes": True}}
+    return [f"--data.{key}", json.dumps(source)]
+
+
+def test_a_model_of_fewer_classes_than_the_data_leaves_nothing_behind(workdir):
+    key = "model.init_args.backbone.init_args.num_classes"
+    line = refusal(["fit", "--config", "tiny.yaml", "--model.backbone.num_classes", 5])
+    assert f"the backbone has 5 classes and the data digits have 10: set {key} 10" in line
+    assert not (workdir / "runs").exists()
+    plain = {"class_path": "Npz", "init_args": {"path": "x.npz"}}
+    np.savez(workdir / "x.npz", np.zeros((9, 8, 8), np.uint8))
+    none = ["fit", "--config", "tiny.yaml", "--data.source", json.dumps(plain), f"--{key}", 10]
+    assert "the backbone has 10 classes" in refusal(none)
+    assert not (workdir / "runs").exists()
+
+
+def test_classes_that_are_no_longer_those_of_the_training_are_refused(workdir):
+    path = class_folders(workdir / "pets", ["cat", "dog"])
+    arguments = ["--config", "tiny.yaml", "--model.backbone.num_classes", "3", "--data.global_batch_size", "4"]
+    rest = [*folders("source", path), "--samples.count", "0", "--eval.metrics", "[]", "--trainer.max_images", "4"]
+    dispatch(["fit", *arguments, *rest, "--run_dir", "run"])
+    class_folders(workdir / "pets", ["bird"])
+    line = refusal(["validate", "--ckpt_path", "run/checkpoints/last.ckpt"])
+    assert "was trained on the classes cat, dog, and data.source has bird, cat, dog" in line

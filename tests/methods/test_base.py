@@ -6,11 +6,14 @@ import math
 from dataclasses import replace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
-from tiny import ddpm, digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
+from tiny import ddpm, digits, digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Checkpoint
+from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import DDPM, NCSN
 from lit_diffusion.randomness import keyed_normal
@@ -455,8 +458,6 @@ def test_each_validation_counts_its_own_images_only(tmp_path):
 def test_no_held_out_data_no_loss(tmp_path):
     from tiny import digits
 
-    from lit_diffusion.datamodule import DataModule
-
     method = ncsn()
     made = fit(method, DataModule(digits(), 32, held_out_fraction=0.0), tmp_path, 64, limit_val_batches=1.0)
     assert "val/loss" not in made.callback_metrics
@@ -526,6 +527,56 @@ def test_points_train_and_sample_too(tmp_path):
 
 
 # ---- the Trainer's ways of running the backbone ------------------------------------------------------------------
+
+
+def labelled(count, num_classes, held_out=None):
+    """Digits of as many classes in turn; none for None."""
+    labels = None if num_classes is None else np.arange(count) % num_classes
+    values = np.stack([digits().value(i) for i in range(count)])
+    return InMemory(values, labels, levels=17, num_classes=num_classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "data", "held_out", "said"),
+    [
+        (5, 10, None, "backbone has 5 classes and the data array have 10: set {key} 10, or null"),
+        (10, None, None, "backbone has 10 classes ({key}) and the data array have no labels: set {key} null"),
+        (10, 10, labelled(20, None), "backbone has 10 classes and data.held_out has no labels"),
+        (10, 10, labelled(20, 3), None),
+        (None, 10, labelled(20, None), None),
+        (None, None, None, None),
+        (12, 10, None, None),
+    ],
+)
+def test_classes_that_the_backbone_cannot_be_told_are_refused_before_any_work(tmp_path, classes, data, held_out, said):
+    method = ncsn(network={"num_classes": classes})
+    module = DataModule(labelled(40, data), 32, held_out=held_out)
+    if said is None:
+        fit(method, module, tmp_path, 32, limit_val_batches=1.0)
+        assert method.clock.images == 32
+        return
+    with pytest.raises(UserError) as caught:
+        fit(method, module, tmp_path, 32)
+    assert said.format(key="model.init_args.backbone.init_args.num_classes") in str(caught.value)
+    assert method.denoiser.backbone.seen == []
+
+
+def test_samples_have_classes_that_the_data_have():
+    method = ncsn(network={"num_classes": 5})
+    method.facts = DataModule(labelled(40, 3), 32).facts
+    assert method.condition(torch.arange(5)).label.tolist() == [0, 1, 2, 0, 1]
+    with pytest.raises(UserError, match="classes are 0 to 2"):
+        method.condition(torch.arange(5), 3)
+    values = np.stack([digits().value(i) for i in range(40)])
+    gaps = InMemory(values, np.array([1, 4] * 20), levels=17, num_classes=5)
+    method.facts = DataModule(gaps, 32).facts
+    assert method.condition(torch.arange(5)).label.tolist() == [1, 4, 1, 4, 1]
+    assert method.condition_by_counts(torch.arange(99), 0, method.facts.class_counts).label.unique().tolist() == [1, 4]
+    method.facts = DataModule(labelled(40, None), 32).facts  # Never told a class, so none is known.
+    assert method.condition(torch.arange(5)) is None
+    assert method.condition_by_counts(torch.arange(5), 0, None) is None
+    with pytest.raises(UserError, match="not class-conditional"):
+        method.condition(torch.arange(5), 0)
 
 
 def test_compiling_in_place_keeps_the_names_and_the_numbers(tmp_path, monkeypatch):
