@@ -12,11 +12,11 @@ from lit_diffusion.errors import UserError
 
 COMMANDS = {
     "fit": "train a method: fit --config experiments/ncsn.yaml",
-    "validate": "the loss on held-out data: validate --ckpt_path FILE",
-    "test": "FID and its kin of many samples, bits per dimension of held-out data: test --ckpt_path FILE",
-    "predict": "samples through the Trainer, on all its processes, into the run's directory: predict --ckpt_path FILE",
-    "sample": "images from a checkpoint: sample --ckpt_path FILE --num_samples N --out samples.npz",
-    "interpolate": "a picture of what lies between samples: interpolate --ckpt_path FILE --out picture.png",
+    "validate": "the loss on held-out data: validate --ckpt_path RUN",
+    "test": "FID and its kin of many samples, bits per dimension of held-out data: test --ckpt_path RUN",
+    "predict": "samples through the Trainer, on all its processes, into the run's directory: predict --ckpt_path RUN",
+    "sample": "images from a checkpoint: sample --ckpt_path RUN --num_samples N --out samples.npz",
+    "interpolate": "a picture of what lies between samples: interpolate --ckpt_path RUN --out picture.png",
     "gallery": "a page to judge images by eye, side by side and blind: gallery RUN_OR_SAMPLES ... --out gallery.html",
     "report": "a run's curves, pictures and results as one web page, without an account: report RUN",
     "evaluate": "FID and its kin of anybody's images: evaluate --samples FILE_OR_FOLDER --reference FILE_OR_FOLDER",

@@ -24,6 +24,30 @@ class DamagedError(UserError):
     """A checkpoint that is not whole."""
 
 
+def open_checkpoint(given: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file that ``--ckpt_path`` means, and its contents: of a run's directory its newest whole one, which is said.
+
+    Args:
+        given: a checkpoint, a run's directory, or the ``checkpoints`` in it.
+
+    Raises:
+        DamagedError: if it, or every one of the run's, is not whole.
+        UserError: if it is missing, foreign, or of an unknown format version, or the directory holds no run.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        return path, read_checkpoint(path)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = _newest_in(folder, "taking")
+    if newest is None:
+        raise UserError(
+            f"{given} is a directory without a checkpoint of a run: {folder / LAST} does not exist; give a run's "
+            f"directory or a file"
+        )
+    print_note(f"{given}: taking {newest[0]}, {newest[1][CHECKPOINT_KEY]['images_seen']} images seen")
+    return newest
+
+
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """A run's newest checkpoint that is whole, and its contents; None where it has written none yet.
 
@@ -31,9 +55,13 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
         DamagedError: if none of those that are there is whole.
         UserError: if it is of an unknown format version.
     """
+    return _newest_in(run_dir / "checkpoints", "continuing from")
+
+
+def _newest_in(folder: Path, doing: str) -> tuple[Path, dict[str, Any]] | None:
     damaged: DamagedError | None = None
     for name in (LAST, PREVIOUS):
-        path = run_dir / "checkpoints" / name
+        path = folder / name
         if not path.is_file():
             continue
         try:
@@ -42,7 +70,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
             damaged = error
             continue
         if damaged is not None:
-            print_note(f"{damaged}; continuing from {path}, the one before")
+            print_note(f"{damaged}; {doing} {path}, the one before")
         return path, found
     if damaged is not None:
         raise damaged
@@ -151,18 +179,18 @@ def require_fitting_weights(method: Method, state_dict: dict[str, Tensor], path:
 def load(path: str | Path, weights: str | None = None, device: str | torch.device = "cpu") -> Method:
     """The method of a checkpoint, rebuilt from the file alone, in evaluation mode: ready for a notebook.
 
-    >>> method = lit_diffusion.load("runs/ncsn/<id>/checkpoints/last.ckpt")
+    >>> method = lit_diffusion.load("runs/ncsn/<id>")
     >>> images = method.generate(torch.arange(16), seed=0)
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint, or a run's directory, whose newest it is.
         weights: ``raw``, ``ema`` or ``ema:HALF_LIFE``; None: the average if one is kept.
         device: where to put it.
 
     Raises:
         UserError: if the file or the weights asked for cannot be used.
     """
-    checkpoint = read_checkpoint(path)
+    path, checkpoint = open_checkpoint(path)
     method = build_method(checkpoint_config(checkpoint, path)["model"])
     require_fitting_weights(method, checkpoint["state_dict"], path)
     method.load_state_dict(checkpoint["state_dict"])

@@ -37,7 +37,7 @@ from lit_diffusion.checkpoints import (
     build_method,
     checkpoint_config,
     newest_checkpoint,
-    read_checkpoint,
+    open_checkpoint,
     require_fitting_weights,
 )
 from lit_diffusion.data.facts import DataFacts
@@ -109,7 +109,10 @@ class CLI(LightningCLI):
             help="auto: start in --run_dir where there is no run, continue the one that is there; null: start.",
         )
         parser.add_argument(
-            "--init_from", type=str | None, default=None, help="Checkpoint whose weights to start from, nothing else."
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Checkpoint, or a run's directory, whose weights to start from, nothing else.",
         )
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -143,7 +146,10 @@ class CLI(LightningCLI):
                 self.config = parser.parse_args([command, *rest])
             return
         if self.checkpoint is None:
-            self.checkpoint = read_checkpoint(ckpt_path)
+            path, self.checkpoint = open_checkpoint(ckpt_path)
+            if path != Path(ckpt_path):  # A run's directory was given.
+                ckpt_path = str(path)
+                rest += ["--ckpt_path", ckpt_path]
         self.inherited = {
             key: value
             for key, value in checkpoint_config(self.checkpoint, ckpt_path).items()
@@ -226,10 +232,10 @@ class CLI(LightningCLI):
         if section.init_from is not None and not self.continues:  # A continued run has its own weights.
             if self.checkpoint is not None:
                 raise UserError("give --ckpt_path (continue a run) or --init_from (start from weights), not both")
-            weights = read_checkpoint(section.init_from)["state_dict"]
-            require_fitting_weights(method, weights, section.init_from)
-            method.load_state_dict(weights)
-            print_note(f"weights from {section.init_from}")
+            path, checkpoint = open_checkpoint(section.init_from)
+            require_fitting_weights(method, checkpoint["state_dict"], path)
+            method.load_state_dict(checkpoint["state_dict"])
+            print_note(f"weights from {path}")
 
     def _require_same_method(self, section: Namespace) -> None:
         """Methods on one network have weights of equal shapes: only their names tell them apart."""

@@ -17,6 +17,7 @@ from lit_diffusion.checkpoints import (
     checkpoint_config,
     load,
     newest_checkpoint,
+    open_checkpoint,
     read_checkpoint,
     require_fitting_weights,
 )
@@ -220,6 +221,32 @@ def test_a_damaged_last_one_is_passed_over_with_a_note(run_dir, damage, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert "last.ckpt: truncated, or not a checkpoint" in line
     assert line.endswith(f"continuing from {run_dir / 'checkpoints' / 'previous.ckpt'}, the one before")
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_a_runs_directory_means_its_newest_checkpoint_and_that_is_said(run_dir, inside, capsys):
+    given = run_dir / inside
+    path, saved = open_checkpoint(given)
+    assert (path, saved["lit_diffusion"]["images_seen"]) == (run_dir / "checkpoints" / "last.ckpt", 96)
+    assert capsys.readouterr().out == f"{given}: taking {path}, 96 images seen\n"
+    assert load(given).clock.images == 96
+    assert f"taking {path}" in capsys.readouterr().out
+    assert open_checkpoint(path)[0] == path
+    assert capsys.readouterr().out == ""
+    cut(path)
+    path, saved = open_checkpoint(given)
+    assert (path.name, saved["lit_diffusion"]["images_seen"]) == ("previous.ckpt", 64)
+    said = capsys.readouterr().out
+    assert f"taking {path}, the one before" in said
+    assert f"{given}: taking {path}, 64 images seen" in said
+
+
+def test_a_directory_that_is_no_runs_is_one_line(run_dir, tmp_path):
+    for given in (tmp_path, run_dir.parent, tmp_path / "empty"):
+        (tmp_path / "empty" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        line = refusal(lambda given=given: open_checkpoint(given))
+        assert f"{given} is a directory without a checkpoint of a run" in line
+    assert "does not exist" in refusal(lambda: open_checkpoint(tmp_path / "nowhere"))
 
 
 def test_a_missing_last_one_is_no_damage(run_dir, capsys):

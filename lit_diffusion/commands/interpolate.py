@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_diffusion.checkpoints import build_datamodule, checkpoint_config, read_checkpoint
+from lit_diffusion.checkpoints import build_datamodule
 from lit_diffusion.commands.options import (
     add_model_options,
     choose_sampler,
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         both = sampler.start(method.denoiser.process, noise)
         made = interpolate(method, both[:pairs], both[pairs:], options.columns, sampler, cond)
     else:
-        x = _held_out(method, options.ckpt_path, 2 * pairs)
+        x = _held_out(method, 2 * pairs)
         first, second = (
             sampler.encode(method.denoiser, method.encode(part)[0], cond) for part in (x[:pairs], x[pairs:])
         )
@@ -94,9 +94,10 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-def _held_out(method: Method, ckpt_path: str, count: int) -> Tensor:
+def _held_out(method: Method, count: int) -> Tensor:
     """The first held-out images of the run's data, normalised: ``[count, ...]`` on the method's device."""
-    data = build_datamodule(checkpoint_config(read_checkpoint(ckpt_path), ckpt_path)["data"])
+    assert method.run_config is not None  # Of a checkpoint without one there is no model either.
+    data = build_datamodule(method.run_config["data"])
     if len(data.held_out_indices) < count:
         raise UserError(
             f"the run's data have {len(data.held_out_indices)} held-out images, {count} are needed; give fewer --pairs"

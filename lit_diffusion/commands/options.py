@@ -23,7 +23,7 @@ from lit_diffusion.samplers.base import described
 def add_model_options(parser: Parser) -> None:
     """The checkpoint, its weights and how they run."""
     parser.add_argument(
-        "--ckpt_path", type=str, required=True, help="Checkpoint, e.g. <run_dir>/checkpoints/last.ckpt."
+        "--ckpt_path", type=str, required=True, help="Checkpoint, or a run's directory, whose last one is taken."
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the samples.")
     parser.add_argument(

@@ -22,6 +22,11 @@ def images_as_given(path: str | Path) -> Source:
     path = Path(path).expanduser()
     if path.suffix.lower() == ".npz":
         return Npz(path)
+    if (path / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{path} is a run's directory, not images: give a file of its samples/, or draw some by `sample "
+            f"--ckpt_path {path} --num_samples 1000 --out samples.npz`"
+        )
     return _Unchanged(path)
 
 

@@ -187,3 +187,33 @@ def test_wandb_offline_changes_nothing_else_and_shows_the_same_pixels(run, workd
     (grid,) = (workdir / "offline" / "samples").glob("samples-*.png")
     (shown,) = (workdir / "offline" / "wandb").glob("offline-run-*/files/media/images/pictures/samples_*.png")
     assert np.array_equal(np.asarray(Image.open(grid)), np.asarray(Image.open(shown)))
+
+
+def test_a_runs_directory_is_its_last_checkpoint_for_every_command(trained, run, workdir, capsys, monkeypatch):
+    last = trained / "checkpoints" / "last.ckpt"
+    run("sample", "--ckpt_path", trained, "--num_samples", 2, "--out", "run.npz")
+    assert f"{trained}: taking {last}, 128 images seen" in capsys.readouterr().out
+    run("sample", "--ckpt_path", last, "--num_samples", 2, "--out", "file.npz")
+    assert "taking" not in capsys.readouterr().out
+    assert (workdir / "file.npz").read_bytes() == (workdir / "run.npz").read_bytes()
+    more = ("--trainer.max_images", 160, "--samples.count", 0, "--eval.metrics", "[]")
+    run("fit", "--ckpt_path", trained, "--run_dir", "continued", *more)
+    said = capsys.readouterr().out
+    assert f"{trained}: taking {last}, 128 images seen" in said
+    assert f"checkpoint {last}: 128 images seen" in said
+    assert [event["images"] for event in events(workdir / "continued", "start")] == [128]
+    for command in (("sample", "--num_samples", 2, "--out", "no.npz", "--ckpt_path"), ("fit", "--ckpt_path")):
+        with pytest.raises(UserError, match="is a directory without a checkpoint of a run"):
+            run(*command, workdir)
+
+    def opened(given):
+        raise UserError(f"opened {given}")
+
+    monkeypatch.setattr("lit_diffusion.cli.open_checkpoint", opened)
+    for command in (("validate",), ("test",), ("predict",), ("fit", "--config", "tiny.yaml", "--run_dir", "x")):
+        with pytest.raises(UserError, match=f"opened {trained}"):
+            run(*command, "--init_from" if "--config" in command else "--ckpt_path", trained)
+    for option in ("--samples", "--reference"):  # Its pictures are no samples.
+        other = {"--samples": "--reference", "--reference": "--samples"}[option]
+        with pytest.raises(UserError, match=r"is a run's directory, not images: .*sample --ckpt_path"):
+            run("evaluate", option, trained, other, "run.npz")

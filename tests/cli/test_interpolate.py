@@ -50,8 +50,9 @@ def test_between_samples(run, workdir, checkpoint, capsys):
 
 def test_between_held_out_images(run, workdir, checkpoint, capsys):
     arguments = ("--between", "images", "--pairs", 2, "--columns", 3, "--sampler.steps", 20)
-    run("interpolate", "--ckpt_path", checkpoint, "--out", "a.png", *arguments)
+    run("interpolate", "--ckpt_path", checkpoint.parent.parent, "--out", "a.png", *arguments)
     out = capsys.readouterr().out
+    assert out.count(f"taking {checkpoint}") == 1
     assert "wrote 2 rows of 5 images" in out  # an image, three points, an image
     difference = float(out.split("differ from themselves by ")[1].split()[0])
     assert 0.0 < difference < 0.5
