@@ -7,6 +7,7 @@ import os
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lit_diffusion.data.dataset_json import DATASET_JSON, read_labels
+from lit_diffusion.data.facts import in_brief
 from lit_diffusion.data.pixels import Size, decode, height_and_width, is_grey, losses
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
@@ -38,15 +41,18 @@ class ImageFolder(Source):
         path: a folder or a zip file.
         size: of the images in pixels: the side of a square, or [height, width].
         channels: 3 for RGB, 1 for grey.
-        classes: whether the folders directly under ``path`` are the classes; they are numbered in the order of their
-            names, which ``class_names`` lists.
+        classes: whether the images have classes: those of the labels in ``dataset.json``, which StyleGAN's and EDM's
+            tools write, or else the folders directly under ``path``, numbered in the order of their names, which
+            ``class_names`` lists. Folders named 00000, 00001, ... are shards more often than classes and are asked
+            about; ``folders`` takes the folders, whatever they are named and whatever else there is.
         on_corrupt: what becomes of a file that is no whole image. ``fail`` stops with its name when it is asked for,
             and costs nothing; ``skip`` reads everything once at the start (minutes for a million images), leaves such
             files out and warns once.
 
     Raises:
         UserError: if ``path`` is missing, neither folder nor zip file, or holds no image; if ``classes`` is true and an
-            image lies in no folder or all lie in one; from ``value`` if a file is corrupt or cannot be read.
+            image has no label in ``dataset.json``, or, without that, lies in no folder or all lie in one, or the
+            folders are numbered like shards; from ``value`` if a file is corrupt or cannot be read.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class ImageFolder(Source):
         path: str | Path,
         size: Size,
         channels: Literal[1, 3] = 3,
-        classes: bool = False,
+        classes: bool | Literal["folders"] = False,
         on_corrupt: Literal["fail", "skip"] = "fail",
     ) -> None:
         self._size = height_and_width(size)
@@ -65,20 +71,12 @@ class ImageFolder(Source):
         self._channels: Literal[1, 3] = channels
         self._files = open_files(self.path)
         self._names = image_names(self._files, self.path)
-        if classes:
-            for name in self._names:
-                if "/" not in name:
-                    raise UserError(
-                        f"{name} in {self.path} lies in no folder, so it has no class: move it, or set classes: false"
-                    )
-            # Before corrupt files are left out, so that they never renumber the classes.
-            self.class_names = sorted({_class_of(name) for name in self._names})
-            self.num_classes = len(self.class_names)
-            if self.num_classes == 1:
-                raise UserError(
-                    f"all images in {self.path} lie in the folder {self.class_names[0]!r}, which makes one class: the "
-                    "classes must be the first level (pack the zip file from within that folder), or set classes: false"
-                )
+        self._labels: dict[str, int] | None = None
+        # Before corrupt files are left out, so that they never renumber the classes.
+        if classes is True:
+            self._take_labels()
+        if classes and self._labels is None:
+            self._take_folders(sure=classes == "folders")
         if on_corrupt == "skip":
             self._skip_corrupt()
         self._class_index = {name: index for index, name in enumerate(self.class_names)}
@@ -95,7 +93,9 @@ class ImageFolder(Source):
         return self._decode(self._names[index])
 
     def label(self, index: int) -> int | None:
-        """The number of the first-level folder of image ``index``, None without ``classes``."""
+        """The class of image ``index``, None without ``classes``."""
+        if self._labels is not None:
+            return self._labels[_composed(self._names[index])]
         return self._class_index[_class_of(self._names[index])] if self.class_names else None
 
     def fingerprint(self) -> str:
@@ -107,11 +107,55 @@ class ImageFolder(Source):
         digest = hashlib.sha256(f"{self.shape} {self.class_names} {len(self)}".encode())
         for name in self._names:
             digest.update(f"{name}\0{self._files.stamp(name)}\0".encode())
+        if self._labels is not None:
+            digest.update(str([self.label(index) for index in range(len(self))]).encode())
         return digest.hexdigest()[:16]
 
     def notes(self) -> list[str]:
         """Whether images are cut, or hold further pictures."""
         return picture_losses(self._files, self._names, self.path, self._size)
+
+    def _take_labels(self) -> None:
+        """The classes that ``dataset.json`` says, where there is one with labels."""
+        where = f"{DATASET_JSON} of {self.path}"
+        try:
+            text = self._files.read(DATASET_JSON)
+        except (FileNotFoundError, KeyError):  # Of a folder, of a zip file.
+            return
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"cannot read {where} ({error}): bring it back, or set classes: false") from error
+        if (found := read_labels(text, where)) is None:
+            return
+        # Of more files than are here: a part of a set has the classes of the whole.
+        labels, self.class_names = {_composed(name): label for name, label in found[0].items()}, found[1]
+        lacking = [name for name in self._names if _composed(name) not in labels]
+        if lacking:
+            raise UserError(
+                f"{where} has no label for {len(lacking)} of the {len(self._names)} images, the first is {lacking[0]}: "
+                f"add them, or set classes: false"
+            )
+        self._labels = labels
+        self.num_classes = len(self.class_names) or max(labels.values()) + 1
+
+    def _take_folders(self, sure: bool) -> None:
+        """The first-level folders as the classes."""
+        for name in self._names:
+            if "/" not in name:
+                raise UserError(
+                    f"{name} in {self.path} lies in no folder, so it has no class: move it, or set classes: false"
+                )
+        self.class_names = sorted({_class_of(name) for name in self._names})
+        self.num_classes = len(self.class_names)
+        if not sure and _are_shards(self.class_names):
+            raise UserError(
+                f"the folders of {self.path} are numbered ({in_brief(self.class_names)}) as shards are, and there is "
+                f"no {DATASET_JSON} with labels: set classes: folders if they are the classes, else classes: false"
+            )
+        if self.num_classes == 1:
+            raise UserError(
+                f"all images in {self.path} lie in the folder {self.class_names[0]!r}, which makes one class: the "
+                "classes must be the first level (pack the zip file from within that folder), or set classes: false"
+            )
 
     def _decode(self, name: str) -> np.ndarray:
         try:
@@ -157,6 +201,11 @@ def _is_hidden(part: str) -> bool:
 
 def _class_of(name: str) -> str:
     return _composed(name.split("/", 1)[0])
+
+
+def _are_shards(names: list[str]) -> bool:
+    """Whether folders are numbered with zeros in front: 00000, 00001, ... of EDM, 00000, 01000, ... of FFHQ."""
+    return all(name.isdecimal() and len(name) == len(names[0]) >= 2 for name in names) and names[0].startswith("0")
 
 
 def _composed(name: str) -> str:

@@ -67,13 +67,19 @@ class HuggingFace(Source):
         self._labels: np.ndarray | None = None
         if label_key is not None:
             self._labels = np.asarray(data[label_key][:])
-            if not np.issubdtype(self._labels.dtype, np.integer) or self._labels.min() < 0:
+            if not np.issubdtype(self._labels.dtype, np.integer):
                 raise UserError(
                     f"label_key: column {label_key!r} of {path} must hold integers from 0 up for every image"
+                )
+            if self._labels.min() < 0:  # Hidden labels of a test split are -1.
+                raise UserError(
+                    f"label_key: column {label_key!r} of {path} holds {self._labels.min()}, first of image "
+                    f"{self._labels.argmin()}: labels must be integers from 0 up"
                 )
             feature = data.features[label_key]
             is_class = isinstance(feature, datasets.ClassLabel)
             self.num_classes = feature.num_classes if is_class else int(self._labels.max()) + 1
+            self.class_names = feature.names if is_class else None
         self._captions = None if caption_key is None else data.select_columns(caption_key)
         self._caption_key = caption_key
         if self._captions is not None and not isinstance(self._captions[0][caption_key], str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 
@@ -16,7 +17,9 @@ class Npz(InMemory):
     """Images of an ``.npz`` file: uint8 ``[N, H, W, C]`` with 1 or 3 channels, or ``[N, H, W]`` grey.
 
     This is the layout of the reference batches of Dhariwal and Nichol (2021). The whole array is held in memory. Labels
-    are integers ``[N]`` from 0; the number of classes is the largest label plus one.
+    are integers ``[N]`` from 0. With the key ``class_names`` in the file the classes have these names, in the order of
+    their numbers; else the number of classes is the largest label plus one. The command ``sample`` writes labels as
+    ``labels``.
 
     Args:
         path: the file.
@@ -44,23 +47,32 @@ class Npz(InMemory):
                 "channels (transpose them if the channels come first), or [N, H, W]"
             )
         labels = None if label_key is None else _read(path, label_key)
-        if labels is not None and (
-            not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1] or labels.min() < 0
-        ):
+        if labels is not None and (not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]):
             raise UserError(
                 f"key {label_key!r} of {path} is {labels.dtype} {list(labels.shape)}: labels must be one integer from "
                 f"0 up for each of the {len(images)} images"
             )
+        if labels is not None and labels.min() < 0:
+            raise UserError(
+                f"key {label_key!r} of {path} holds {labels.min()}, first of image {labels.argmin()}: labels must be "
+                f"integers from 0 up"
+            )
+        names = None if labels is None else _read(path, "class_names", optional=True)
         super().__init__(
             images.transpose(0, 3, 1, 2),
             labels,
             name=path.stem,
-            num_classes=None if labels is None else int(labels.max()) + 1,
+            num_classes=None if labels is None else int(labels.max()) + 1 if names is None else names.size,
+            class_names=None if names is None else names.ravel().astype(str).tolist(),
         )
 
 
-def _read(path: Path, key: str) -> np.ndarray:
-    """One array of the file, whatever its type."""
+@overload
+def _read(path: Path, key: str) -> np.ndarray: ...
+@overload
+def _read(path: Path, key: str, optional: Literal[True]) -> np.ndarray | None: ...
+def _read(path: Path, key: str, optional: bool = False) -> np.ndarray | None:
+    """One array of the file, whatever its type; None for an optional one that is not there."""
     if not path.is_file():
         raise UserError(f"there is no file {path}: check the path")
     try:
@@ -68,6 +80,8 @@ def _read(path: Path, key: str) -> np.ndarray:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise UserError(f"{path} holds one array without a name (.npy): save it with numpy.savez")
         with archive:
+            if optional and key not in archive.files:
+                return None
             if key not in archive.files:
                 raise UserError(f"{path} has no key {key!r}: it has {', '.join(map(repr, archive.files)) or 'none'}")
             return archive[key]

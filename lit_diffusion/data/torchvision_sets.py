@@ -39,7 +39,9 @@ class CIFAR10(InMemory):
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
         data = _load("CIFAR10", root, train=split == "train")
         images = data.data.transpose(0, 3, 1, 2)
-        super().__init__(images, np.asarray(data.targets), name=f"cifar10-{split}", num_classes=10)
+        super().__init__(
+            images, np.asarray(data.targets), name=f"cifar10-{split}", num_classes=10, class_names=data.classes
+        )
 
 
 class CIFAR100(InMemory):
@@ -56,7 +58,9 @@ class CIFAR100(InMemory):
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
         data = _load("CIFAR100", root, train=split == "train")
         images = data.data.transpose(0, 3, 1, 2)
-        super().__init__(images, np.asarray(data.targets), name=f"cifar100-{split}", num_classes=100)
+        super().__init__(
+            images, np.asarray(data.targets), name=f"cifar100-{split}", num_classes=100, class_names=data.classes
+        )
 
 
 class MNIST(InMemory):
@@ -89,7 +93,9 @@ class FashionMNIST(InMemory):
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
         data = _load("FashionMNIST", root, train=split == "train")
         images = data.data.numpy()[:, None]
-        super().__init__(images, data.targets.numpy(), name=f"fashion-mnist-{split}", num_classes=10)
+        super().__init__(
+            images, data.targets.numpy(), name=f"fashion-mnist-{split}", num_classes=10, class_names=data.classes
+        )
 
 
 class SVHN(InMemory):

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import unicodedata
@@ -94,6 +95,95 @@ def test_classes_are_the_first_level_folders(tmp_path):
     text = message(lambda: ImageFolder(tmp_path / "pets", size=8, classes=True))
     assert "stray.png" in text
     assert "classes: false" in text
+
+
+def sharded(folder: Path, labels: object = None, **more) -> Path:
+    """Four images in two shards as EDM's ``dataset_tool.py`` lays them out, with its labels unless they are None."""
+    for k in range(4):
+        write(folder / f"{k // 2:05d}" / f"img{k:08d}.png", random_image())
+    if labels is not None:
+        (folder / "dataset.json").write_text(json.dumps({"labels": labels, **more}))
+    return folder
+
+
+def named(labels) -> list:
+    return [[f"{k // 2:05d}/img{k:08d}.png", label] for k, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("labels", "count"), [([2, 0, 2, 1], 3), ([[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]], 3)]
+)
+def test_classes_are_the_labels_of_dataset_json(tmp_path, packed, labels, count):
+    path = sharded(tmp_path / "edm", [*named(labels), ["00009/gone.png", labels[0]]])
+    source = ImageFolder(zipped(path) if packed else path, size=8, classes=True)
+    assert [source.label(i) for i in range(4)] == [2, 0, 2, 1]
+    assert (source.num_classes, source.class_names) == (count, [])
+    assert ImageFolder(path, size=8).label(0) is None
+    source = pickle.loads(pickle.dumps(source))
+    changed = sharded(tmp_path / "edm", named([0, 0, 0, 1]))
+    assert ImageFolder(changed, size=8, classes=True).fingerprint() != source.fingerprint()
+    assert ImageFolder(changed, size=8).fingerprint() == ImageFolder(path, size=8).fingerprint()
+
+
+def test_classes_of_dataset_json_may_have_names_and_the_folders_may_be_taken_all_the_same(tmp_path):
+    path = sharded(tmp_path / "edm", named([0, 1, 1, 0]), class_names=["cat", "dog", "frog"])
+    source = ImageFolder(path, size=8, classes=True)
+    assert (source.class_names, source.num_classes, source.label(1)) == (["cat", "dog", "frog"], 3, 1)
+    folders = ImageFolder(path, size=8, classes="folders")
+    assert (folders.class_names, folders.label(1), folders.label(2)) == (["00000", "00001"], 0, 1)
+
+
+@pytest.mark.parametrize("labels", [None, "null"])
+@pytest.mark.parametrize("names", [["00000"], ["00000", "01000"], ["00", "01", "10"]])
+def test_numbered_folders_without_labels_are_asked_about(tmp_path, labels, names):
+    for name in names:
+        write(tmp_path / "set" / name / "1.png", random_image())
+    if labels is not None:
+        (tmp_path / "set" / "dataset.json").write_text('{"labels": null}')
+    text = message(lambda: ImageFolder(tmp_path / "set", size=8, classes=True))
+    assert f"numbered ({', '.join(names)}) as shards are" in text
+    assert "classes: folders" in text
+    if len(names) > 1:
+        assert ImageFolder(tmp_path / "set", size=8, classes="folders").class_names == names
+
+
+@pytest.mark.parametrize("names", [["0", "1", "10"], ["00000", "cat"], ["cat", "dog"]])
+def test_other_folders_are_classes_where_dataset_json_has_no_labels(tmp_path, names):
+    for name in names:
+        write(tmp_path / name / "1.png", random_image())
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    assert ImageFolder(tmp_path, size=8, classes=True).class_names == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (named([0, 1, 0]), "no label for 1 of the 4 images, the first is 00001/img00000003.png"),
+        ([["img00000000.png", 0]], "no label for 4 of the 4 images"),
+        (named([0, 1, -1, 0]), "the label of 00001/img00000002.png is -1"),
+        (named([0, 1, 0.5, 0]), "is 0.5: a class is an integer from 0"),
+        (named([0, 1, True, 0]), "is True"),
+        (named([0, 1, None, 0]), "is None"),
+        (named([[0, 1], [1, 0], [0.5, 0.5], [0, 0]]), "00001/img00000002.png is [0.5, 0.5]"),
+        (named([[0, 1], [1, 0], [0, 0, 1], [1, 0]]), "has 3 numbers, others 2"),
+        ([*named([0, 1, 0, 1]), ["00000/img00000000.png", 1]], "has the labels 0 and 1"),
+        ([["a.png"]], 'is not {"labels"'),
+        (7, 'is not {"labels"'),
+    ],
+)
+def test_a_dataset_json_that_says_no_classes_is_refused(tmp_path, labels, said):
+    text = message(lambda: ImageFolder(sharded(tmp_path / "edm", labels), size=8, classes=True))
+    assert said in text
+    assert "dataset.json of" in text
+
+
+def test_a_dataset_json_that_is_none_is_refused(tmp_path):
+    path = sharded(tmp_path / "edm")
+    for content in ('{"labels": ', "[]", "{}", "\x00"):
+        (path / "dataset.json").write_text(content)
+        assert "dataset.json of" in message(lambda: ImageFolder(path, size=8, classes=True))
+    assert len(ImageFolder(path, size=8)) == 4  # Nobody asked for classes.
 
 
 def test_the_middle_of_a_picture_that_is_not_square(tmp_path):

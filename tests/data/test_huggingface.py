@@ -45,6 +45,7 @@ def test_images_labels_and_texts(saved):
     assert (source.name, len(source), source.shape, source.num_classes) == ("both", 5, (3, 8, 8), 3)
     np.testing.assert_array_equal(np.stack([source.value(i) for i in range(5)]), IMAGES.transpose(0, 3, 1, 2))
     assert [source.label(i) for i in range(5)] == [0, 1, 0, 1, 0]
+    assert source.class_names == ["a", "b", "c"]
     assert source.caption(2) == "picture 2"
     test = HuggingFace(saved / "both", size=4, split="test", channels=1)
     assert (len(test), test.value(0).shape, test.label(0), test.caption(0)) == (1, (1, 4, 4), None, None)
@@ -69,7 +70,8 @@ def test_wrong_keys_are_named(saved):
     both = saved / "both"
     assert "'picture'" in message(both, size=8, image_key="picture")
     assert "'validation'" in message(both, size=8, split="validation")
-    assert "label_key" in message(both, size=8, label_key="number")
+    assert "'number' of" in (line := message(both, size=8, label_key="number"))
+    assert "holds -1, first of image 4" in line
     assert "label_key" in message(both, size=8, label_key="text")
     assert "caption_key" in message(both, size=8, caption_key="label")
     assert "image_key" in message(both, size=8, image_key="text")

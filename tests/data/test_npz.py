@@ -34,6 +34,15 @@ def test_images_and_labels(tmp_path, save):
     assert Npz(tmp_path / "batch.npz").num_classes is None
 
 
+def test_classes_may_have_names(tmp_path):
+    names = np.array(["cat", "dog", "frog", "bird"])
+    np.savez(tmp_path / "a.npz", IMAGES, labels=np.array([0, 2, 1, 0, 1, 2]), class_names=names)
+    source = Npz(tmp_path / "a.npz", label_key="labels")
+    assert (source.class_names, source.num_classes) == (["cat", "dog", "frog", "bird"], 4)
+    unlabelled = Npz(tmp_path / "a.npz")
+    assert (unlabelled.class_names, unlabelled.num_classes) == (None, None)
+
+
 def test_grey_images_with_and_without_a_channel(tmp_path):
     np.savez(tmp_path / "grey.npz", flat=IMAGES[..., 0], deep=IMAGES[..., :1])
     for key in ("flat", "deep"):

@@ -52,6 +52,7 @@ def test_cifar10(tmp_path):
     train, test = CIFAR10(root=tmp_path), CIFAR10(split="test", root=tmp_path)
     assert (len(train), train.shape, train.levels, train.num_classes) == (20, (3, 32, 32), 256, 10)
     assert (train.name, test.name) == ("cifar10-train", "cifar10-test")
+    assert train.class_names == [str(i) for i in range(10)]  # as its file of names says
     np.testing.assert_array_equal(train.value(5), written["data_batch_2"][0][1])
     assert train.label(5) == written["data_batch_2"][1][1]
     np.testing.assert_array_equal(test.value(3), written["test_batch"][0][3])
