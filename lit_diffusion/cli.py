@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffusion.data
@@ -45,9 +47,11 @@ from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import packaged_experiment
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, print_note
+from lit_diffusion.run_lock import RunLock
 from lit_diffusion.trainer import Trainer, callbacks_of
 
 # Interpolations are resolved after all files and arguments are merged, and absolute ones work below subcommands.
@@ -79,6 +83,16 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 class CLI(LightningCLI):
     """LightningCLI with named callbacks, checkpoint precedence, ``auto`` values and run directories."""
+
+    lock: RunLock | None = None
+    """Of the run's directory where that is known before the Trainer has connected its processes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     # ---- the parser --------------------------------------------------------------------------------------------
 
@@ -136,6 +150,7 @@ class CLI(LightningCLI):
         if ckpt_path is None and (resume != "auto" or run_dir is None or not Path(run_dir, "checkpoints").is_dir()):
             self.config = parser.parse_args([command, *rest])
             ckpt_path, run_dir, resume = (self.config[command].get(key) for key in ("ckpt_path", "run_dir", "resume"))
+        self._hold(run_dir, wait=resume == "auto")  # Before its checkpoint is read.
         if resume == "auto":
             newest = self._newest(command, ckpt_path, run_dir)
             if newest is not None:
@@ -159,6 +174,23 @@ class CLI(LightningCLI):
             path = Path(folder) / "checkpoint.yaml"
             path.write_text(yaml.safe_dump(self.inherited))
             self.config = parser.parse_args([command, "--config", str(path), *rest])
+
+    def _hold(self, run_dir: str | None, wait: bool = False) -> None:
+        """Take the lock of a run's directory before anything in it is read or touched; of several processes the first.
+
+        Where they were started together, a refusal waits until they are connected and hear of it from the run's logger.
+        """
+        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+        if run_dir is None or self.lock is not None or not first:
+            return
+        self.lock = RunLock(Path(run_dir), print_note)
+        try:
+            self.lock.take(wait)
+        except Interrupted:
+            raise
+        except UserError:
+            if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+                raise
 
     def _newest(self, command: str, ckpt_path: str | None, run_dir: str | None) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint that ``--resume auto`` means."""
@@ -297,6 +329,7 @@ class CLI(LightningCLI):
         run_dir = None if section.run_dir is None else Path(section.run_dir)
         if self.subcommand == "fit" and run_dir is not None and self.checkpoint is not None:
             self.continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
+        self._hold(section.run_dir)  # Where parse_arguments could not see it, below --ckpt_path in a file.
         if self.continues:
             assert run_dir is not None
             self._set_lost_events_aside(run_dir)
@@ -308,9 +341,12 @@ class CLI(LightningCLI):
             dashboard=self.config_init[self.subcommand]["wandb"],
             continues=self.continues,
             changed=self.changed,
+            lock=self.lock,
         )
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:
+        if self.lock is not None and not self.lock.held:  # Refused, which the logger will say.
+            return
         seen, again = -1, set[str]()  # Killed before its first checkpoint: all events are made again.
         if self.checkpoint is not None:
             seen, again = _made_again(self.checkpoint)

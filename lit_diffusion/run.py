@@ -24,6 +24,7 @@ from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION, require_known_format
 from lit_diffusion.images import save_png
 from lit_diffusion.reporting import better
+from lit_diffusion.run_lock import RunLock
 
 RUN_DIR_FILES = ("config.yaml", "metrics.jsonl", "run_id")
 
@@ -201,6 +202,7 @@ class RunLogger(Logger):
         dashboard: Weights & Biases or None.
         continues: whether an existing run in ``run_dir`` is being continued from a checkpoint of its own.
         changed: what is configured differently than in the checkpoint, by dotted key: there and now.
+        lock: of ``run_dir``, where it was taken before; else it is taken when the directory is opened.
     """
 
     def __init__(
@@ -213,8 +215,10 @@ class RunLogger(Logger):
         dashboard: Dashboard | None = None,
         continues: bool = False,
         changed: dict[str, Any] | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         super().__init__()
+        self.lock = lock
         self.experiment_name = experiment
         self.config_text = config_text
         self.config = config or {}
@@ -272,6 +276,8 @@ class RunLogger(Logger):
         self.record("end", {"status": "interrupted" if self.interrupted else status})
         if self.dashboard is not None:
             self.dashboard.close(failed=status != "success" and not self.interrupted)
+        if self.lock is not None:  # What is recorded later takes it again.
+            self.lock.release()
 
     # ---- the directory -----------------------------------------------------------------------------------------
 
@@ -292,6 +298,8 @@ class RunLogger(Logger):
             try:
                 chosen = [self._create()]
             except UserError as error:
+                if self.lock is not None:
+                    self.lock.release()
                 chosen = [error]
         if many:
             dist.broadcast_object_list(chosen, src=0)
@@ -305,6 +313,25 @@ class RunLogger(Logger):
             if self.dashboard is not None:
                 self.dashboard.open(run_id, self._run_dir, self.experiment_name, self.config)
 
+    def lost(self) -> str | None:
+        """Why this process, which writes for all, may no longer write; None where it may."""
+        self.open()
+        assert self.lock is not None
+        try:
+            self.lock.take()  # Again, after an end that was not the last.
+        except UserError as error:
+            return str(error)
+        return self.lock.lost()
+
+    def _require_own(self) -> None:
+        """Refuse to write where another process writes.
+
+        Raises:
+            UserError: naming it.
+        """
+        if (lost := self.lost()) is not None:
+            raise UserError(lost)
+
     @property
     def _is_writer(self) -> bool:
         return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -312,6 +339,8 @@ class RunLogger(Logger):
     def _create(self) -> tuple[str, str]:
         run_id = new_run_id()
         directory = self.wanted if self.wanted is not None else self.root / self.experiment_name / run_id
+        self.lock = self.lock or RunLock(directory, print_note)
+        self.lock.take()
         if not self.continues and any((directory / name).exists() for name in RUN_DIR_FILES):
             raise UserError(
                 f"run_dir {directory} already holds a run; choose another, or continue that one with --resume auto"
@@ -359,6 +388,7 @@ class RunLogger(Logger):
         self.open()
         if not self._is_writer:
             return
+        self._require_own()
         plain = {key: _plain(value) for key, value in values.items()}
         line = {"event": event, "step": self.clock.steps, "images": self.clock.images, "time": round(time.time(), 3)}
         path = self.run_dir / "metrics.jsonl"
@@ -376,6 +406,7 @@ class RunLogger(Logger):
             raise TypeError(f"picture {name} is {picture.dtype}, not uint8: wandb shows other types as black")
         path = self.run_dir / "samples" / f"{name}-{self.clock.images:010d}.png"
         if self._is_writer:
+            self._require_own()
             save_png(picture, path)
             self.record("picture", {"name": name, "file": f"samples/{path.name}", "caption": caption, **(values or {})})
             if self.dashboard is not None:

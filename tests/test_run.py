@@ -60,6 +60,7 @@ def test_a_new_run_has_a_directory_of_its_own(tmp_path):
     assert sorted(path.name for path in run_dir.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "lock",
         "metrics.jsonl",
         "run_id",
         "samples",

@@ -119,8 +119,8 @@ def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: 
         previous: where the file before stays; None: nowhere.
 
     Raises:
-        UserError: on every process, if the weights are not finite, the disk is full or the folder not writable; what
-            was there before is untouched.
+        UserError: on every process, if the weights are not finite, the disk is full, the folder not writable, or the
+            run taken over by another process; what was there before is untouched.
     """
     # A finite gradient can still throw the weights out of range: at a learning rate far too large.
     mine = [local(p.detach()) for p in method.denoiser.parameters()]
@@ -133,16 +133,17 @@ def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: 
         )
     # Not Trainer.save_checkpoint: where one process fails to write, it leaves the others waiting.
     state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    failure = _write(state, path, previous) if trainer.is_global_zero else None
+    failure = None
+    if trainer.is_global_zero:
+        run = run_logger_of(trainer)
+        failure = (run.lost() if run is not None else None) or _write(state, path, previous)
     failure = trainer.strategy.broadcast(failure)
     if failure is not None:
-        raise UserError(
-            f"cannot write {path} ({failure}); the one before is untouched: free some space and continue from it"
-        )
+        raise UserError(failure)
 
 
 def _write(state: dict[str, Any], path: Path, previous: Path | None) -> str | None:
-    """On one process; returns what went wrong, None for nothing."""
+    """On one process; returns what went wrong and how to go on, None for nothing."""
     temporary = path.with_name(f".{path.name}.tmp")  # One name, so that what a kill leaves is written over.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,10 @@ def _write(state: dict[str, Any], path: Path, previous: Path | None) -> str | No
             raise
         with suppress(OSError):  # Where the folder is a file, even looking for it fails.
             temporary.unlink(missing_ok=True)
-        return str(error).splitlines()[0]
+        return (
+            f"cannot write {path} ({str(error).splitlines()[0]}); the one before is untouched: free some space and "
+            f"continue from it"
+        )
     return None
 
 

@@ -35,6 +35,7 @@ from lit_diffusion.precision import precision_name
 from lit_diffusion.processes import VE
 from lit_diffusion.randomness import keyed_permutation
 from lit_diffusion.run import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, require_known_events
+from lit_diffusion.run_lock import writer_of
 from lit_diffusion.trainer import Trainer, callbacks_of
 
 LOOKED_AT = 512
@@ -56,6 +57,9 @@ class Prepared(CLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing."""
+
+    def _hold(self, run_dir: str | None, wait: bool = False) -> None:
+        """Nothing: nothing is written."""
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:
         """Nothing: that is for the run that is really continued."""
@@ -540,6 +544,11 @@ def run_directory(recipe: Recipe) -> Iterator[Finding]:
     directory = recipe.run_dir
     if reason := machine.writable(directory):
         yield problem(f"run_dir {directory} cannot be written ({reason})", "choose another by --run_dir")
+    elif writer := writer_of(directory):
+        yield problem(
+            f"run_dir {directory} is being written by {writer}",
+            "wait until it has ended, or choose another; --resume auto takes a dead one over",
+        )
     elif recipe.logger.continues:
         if (directory / "metrics.jsonl").exists():  # Not in a run that was killed before its first event.
             require_known_events(directory)

@@ -17,7 +17,8 @@ from lit_diffusion.clock import Clock
 from lit_diffusion.errors import UserError
 from lit_diffusion.parser import Parser
 from lit_diffusion.reporting import Event, RecordedRun, read_run, recorded_png
-from lit_diffusion.run import Dashboard, logged_in
+from lit_diffusion.run import Dashboard, logged_in, print_note
+from lit_diffusion.run_lock import RunLock
 
 DESCRIPTION = """Replays a run's metrics.jsonl and its pictures into one Weights & Biases run, in order, each step once.
 For runs that were trained offline and interrupted, or recorded with --wandb.mode disabled: each start left an offline
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(list(arguments))
     if options.run is None:
         raise UserError("wandb-sync takes a run's directory: python -m lit_diffusion wandb-sync runs/ncsn/<run id>")
+    RunLock(Path(options.run), print_note).require_free()  # What is still being written would be shown in part.
     run = read_run(Path(options.run))
     config = read_config(run.folder)
     own = config.get("wandb") if isinstance(config.get("wandb"), dict) else {}
