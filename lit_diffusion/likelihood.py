@@ -28,8 +28,8 @@ from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.reverse import ReverseVariance, bound_term, gaussian_kl, require_variance
-from lit_diffusion.samplers.base import CountedDenoiser, at_time, subsequence
+from lit_diffusion.reverse import ReverseChain, bound_term, gaussian_kl
+from lit_diffusion.samplers.base import CountedDenoiser, Spacing, at_time, subsequence
 from lit_diffusion.samplers.ode import integrate, refuse_grid_only, require_tolerances
 
 Trace = Literal["hutchinson", "exact"]
@@ -197,14 +197,15 @@ def variational_bound(
     denoiser: Denoiser,
     x0: Tensor,
     noise: SampleNoise,
-    variance: ReverseVariance,
+    chain: ReverseChain,
     grey_levels: GreyLevels | None = None,
     cond: Condition | None = None,
     steps: int | None = None,
+    spacing: Spacing = "uniform",
     sampled: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> VariationalBound:
-    """The variational bound of the chain that ancestral sampling with ``steps`` uniform steps draws from.
+    """The variational bound of the chain that ancestral sampling draws from.
 
     Each expectation over the noise is taken with one draw an image: the sum is unbiased.
 
@@ -212,10 +213,11 @@ def variational_bound(
         denoiser: the model.
         x0: data ``[B, ...]``; grey levels at the centres of their bins.
         noise: gives each datum its own numbers.
-        variance: of the reverse steps.
+        chain: its variances and its range.
         grey_levels: of the data; None for points, whose decoder is a density.
         cond: the condition, ``[B]`` rows.
         steps: S; None for every level of the model, 1000 in continuous time.
+        spacing: which levels a subsequence of S visits.
         sampled: evaluate only so many of the S - 1 KL terms for each datum, evenly spread with a random offset, and
             weigh them up: unbiased, and noisier; None: all of them.
         on_step: called with the number of terms done and to do.
@@ -223,10 +225,10 @@ def variational_bound(
     Raises:
         UserError: for a variance that the model has not, or a model with one noise level.
     """
-    require_variance(variance, denoiser)
+    chain.check(denoiser)
     process = denoiser.process
     require_chain(denoiser, "the variational bound")
-    times = torch.tensor(subsequence(process, steps), dtype=torch.float64, device=x0.device)
+    times = torch.tensor(subsequence(process, steps, spacing), dtype=torch.float64, device=x0.device)
     count = len(times)
     ends = torch.cat((times.new_zeros(1), times[:-1]))
     one = at_time(x0, 1.0)
@@ -246,7 +248,7 @@ def variational_bound(
             weight = (count - 1) / draws
         t = times[index]
         x_t = process.perturb(x0, t, noise.normal().to(x0.dtype))
-        term = bound_term(denoiser(x_t, t, cond), process, x0, ends[index], variance, grey_levels)
+        term = bound_term(denoiser(x_t, t, cond), denoiser, x0, ends[index], chain, grey_levels)
         terms[rows, index] += weight * term
         if on_step is not None:
             on_step(draw + 1, draws + 1)

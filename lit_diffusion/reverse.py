@@ -1,4 +1,5 @@
-r"""The reverse chain ``p(x_s | x_t)``: what ancestral sampling draws from and the variational bound scores.
+r"""The reverse chain ``p(x_s | x_t)``: what ancestral sampling draws from, the variational bound scores, and DDPM's
+bound trains.
 
 .. math::
     p(x_s | x_t) = N\big(c_0\, \hat x_0(x_t) + c_t x_t,\; v I\big), \qquad
@@ -10,58 +11,114 @@ variances are those of :class:`~lit_diffusion.processes.Transition`.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lit_diffusion.data.facts import GreyLevels
-from lit_diffusion.denoisers import Denoiser, Prediction
-from lit_diffusion.errors import UserError
-from lit_diffusion.processes import LOG_2PI, Process, Transition, expand_like
+from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_in_words, clipped, require_clip
+from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.processes import LOG_2PI, VE, Transition, expand_like
 
 ReverseVariance = Literal["beta", "beta_tilde", "learned"]
 
 
-def require_variance(variance: ReverseVariance, denoiser: Denoiser) -> None:
-    """Refuse a learned variance of a model that has none.
+@dataclass(frozen=True)
+class ReverseChain:
+    """The reverse chain of a denoiser, down to its last step.
+
+    The last step, to s = 0, is the decoder, whose own beta~ is 0: the one of the step before it, from 2t to t, stands
+    in. So it does for ``beta`` where the decoder's probability is of grey levels, as in the code of Ho et al. 2020
+    (``posterior_variance[1:2]``); a density of points, of which no paper has one, keeps beta. In a chain of one step,
+    which has none before it, beta stands in for both. Sampling adds no noise in that step.
+
+    Attributes:
+        variance: of a step: ``beta``, that of the forward step; ``beta_tilde``, that of its posterior; ``learned``,
+            between them in log space; None: the papers' own, which is ``learned`` of a model that has learned one, else
+            ``beta_tilde`` where the variance explodes (Song et al. 2021, eq. 47) and ``beta`` elsewhere (Ho et al.
+            2020).
+        clip_x0: the range in which the predicted clean datum is kept, see :data:`~lit_diffusion.denoisers.ClipX0`.
 
     Raises:
-        UserError: with what to choose instead.
+        UserError: for a name that is not one of these, or an empty range.
     """
-    if variance == "learned" and not denoiser.learned_variance:
-        raise UserError("variance: this model has not learned a reverse variance; choose beta or beta_tilde")
+
+    variance: ReverseVariance | None = None
+    clip_x0: ClipX0 = "data"
+
+    def __post_init__(self) -> None:
+        if self.variance is not None:
+            require_choice("", "variance", self.variance, get_args(ReverseVariance))
+        require_clip(self.clip_x0)
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse a learned variance of a model that has none.
+
+        Raises:
+            UserError: with what to choose instead.
+        """
+        if self.variance == "learned" and not denoiser.learned_variance:
+            raise UserError("variance: this model has not learned a reverse variance; choose beta or beta_tilde")
+
+    def variance_of(self, denoiser: Denoiser) -> ReverseVariance:
+        """The variance that is meant with a denoiser."""
+        if self.variance is not None:
+            return self.variance
+        if denoiser.learned_variance:
+            return "learned"
+        return "beta_tilde" if isinstance(denoiser.process, VE) else "beta"
+
+    def mean(self, prediction: Prediction, denoiser: Denoiser, step: Transition) -> Tensor:
+        """``c_0 x0 + c_t x_t`` with the predicted x0 in its range: ``[B, ...]``."""
+        return posterior_mean(clipped(prediction.x0, self.clip_x0, denoiser), prediction.x_t, step)
+
+    def log_variance(
+        self, prediction: Prediction, denoiser: Denoiser, step: Transition, s: Tensor, of_grey_levels: bool = False
+    ) -> Tensor:
+        """``log v``, in nats: ``[B, 1, ...]``, or ``[B, ...]`` where it is learned; float64.
+
+        Args:
+            prediction: at the beginning of the steps.
+            denoiser: that made it.
+            step: to s.
+            s: times ``[B]`` of the ends of the steps.
+            of_grey_levels: whether a last step's probability is of grey levels.
+        """
+        variance, process = self.variance_of(denoiser), denoiser.process
+        t, last = prediction.level.t, s == 0.0
+        beta, beta_tilde = step.beta, step.beta_tilde
+        if bool(last.any()):
+            above = process.transition(torch.where(last, t, s), torch.where(last, (2.0 * t).clamp(max=1.0), t))
+            stand_in = torch.where(t < 1.0, above.beta_tilde, beta)
+            beta_tilde = torch.where(last, stand_in, beta_tilde)
+            if variance == "beta" and of_grey_levels:
+                beta = beta_tilde.where(last, beta)
+        shape = (-1, *[1] * (prediction.x_t.ndim - 1))
+        log_beta, log_beta_tilde = beta.log().view(shape), beta_tilde.log().view(shape)
+        if variance == "beta":
+            return log_beta
+        if variance == "beta_tilde":
+            return log_beta_tilde
+        assert prediction.variance_share is not None
+        share = prediction.variance_share.to(torch.float64)
+        return share * log_beta + (1.0 - share) * log_beta_tilde
+
+    def in_words(self, denoiser: Denoiser, of_grey_levels: bool) -> dict[str, str]:
+        """As a protocol says it."""
+        variance = self.variance_of(denoiser)
+        first = {
+            "beta": "beta_tilde of the second step" if of_grey_levels else "beta",
+            "beta_tilde": "beta_tilde of the second step",
+            "learned": "between beta and beta_tilde of the second step",
+        }[variance]
+        return {"variance": variance, "first_variance": first, "clip_x0": clip_in_words(self.clip_x0, denoiser)}
 
 
-def reverse_mean(prediction: Prediction, step: Transition, x0: Tensor | None = None) -> Tensor:
-    """``c_0 x0 + c_t x_t``, with the predicted x0 or the one given: ``[B, ...]``."""
-    x_t = prediction.x_t
-    return expand_like(step.on_x0, x_t) * (prediction.x0 if x0 is None else x0) + expand_like(step.on_xt, x_t) * x_t
-
-
-def reverse_log_variance(
-    prediction: Prediction, process: Process, step: Transition, s: Tensor, variance: ReverseVariance
-) -> Tensor:
-    """``log v``, in nats: ``[B, 1, ...]``, or ``[B, ...]`` where it is learned; float64.
-
-    Where s is 0 beta~ is 0: the one of the next step, from 2t to t, takes its place, as in both papers' code; in a
-    walk of one step, which has no next one, beta does.
-    """
-    t = prediction.level.t
-    last = s == 0.0
-    beta_tilde = step.beta_tilde
-    if bool(last.any()):
-        above = process.transition(torch.where(last, t, s), torch.where(last, (2.0 * t).clamp(max=1.0), t))
-        beta_tilde = torch.where(last, torch.where(t < 1.0, above.beta_tilde, step.beta), beta_tilde)
-    shape = (-1, *[1] * (prediction.x_t.ndim - 1))
-    log_beta, log_beta_tilde = step.beta.log().view(shape), beta_tilde.log().view(shape)
-    if variance == "beta":
-        return log_beta
-    if variance == "beta_tilde":
-        return log_beta_tilde
-    assert prediction.variance_share is not None
-    share = prediction.variance_share.to(torch.float64)
-    return share * log_beta + (1.0 - share) * log_beta_tilde
+def posterior_mean(x0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
+    """``c_0 x0 + c_t x_t``, of ``q(x_s | x_t, x_0)``: ``[B, ...]``."""
+    return expand_like(step.on_x0, x_t) * x0 + expand_like(step.on_xt, x_t) * x_t
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
@@ -102,10 +159,10 @@ def discretised_log_prob(
 
 def bound_term(
     prediction: Prediction,
-    process: Process,
+    denoiser: Denoiser,
     x0: Tensor,
     s: Tensor,
-    variance: ReverseVariance,
+    chain: ReverseChain,
     grey_levels: GreyLevels | None,
 ) -> Tensor:
     """What the step from t to s adds to ``-log p(x_0)``, in nats: float64 ``[B]``.
@@ -115,18 +172,18 @@ def bound_term(
 
     Args:
         prediction: of the model at ``x_t``.
-        process: of the model.
+        denoiser: that made it.
         x0: the clean data ``[B, ...]``; the decoder scores the grey level in whose bin a value lies.
         s: times ``[B]`` of the ends of the steps.
-        variance: of the reverse step.
+        chain: whose steps they are.
         grey_levels: of the data, None for points.
     """
-    step = process.transition(s, prediction.level.t)
-    mean = reverse_mean(prediction, step).to(torch.float64)
-    log_variance = reverse_log_variance(prediction, process, step, s, variance)
+    step = denoiser.process.transition(s, prediction.level.t)
+    mean = chain.mean(prediction, denoiser, step).to(torch.float64)
+    log_variance = chain.log_variance(prediction, denoiser, step, s, grey_levels is not None)
     last = s == 0.0
     wide = (-1, *[1] * (x0.ndim - 1))
-    true_mean = reverse_mean(prediction, step, x0).to(torch.float64)
+    true_mean = posterior_mean(x0, prediction.x_t, step).to(torch.float64)
     true_log_variance = torch.where(last, 1.0, step.beta_tilde).log().view(wide)
     term = gaussian_kl(true_mean, true_log_variance, mean, log_variance).flatten(1).sum(1)
     if bool(last.any()):

@@ -11,6 +11,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import bits_per_dimension, dequantised, flow_log_prob, variational_bound
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.reverse import ReverseChain
 
 PROCESSES = {"VE": VE(0.01, 20.0), "VP": VP(), "SubVP": SubVP(), "DDPM": Betas(linear_betas())}
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -127,10 +128,10 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="one noise level"):
         flow_log_prob(one_level, draws(GAUSSIAN, 2), noise_of(2))
     with pytest.raises(UserError, match="one noise level"):
-        variational_bound(one_level, draws(GAUSSIAN, 2), noise_of(2), "beta")
+        variational_bound(one_level, draws(GAUSSIAN, 2), noise_of(2), ReverseChain("beta"))
     denoiser = ExactDenoiser(GAUSSIAN, VP())
     with pytest.raises(UserError, match="learned"):
-        variational_bound(denoiser, draws(GAUSSIAN, 2), noise_of(2), "learned")
+        variational_bound(denoiser, draws(GAUSSIAN, 2), noise_of(2), ReverseChain("learned"))
     with pytest.raises(UserError, match="must be positive"):
         flow_log_prob(denoiser, draws(GAUSSIAN, 2), noise_of(2), rtol=0.0)
     wide = GaussianMixture(torch.ones(1), torch.zeros(1, 300), torch.eye(300)[None])
@@ -171,7 +172,7 @@ def test_the_bound_of_the_exact_model_is_its_closed_form(process, variance):
     distribution = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.tensor([[[c]]]))
     x = draws(distribution, count)
     denoiser = ExactDenoiser(distribution, process)
-    bound = variational_bound(denoiser, x, noise_of(count, 1, seed=1), variance, steps=steps)
+    bound = variational_bound(denoiser, x, noise_of(count, 1, seed=1), ReverseChain(variance), steps=steps)
     error = float(bound.total.std()) / math.sqrt(count)
     assert abs(float(bound.total.mean()) - expected_bound(process, c, steps, variance)) < 4 * error
     torch.testing.assert_close(bound.prior + bound.kl + bound.decoder, bound.total)
@@ -189,8 +190,8 @@ def test_the_gap_to_the_entropy_closes_with_the_steps(name):
 def test_a_few_terms_at_random_have_the_same_expectation():
     process, count = Betas(linear_betas(50, 1e-3, 0.2)), 4000
     x, denoiser = draws(GAUSSIAN, count), ExactDenoiser(GAUSSIAN, process)
-    whole = variational_bound(denoiser, x, noise_of(count, seed=1), "beta")
-    few = variational_bound(denoiser, x, noise_of(count, seed=2), "beta", sampled=7)
+    whole = variational_bound(denoiser, x, noise_of(count, seed=1), ReverseChain("beta"))
+    few = variational_bound(denoiser, x, noise_of(count, seed=2), ReverseChain("beta"), sampled=7)
     assert int((few.steps != 0).sum(1).max()) == 8
     by_level = (whole.steps - few.steps).mean(0)
     error = torch.sqrt((whole.steps.var(0) + few.steps.var(0)) / count)
@@ -212,7 +213,7 @@ def test_grey_levels_cost_at_least_their_entropy_and_hardly_more_with_many_steps
     gaps = []
     for steps in (500, 1000, 4000):
         denoiser = ExactDenoiser(distribution, Betas(linear_betas(steps, 0.1 / steps, 20.0 / steps)))
-        bound = variational_bound(denoiser, x, noise_of(count, 1, seed=3), "beta_tilde", grey)
+        bound = variational_bound(denoiser, x, noise_of(count, 1, seed=3), ReverseChain("beta_tilde"), grey)
         gap = bound.total + log_probability
         gaps.append((float(gap.mean()), float(gap.std()) / math.sqrt(count)))
     assert all(gap > 3 * error for gap, error in gaps[:2])
@@ -225,8 +226,10 @@ def test_grey_levels_cost_at_least_their_entropy_and_hardly_more_with_many_steps
 def test_a_walk_of_one_step_has_a_decoder(variance):
     """There is no next step whose variance could stand in: beta does, for either variance."""
     x, denoiser = draws(GAUSSIAN, 10), ExactDenoiser(GAUSSIAN, PROCESSES["DDPM"])
-    one = variational_bound(denoiser, x, noise_of(10), variance, steps=1)
-    torch.testing.assert_close(one.total, variational_bound(denoiser, x, noise_of(10), "beta", steps=1).total)
+    one = variational_bound(denoiser, x, noise_of(10), ReverseChain(variance), steps=1)
+    torch.testing.assert_close(
+        one.total, variational_bound(denoiser, x, noise_of(10), ReverseChain("beta"), steps=1).total
+    )
     assert bool(torch.isfinite(one.total).all())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +17,8 @@ from lit_diffusion.backbones import MLP
 from lit_diffusion.data.facts import DataFacts, GreyLevels
 from lit_diffusion.denoisers import NetworkDenoiser, Prediction
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import VE, VP, Betas, linear_betas
-from lit_diffusion.reverse import (
-    bound_term,
-    discretised_log_prob,
-    gaussian_kl,
-    require_variance,
-    reverse_log_variance,
-    reverse_mean,
-)
+from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
+from lit_diffusion.reverse import ReverseChain, bound_term, discretised_log_prob, gaussian_kl, posterior_mean
 
 T = 6
 BETAS = np.linspace(0.02, 0.5, T)
@@ -84,29 +78,39 @@ def test_the_mean_is_the_papers(level):
     step = network().process.transition(wide((level - 1) / T).expand(3), prediction.level.t)
     guess = prediction.raw
     expected = (prediction.x_t - beta / math.sqrt(1 - abar) * guess) / math.sqrt(alpha)
-    torch.testing.assert_close(reverse_mean(prediction, step), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ReverseChain().mean(prediction, network(), step), expected, rtol=1e-10, atol=1e-12)
     posterior = math.sqrt(before) * beta * x0 + math.sqrt(alpha) * (1 - before) * prediction.x_t
-    torch.testing.assert_close(reverse_mean(prediction, step, x0), posterior / (1 - abar), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(posterior_mean(x0, prediction.x_t, step), posterior / (1 - abar), rtol=1e-10, atol=1e-12)
 
 
-def log_variance(prediction, level, variance):
-    process = network().process
+def log_variance(prediction, level, variance, of_grey_levels=False):
     s = torch.full((len(prediction.x_t),), (level - 1) / T, dtype=torch.float64)
-    return reverse_log_variance(prediction, process, process.transition(s, prediction.level.t), s, variance)
+    step = network().process.transition(s, prediction.level.t)
+    return ReverseChain(variance).log_variance(prediction, network(), step, s, of_grey_levels)
 
 
 @pytest.mark.parametrize("level", range(1, T + 1))
 def test_the_variances_are_the_papers(level):
-    """At t = 1, where beta~ is 0, the one of t = 2 stands in: ``posterior_log_variance_clipped`` of both codes."""
+    """At t = 1, where beta~ is 0, the one of t = 2 stands in: ``posterior_log_variance_clipped`` of both codes.
+
+    For beta it stands in where grey levels are decoded: ``concat([posterior_variance[1:2], betas[1:]])`` of both.
+    """
     prediction = at_level(level, *images())
     beta, _, _, beta_tilde = tables()
     low, high = math.log(beta_tilde[max(level - 1, 1)]), math.log(beta[level - 1])
-    for variance, expected in (("beta", high), ("beta_tilde", low)):
-        found = log_variance(prediction, level, variance)
+    first = low if level == 1 else high
+    for variance, of_grey_levels, expected in (
+        ("beta", False, high),
+        ("beta", True, first),
+        ("beta_tilde", False, low),
+        ("beta_tilde", True, low),
+    ):
+        found = log_variance(prediction, level, variance, of_grey_levels)
         assert (found.shape, found.dtype) == ((3, 1), torch.float64)
         assert found.flatten().tolist() == pytest.approx([expected] * 3, rel=1e-10)
     share = 0.5 * (network().backbone(prediction.x_t, torch.full((3,), level - 1.0))[:, 4:] + 1.0)
     found = log_variance(prediction, level, "learned")
+    assert torch.equal(found, log_variance(prediction, level, "learned", True))
     assert (found.shape, found.dtype) == ((3, 4), torch.float64)
     torch.testing.assert_close(found, share * high + (1.0 - share) * low, rtol=1e-9, atol=1e-9)
     assert float(share.detach().std()) > 0.01
@@ -117,8 +121,8 @@ def test_each_row_has_its_own_step_and_only_a_last_one_a_stand_in(process):
     s, t = wide(0.0, 0.25, 0.0, 0.5), wide(0.25, 0.75, 0.75, 0.625)
     x = torch.zeros(4, 1, 2, 2)
     prediction = Prediction(x, x, process.level(t), torch.zeros(4), torch.ones(4))
-    step = process.transition(s, t)
-    found = reverse_log_variance(prediction, process, step, s, "beta_tilde")
+    step, denoiser = process.transition(s, t), SimpleNamespace(process=process)
+    found = ReverseChain("beta_tilde").log_variance(prediction, denoiser, step, s)
     assert found.shape == (4, 1, 1, 1)
     level = {
         time: (float(process.alpha(wide(time))), float(process.sigma(wide(time))))
@@ -128,15 +132,15 @@ def test_each_row_has_its_own_step_and_only_a_last_one_a_stand_in(process):
         (alpha_s, sigma_s), (alpha_t, sigma_t) = level[below], level[above]
         beta = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
         assert float(found[row]) == pytest.approx(math.log(beta * sigma_s**2 / sigma_t**2), rel=1e-9)
-    betas = reverse_log_variance(prediction, process, step, s, "beta").flatten()
+    betas = ReverseChain("beta").log_variance(prediction, denoiser, step, s).flatten()
     assert float(betas[0]) == pytest.approx(2 * math.log(level[0.25][1]), rel=1e-9)  # of all the noise
 
 
 def test_a_learned_variance_must_have_been_learned():
-    require_variance("learned", network(learned=True))
-    require_variance("beta", network(learned=False))
+    ReverseChain("learned").check(network(learned=True))
+    ReverseChain("beta").check(network(learned=False))
     with pytest.raises(UserError, match="choose beta or beta_tilde") as caught:
-        require_variance("learned", network(learned=False))
+        ReverseChain("learned").check(network(learned=False))
     assert "\n" not in str(caught.value)
     x0, eps = images()
     assert at_level(1, x0, eps, learned=False).variance_share is None
@@ -249,7 +253,7 @@ def divergence(mean, variance, other_mean, other_variance):
     return integrate.quad(integrand, mean - spread, mean + spread, epsabs=1e-13, epsrel=1e-11, limit=200)[0]
 
 
-def by_hand(level, x0, eps, variance, levels):
+def by_hand(level, x0, eps, variance, levels, clip=math.inf):
     """What the step from level t to t - 1 adds, pixel by pixel, from DDPM's tables and the network's raw output."""
     beta, alpha, abar, beta_tilde = tables()
     k = level - 1
@@ -258,8 +262,11 @@ def by_hand(level, x0, eps, variance, levels):
         out = network().backbone(x_t, torch.full((len(x0),), float(k)))
     guess, told = out[:, :4].numpy(), out[:, 4:].numpy()
     mean = (x_t.numpy() - beta[k] / math.sqrt(1 - abar[k]) * guess) / math.sqrt(alpha[k])
+    guessed_x0 = (x_t.numpy() - math.sqrt(1 - abar[k]) * guess) / math.sqrt(abar[k])
+    before = abar[k] / alpha[k]
+    mean -= math.sqrt(before) * beta[k] / (1 - abar[k]) * (guessed_x0 - guessed_x0.clip(-clip, clip))
     low, share = beta_tilde[max(k, 1)], (told + 1) / 2
-    fixed = {"beta": beta[k], "beta_tilde": low, "learned": beta[k] ** share * low ** (1 - share)}
+    fixed = {"beta": beta[k] if k else low, "beta_tilde": low, "learned": beta[k] ** share * low ** (1 - share)}
     variances = np.broadcast_to(fixed[variance], mean.shape)
     terms = np.zeros(mean.shape)
     for place in np.ndindex(*mean.shape):
@@ -280,9 +287,44 @@ def test_every_term_of_the_bound_is_the_integral(variance):
     levels = grey_levels(17)
     for level in range(1, T + 1):
         s = torch.full((3,), (level - 1) / T, dtype=torch.float64)
-        found = bound_term(at_level(level, x0, eps), network().process, x0, s, variance, levels)
+        found = bound_term(at_level(level, x0, eps), network(), x0, s, ReverseChain(variance), levels)
         assert (found.shape, found.dtype) == ((3,), torch.float64)
         assert found.tolist() == pytest.approx(by_hand(level, x0, eps, variance, levels).tolist(), rel=1e-7)
+
+
+def test_the_bound_is_of_the_clipped_prediction(monkeypatch):
+    """As the sampler's chain is; in the range of the data, or in a given one."""
+    x0, eps = images()
+    eps, levels = 3.0 * eps, grey_levels(17)
+    for level in (1, 2, T):
+        s, prediction = torch.full((3,), (level - 1) / T, dtype=torch.float64), at_level(level, x0, eps)
+        expected = by_hand(level, x0, eps, "beta", levels, clip=1.0)
+        given = bound_term(prediction, network(), x0, s, ReverseChain("beta", (-1.0, 1.0)), levels)
+        assert given.tolist() == pytest.approx(expected.tolist(), rel=1e-7)
+        monkeypatch.setattr(network(), "data_range", (-1.0, 1.0))
+        for clip, same in (("data", True), (None, False)):
+            found = bound_term(prediction, network(), x0, s, ReverseChain("beta", clip), levels)
+            assert torch.equal(found, given) is same
+        monkeypatch.undo()
+
+
+def test_the_variance_is_the_papers_own_unless_it_is_given():
+    """Ho et al. 2020 take beta, Song et al. 2021, eq. 47, beta~, Nichol and Dhariwal 2021 what was learned."""
+    for process, learned, expected in (
+        (Betas(linear_betas(8)), False, "beta"),
+        (VP(), False, "beta"),
+        (SubVP(), False, "beta"),
+        (VE(0.1, 5.0, levels=8), False, "beta_tilde"),
+        (VE(0.1, 5.0), False, "beta_tilde"),
+        (Betas(linear_betas(8)), True, "learned"),
+    ):
+        denoiser = SimpleNamespace(process=process, learned_variance=learned, data_range=(0.0, 1.0))
+        assert ReverseChain().variance_of(denoiser) == expected
+        assert ReverseChain("beta").variance_of(denoiser) == "beta"
+        assert ReverseChain().in_words(denoiser, True)["variance"] == expected
+    said = ReverseChain("beta").in_words(denoiser, True)
+    assert said == {"variance": "beta", "first_variance": "beta_tilde of the second step", "clip_x0": "data [0, 1]"}
+    assert ReverseChain("beta", None).in_words(denoiser, False)["first_variance"] == "beta"
 
 
 def test_rows_at_different_levels_do_not_mix():
@@ -293,10 +335,10 @@ def test_rows_at_different_levels_do_not_mix():
     s[0] = 0.0
     with torch.no_grad():
         together = network()(process.perturb(x0, t, eps), t)
-    found = bound_term(together, process, x0, s, "learned", levels)
+    found = bound_term(together, network(), x0, s, ReverseChain("learned"), levels)
     for row in range(T):
         alone = at_level(row + 1, x0[row : row + 1], eps[row : row + 1])
-        expected = bound_term(alone, process, x0[row : row + 1], s[row : row + 1], "learned", levels)
+        expected = bound_term(alone, network(), x0[row : row + 1], s[row : row + 1], ReverseChain("learned"), levels)
         assert float(found[row]) == pytest.approx(float(expected), rel=1e-10)
 
 
@@ -308,7 +350,7 @@ def test_with_a_fixed_variance_it_is_the_papers_weighted_loss(variance):
         beta, alpha, abar, beta_tilde = (table[level - 1] for table in tables())
         prediction = at_level(level, x0, eps)
         s = torch.full((3,), (level - 1) / T, dtype=torch.float64)
-        found = bound_term(prediction, network().process, x0, s, variance, grey_levels(17))
+        found = bound_term(prediction, network(), x0, s, ReverseChain(variance), grey_levels(17))
         sigma2 = {"beta": beta, "beta_tilde": beta_tilde}[variance]
         weighted = beta**2 / (2 * sigma2 * alpha * (1 - abar)) * (eps - prediction.raw).square().sum(1)
         ratio = beta_tilde / sigma2
@@ -320,7 +362,7 @@ def test_with_a_fixed_variance_it_is_the_papers_weighted_loss(variance):
 def test_the_decoder_of_points_is_their_density():
     x0, eps = images()
     prediction = at_level(1, x0, eps)
-    found = bound_term(prediction, network().process, x0, torch.zeros(3, dtype=torch.float64), "learned", None)
+    found = bound_term(prediction, network(), x0, torch.zeros(3, dtype=torch.float64), ReverseChain("learned"), None)
     deviation = torch.exp(0.5 * log_variance(prediction, 1, "learned"))
     expected = -Normal(prediction.x0, deviation).log_prob(x0).sum(1)  # the last mean is the predicted x0
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -334,8 +376,8 @@ def test_finer_grey_levels_approach_the_density():
     x0 = grey.centre(x0.clamp(-0.99, 0.99))
     prediction = at_level(1, x0, eps)
     s = torch.zeros(3, dtype=torch.float64)
-    discrete = bound_term(prediction, network().process, x0, s, "beta", grey)
-    density = bound_term(prediction, network().process, x0, s, "beta", None)
+    discrete = bound_term(prediction, network(), x0, s, ReverseChain("beta_tilde"), grey)
+    density = bound_term(prediction, network(), x0, s, ReverseChain("beta_tilde"), None)
     torch.testing.assert_close(discrete, density - 4 * math.log(width), rtol=1e-5, atol=1e-5)
 
 
@@ -356,6 +398,8 @@ def test_images_have_their_pixels_summed():
                 variance_share=flat.variance_share.view(shape).to(dtype),
             )
             for variance in ("beta", "learned"):
-                expected = bound_term(flat, network().process, x0, s, variance, grey_levels(17))
-                found = bound_term(image, network().process, x0.view(shape).to(dtype), s, variance, grey_levels(17))
+                expected = bound_term(flat, network(), x0, s, ReverseChain(variance), grey_levels(17))
+                found = bound_term(
+                    image, network(), x0.view(shape).to(dtype), s, ReverseChain(variance), grey_levels(17)
+                )
                 torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -28,8 +29,9 @@ from lit_diffusion.likelihood import (
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics import Moments, frechet_distance
 from lit_diffusion.randomness import SampleNoise, stream_key
-from lit_diffusion.reverse import ReverseVariance
+from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import RunLogger, print_note, run_logger_of
+from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import CountedDenoiser, at_time
 from lit_diffusion.samplers.ode import TIGHT, integrate, refuse_grid_only
 
@@ -85,9 +87,11 @@ class Likelihood(pl.Callback):
         rtol: relative tolerance of the ODE's solver.
         atol: absolute tolerance of the ODE's solver.
         t_min: the smallest time of the ODE; null: that of the process.
-        bound_steps: steps of the chain that is bounded; null: every level of the model, or 1000 in continuous time.
+        bound_steps: steps of the chain that is bounded; null: those of the method's sampler where that is ancestral,
+            else every level of the model, or 1000 in continuous time.
         bound_sampled: evaluate so many of its terms an image, at random; null: all.
-        bound_variance: of its reverse steps: ``beta``, ``beta_tilde`` or ``learned``; null: the method's own.
+        bound_variance: of its reverse steps: ``beta``, ``beta_tilde`` or ``learned``; null: of the method's sampler
+            where that is ancestral, else of the method. The chain's ``clip_x0`` is the sampler's as well, or ``data``.
         smallest_times: of the figure.
         samples: generated for its Frechet distance.
     """
@@ -246,11 +250,13 @@ class Likelihood(pl.Callback):
         self._evaluations.append(found.evaluations)
         return bits_per_dimension(found.log_prob - nats, batch.x[0].numel(), grey_levels)
 
-    def _variance(self, method: Method) -> ReverseVariance:
-        return method.reverse_variance if self.bound_variance is None else self.bound_variance
+    def _chain(self, method: Method) -> ReverseChain:
+        own = method.reverse_chain
+        return own if self.bound_variance is None else replace(own, variance=self.bound_variance)
 
     def _add_bound(self, trainer: pl.Trainer, method: Method, batch: Batch, name: str) -> None:
         dimension = batch.x[0].numel()
+        walk = method.sampler if isinstance(method.sampler, Ancestral) else None
         with self._bar(trainer, 1, name) as bar:
 
             def on_step(done: int, total: int) -> None:
@@ -261,10 +267,11 @@ class Likelihood(pl.Callback):
                 method.denoiser,
                 batch.x,
                 self._noise(method, batch),
-                self._variance(method),
+                self._chain(method),
                 method.require_facts().grey_levels,
                 batch.cond,
-                self.bound_steps,
+                walk.steps if walk is not None and self.bound_steps is None else self.bound_steps,
+                "uniform" if walk is None else walk.spacing,
                 self.bound_sampled,
                 on_step,
             )
@@ -337,13 +344,14 @@ class Likelihood(pl.Callback):
         }
         assert self._by_step is not None
         by_step = _summed(trainer, self._by_step) / count
-        variance = self._variance(method)
+        chain = self._chain(method).in_words(method.denoiser, method.require_facts().grey_levels is not None)
         values = {"bpd_bound": mean, "bpd_bound_error": error, "images": count, **self._protocol}
         values |= {f"bpd_bound_{name}": value for name, value in parts.items()}
-        values |= {"steps": len(by_step), "sampled": self.bound_sampled, "variance": variance}
+        values |= {"steps": len(by_step), "sampled": self.bound_sampled, **chain}
         print_note(
             f"  bits/dim by the bound  {mean:.4f} +- {error:.4f}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
-            f"decoder {parts['decoder']:.4f}; {len(by_step)} steps, variance {variance})"
+            f"decoder {parts['decoder']:.4f}; {len(by_step)} steps, variance {chain['variance']}, "
+            f"first {chain['first_variance']}, clip_x0 {chain['clip_x0']})"
         )
         # The decoder's step is not one of the KL terms: it has its own number.
         groups = torch.arange(1, len(by_step)).tensor_split(min(BREAKDOWN_BINS, len(by_step) - 1))

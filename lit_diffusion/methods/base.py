@@ -29,8 +29,9 @@ from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_
 from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
 from lit_diffusion.randomness import SampleNoise, keyed_choice, stream_key
-from lit_diffusion.reverse import ReverseVariance
+from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import print_note, run_logger_of
+from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import OnStep, Sampler
 from lit_diffusion.sharding import ShardedStrategy, gradients_kept_back, shard, whole
 from lit_diffusion.stopwatch import Stopwatch
@@ -57,8 +58,8 @@ class Method(pl.LightningModule):
     learns_from_losses: bool = False
     """Whether :meth:`learn_from` wants the losses of every step; they cross the processes."""
 
-    reverse_variance: ReverseVariance = "beta"
-    """Of the reverse chain whose variational bound ``test`` reports."""
+    reverse_variance: ReverseVariance | None = None
+    """Of the reverse chain that the method trains; None: it trains none, and the chain has the papers' own variance."""
 
     def __init__(
         self,
@@ -143,6 +144,11 @@ class Method(pl.LightningModule):
     def decode(self, z: Tensor) -> Tensor:
         """From the space that is diffused to data."""
         return z
+
+    @property
+    def reverse_chain(self) -> ReverseChain:
+        """The chain whose bound ``test`` reports: its own sampler's where that is ancestral."""
+        return self.sampler.chain if isinstance(self.sampler, Ancestral) else ReverseChain(self.reverse_variance)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ class DDPM(Method):
             ``v``, ...
         noise_input: what it is told of the level: ``index``, t - 1, or another.
         variance: of the reverse steps: ``beta``, ``beta_tilde`` (both the paper's), or ``learned`` between them in
-            log space.
+            log space. A sampler of another variance is said.
         loss: ``simple`` (L_simple), ``bound`` (the variational bound in bits per dimension: with a fixed variance the
             paper's weighted L) or ``hybrid`` (both; the bound trains the variance alone).
         time_law: ``levels`` draws all levels alike, ``second_moment`` those with the larger losses more often.

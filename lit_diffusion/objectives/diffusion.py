@@ -28,7 +28,7 @@ from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.objectives.denoising import DenoisingLoss
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
-from lit_diffusion.reverse import ReverseVariance, bound_term, require_variance
+from lit_diffusion.reverse import ReverseChain, ReverseVariance, bound_term
 
 LossName = Literal["simple", "bound", "hybrid"]
 LevelLaw = Literal["levels", "second_moment"]
@@ -98,7 +98,8 @@ class DiffusionObjective(nn.Module):
     Args:
         levels: T.
         loss: ``simple``, ``bound`` (in bits per dimension) or ``hybrid``.
-        variance: of the reverse steps that the bound scores.
+        variance: of the reverse steps that the bound scores. It does not clip the predicted datum, as the papers' code
+            does not while it trains: where a prediction is clipped it would learn nothing.
         time_law: ``levels``, all alike, or ``second_moment``, see :class:`SecondMoments`.
 
     Raises:
@@ -108,12 +109,11 @@ class DiffusionObjective(nn.Module):
     def __init__(self, levels: int, loss: LossName, variance: ReverseVariance, time_law: LevelLaw = "levels") -> None:
         super().__init__()
         require_choice("", "loss", loss, get_args(LossName))
-        require_choice("", "variance", variance, get_args(ReverseVariance))
         require_choice("", "time_law", time_law, get_args(LevelLaw))
         if variance == "learned" and loss == "simple":
             raise UserError("loss: simple does not train a learned variance; choose hybrid or bound")
         self.loss = loss
-        self.variance: ReverseVariance = variance
+        self.chain = ReverseChain(variance, clip_x0=None)
         self.second_moments = SecondMoments(levels) if time_law == "second_moment" else None
 
     def forward(
@@ -151,7 +151,7 @@ class DiffusionObjective(nn.Module):
         """The loss at given level indices ``0 .. T - 1`` ``[B]`` and noise, whatever the law of t."""
         process = denoiser.process
         assert process.levels is not None
-        require_variance(self.variance, denoiser)
+        self.chain.check(denoiser)
         t = (level + 1).to(torch.float64) / process.levels
         prediction = denoiser(process.perturb(x0, t, eps), t, cond)
         per_sample = x0.new_zeros(len(x0))
@@ -163,7 +163,7 @@ class DiffusionObjective(nn.Module):
             if self.loss == "hybrid":
                 scored, factor = replace(prediction, raw=prediction.raw.detach()), HYBRID_WEIGHT
             s = level.to(torch.float64) / process.levels
-            nats = bound_term(scored, process, x0, s, self.variance, grey_levels)
+            nats = bound_term(scored, denoiser, x0, s, self.chain, grey_levels)
             bits = process.levels / (x0[0].numel() * math.log(2.0)) * nats
             per_sample = per_sample + factor * bits.to(x0.dtype)
         return DenoisingLoss(per_sample, t, per_sample.detach())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Condition
-from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_range, clipped, require_clip
+from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_in_words, clipped, require_clip
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
@@ -286,10 +286,3 @@ def in_words(sampler: Sampler, denoiser: Denoiser) -> str:
         return ", ".join(f"{key}={word(key, value)}" for key, value in arguments.items())
 
     return word("", described(sampler))
-
-
-def clip_in_words(clip: ClipX0, denoiser: Denoiser) -> str:
-    """A range with what it means here: ``data [-1, 1]``, ``[-1, 1]``, ``null``; ``data`` where the data have none."""
-    found = clip_range(clip, denoiser)
-    said = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"
-    return f"data {said}".rstrip() if clip == "data" else said or "null"

@@ -1,5 +1,6 @@
 """What ``test`` measures, through the command line."""
 
+import json
 import math
 
 import pytest
@@ -82,7 +83,22 @@ def test_the_batch_changes_nothing(measure, ddpm):
         for key in ("bpd_ode", "bpd_bound"):
             if key in first:
                 assert first[key] == pytest.approx(second[key], rel=1e-3 if key == "bpd_ode" else 1e-5)
-    assert many[1]["variance"] == "learned"
+    chain = {"variance": "learned", "first_variance": "between beta and beta_tilde of the second step"}
+    assert {**many[1], **chain, "clip_x0": "data [-1, 1]", "steps": 20} == many[1]
+
+
+def test_the_bound_is_of_the_chain_that_the_methods_sampler_draws_from(measure, ddpm, capsys):
+    """Its steps, variance and range; a key of one's own goes before the sampler's."""
+    walk = {"steps": 10, "variance": "beta_tilde", "spacing": "quadratic", "clip_x0": None}
+    given = ("--model.sampler", json.dumps({"class_path": "Ancestral", "init_args": walk}), "--eval.metrics", "[]")
+    alone = ("--likelihood.metrics", "[bpd_bound]", "--likelihood.bound_steps")
+    chain = {"variance": "beta_tilde", "first_variance": "beta_tilde of the second step", "clip_x0": "null"}
+    (event,) = events(measure(ddpm, *given, *alone, "null"), "test")
+    assert {**event, **chain, "steps": 10} == event
+    assert "10 steps, variance beta_tilde, first beta_tilde of the second step, clip_x0 null" in capsys.readouterr().out
+    (own,) = events(measure(ddpm, *given, *alone, "5", "--likelihood.bound_variance", "beta"), "test")
+    assert {**own, **chain, "variance": "beta", "steps": 5} == own
+    assert own["bpd_bound"] != event["bpd_bound"]
 
 
 def test_what_is_measured_is_one_key(measure, vp):

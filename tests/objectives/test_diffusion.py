@@ -18,7 +18,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import DiffusionObjective, SecondMoments
 from lit_diffusion.processes import Betas, cosine_betas, expand_like
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
-from lit_diffusion.reverse import bound_term
+from lit_diffusion.reverse import ReverseChain, bound_term
 
 T = 5
 BETAS = np.linspace(0.05, 0.6, T)
@@ -101,7 +101,7 @@ def test_the_bound_is_the_sum_over_all_levels_in_bits_per_dimension(variance):
         t = torch.full((3,), (level + 1) / T, dtype=torch.float64)
         prediction = denoiser(denoiser.process.perturb(x0, t, eps), t)
         s = torch.full((3,), level / T, dtype=torch.float64)
-        total += bound_term(prediction, denoiser.process, x0, s, variance, GREY)
+        total += bound_term(prediction, denoiser, x0, s, ReverseChain(variance), GREY)
         mean += objective.at(denoiser, x0, levels_of(3, level), eps, GREY).per_sample / T
     torch.testing.assert_close(mean, total / (4 * math.log(2)), rtol=1e-12, atol=0)
     assert bool((total > 0).all())

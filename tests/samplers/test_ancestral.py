@@ -55,7 +55,8 @@ def test_a_step_on_ncsns_levels_is_equation_47_of_song_et_al(i):
     score, _ = exact_score(x, process, i / 10)
     new = sigma[i] ** 2 - sigma[i - 1] ** 2
     mean = x + new * score
-    for variance, spread in (("beta_tilde", math.sqrt(sigma[i - 1] ** 2 * new / sigma[i] ** 2)), ("beta", new**0.5)):
+    paper = math.sqrt(sigma[i - 1] ** 2 * new / sigma[i] ** 2)
+    for variance, spread in ((None, paper), ("beta_tilde", paper), ("beta", new**0.5)):
         moved = one_step(Ancestral(variance=variance), process, x, Move(i / 10, (i - 1) / 10))
         torch.testing.assert_close(moved, mean + spread * z, rtol=1e-9, atol=1e-9)
 
@@ -70,7 +71,7 @@ def test_a_step_is_algorithm_2_of_ho_et_al(i):
     z = noise_of(6, 9, dtype=torch.float64).normal()
     score, sigma = exact_score(x, process, i / 1000)
     mean = (x + beta / math.sqrt(1 - kept) * sigma * score) / math.sqrt(1 - beta)
-    for variance, square in (("beta", beta), ("beta_tilde", (1 - before) / (1 - kept) * beta)):
+    for variance, square in ((None, beta), ("beta", beta), ("beta_tilde", (1 - before) / (1 - kept) * beta)):
         moved = one_step(Ancestral(variance=variance), process, x, Move(i / 1000, (i - 1) / 1000))
         expected = mean if i == 1 else mean + math.sqrt(square) * z
         torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-9)
@@ -118,6 +119,8 @@ def test_a_learned_variance_lies_between_the_two_in_its_logarithm():
             moved = Ancestral(variance="learned").step(Share(process, share), x, move, noise, None)
             deviation = step.beta ** (share / 2) * step.beta_tilde ** ((1 - share) / 2)
             torch.testing.assert_close(moved, mean + deviation * z, rtol=1e-9, atol=1e-9)
+            noise = noise_of(6, 9, dtype=torch.float64)
+            assert torch.equal(Ancestral().step(Share(process, share), x, move, noise, None), moved)
 
 
 def test_a_variance_that_was_not_learned_is_refused():
