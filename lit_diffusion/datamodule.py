@@ -17,6 +17,7 @@ from lit_diffusion.backbones.base import Condition
 from lit_diffusion.data.facts import DataFacts, in_brief
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
+from lit_diffusion.images import about_shown
 from lit_diffusion.interrupts import leave_it_to_the_main_process
 from lit_diffusion.randomness import keyed_permutation, keyed_uniform
 from lit_diffusion.run import print_note
@@ -261,7 +262,8 @@ class DataModule(pl.LightningDataModule):
                 )
         self.facts = replace(facts, class_counts=self.class_counts(held_out=False))
         self._checked = False
-        for line in [*source.notes(), *([] if held_out is None else held_out.notes())]:
+        shown = about_shown(self.facts.shape[0]) if self.facts.is_image else None
+        for line in [*source.notes(), *([] if held_out is None else held_out.notes()), *([shown] if shown else [])]:
             print_note(line)
 
     def class_counts(self, held_out: bool) -> tuple[int, ...] | None:

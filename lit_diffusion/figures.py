@@ -70,9 +70,12 @@ def render(figure: Any, dpi: int = 110) -> np.ndarray:
 
 
 def points_panel(axes: Any, points: np.ndarray, title: str, limits: tuple[float, float] | None = None) -> None:
-    """A scatter plot of ``[N, 2]``."""
-    axes.scatter(points[:, 0], points[:, 1], s=2, alpha=0.4, linewidths=0, color="tab:blue")
+    """A scatter plot of ``[N, 2]``, or a histogram of ``[N, 1]``."""
     axes.set_title(title, fontsize=9)
+    if points.shape[1] == 1:
+        axes.hist(points[:, 0], bins=100, color="tab:blue")
+        return
+    axes.scatter(points[:, 0], points[:, 1], s=2, alpha=0.4, linewidths=0, color="tab:blue")
     axes.set_aspect("equal")
     if limits is not None:
         axes.set_xlim(limits)

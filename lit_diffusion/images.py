@@ -52,12 +52,26 @@ def to_uint8(x: Tensor, scale: DataFacts | ValueRange) -> np.ndarray:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def as_shown(images: np.ndarray) -> np.ndarray:
+    """The channels of uint8 ``[..., C]`` that a picture shows: all of 1 or 3, the first of 2, else the first 3."""
+    channels = images.shape[-1]
+    return images if channels in (1, 3) else images[..., : 1 if channels == 2 else 3]
+
+
+def about_shown(channels: int) -> str | None:
+    """One line that says what pictures show of so many channels; None where they show all."""
+    if channels in (1, 3):
+        return None
+    return f"pictures show channel{' 1' if channels == 2 else 's 1 to 3'} of {channels}; archives (.npz) hold all"
+
+
 def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 1, min_side: int = 512) -> np.ndarray:
-    """One picture of many: ``[N, H, W, C]`` to ``[H', W', C]``, uint8, row by row.
+    """One picture of many: ``[N, H, W, C]`` to ``[H', W', 1 or 3]``, uint8, row by row, of the channels `as_shown`.
 
     Small images are enlarged by a whole factor (nearest neighbour: pixels stay pixels) until the grid is about
     ``min_side`` wide.
     """
+    images = as_shown(images)
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

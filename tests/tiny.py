@@ -106,13 +106,18 @@ class Convolutions(Backbone):
     """Two convolutions, told of the level by a scale of the features; it records what it is given."""
 
     def __init__(
-        self, channels: int = 4, dropout: float = 0.0, num_classes: int | None = None, out_channels: int = 1
+        self,
+        channels: int = 4,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        out_channels: int = 1,
+        data_shape: tuple[int, int, int] = (1, 8, 8),
     ) -> None:
         super().__init__()
-        self.data_shape = (1, 8, 8)
+        self.data_shape = data_shape
         self.num_classes = num_classes
         self.out_channels = out_channels
-        self.first = nn.Conv2d(1, channels, 3, padding=1)
+        self.first = nn.Conv2d(data_shape[0], channels, 3, padding=1)
         self.second = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, channels)
         self.dropout = nn.Dropout(dropout)

@@ -338,11 +338,11 @@ def _heights(shape: tuple[int, ...], resolutions: int) -> list[int]:
             f"UNet: data_shape {shape} with {resolutions} entries in mult; it needs (C, H, W) and at least 1"
         )
     halvings = resolutions - 1
-    for side in shape[1:]:
-        if side % 2**halvings:
-            possible = (side & -side).bit_length()
-            raise UserError(
-                f"UNet: the side {side} of data_shape {shape} cannot be halved {halvings} times; "
-                f"give mult at most {possible} entries or pad the images to a multiple of {2**halvings}"
-            )
+    if any(side % 2**halvings for side in shape[1:]):
+        possible = min((side & -side).bit_length() for side in shape[1:])
+        side = next(side for side in shape[1:] if side % 2**halvings)
+        raise UserError(
+            f"UNet: the side {side} of data_shape {shape} cannot be halved {halvings} times; give mult at most "
+            f"{possible} entries, or the images sides that are each a multiple of {2**halvings}"
+        )
     return [shape[1] >> n for n in range(resolutions)]

@@ -43,8 +43,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m lit_diffusion evaluate",
         description="Figures of images against real ones: FID and its kin, each with the protocol that it was made by. "
-        "Images are .npz (arr_0, uint8 [N, H, W, C]), a folder or a zip file; nothing is cut or resized but by the "
-        "extractor.",
+        "Images are .npz (arr_0, uint8 [N, H, W, C]; of points float [N, D]), a folder or a zip file; nothing is cut "
+        "or resized but by the extractor.",
     )
     parser.add_argument("--samples", type=str, required=True, help="The images to judge.")
     parser.add_argument(
@@ -64,9 +64,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--extractor",
-        type=Literal["auto", "inception", "dinov2", "clip", "vgg16", "digits"],
+        type=Literal["auto", "inception", "dinov2", "clip", "vgg16", "digits", "points"],
         default="auto",
-        help="Of the features; auto: of 8 x 8 grey images the digits' own, else inception.",
+        help="Of the features; auto: of 8 x 8 grey images the digits' own, of points the points, else inception.",
     )
     parser.add_argument(
         "--weights_path", type=str | None, default=None, help="Its weights; default: what `fetch weights` brought."
@@ -172,11 +172,17 @@ def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> Refe
         UserError: if there is nothing of that name, or its images are of another size.
     """
     path = Path(given).expanduser()
-    if path.suffix == ".npz" and path.is_file() and _has_moments_only(path):
+    if path.suffix.lower() == ".npz" and path.is_file() and _has_moments_only(path):
         return reference_of_moments(path, extractor.dimension)
-    source = images_as_given(path) if path.exists() or path.suffix in (".npz", ".zip") else _source(given)
-    if source.levels is None:
-        raise UserError(f"--reference {given} holds points; evaluate compares images")
+    source = images_as_given(path) if path.exists() or path.suffix.lower() in (".npz", ".zip") else _source(given)
+    if (source.levels is None) != (len(shape) == 1):
+        raise UserError(
+            f"--reference {given} holds points; evaluate compares images"
+            if source.levels is None
+            else f"--reference {given} holds images, the samples are points: give points, e.g. GaussianMixturePoints"
+        )
+    if len(shape) == 1 and tuple(source.shape) != shape:
+        raise UserError(f"the samples have {shape[0]} dimensions, the reference has {source.shape[0]}")
     if tuple(source.shape[1:]) != tuple(shape[1:]):
         raise UserError(
             f"the samples are {shape[1]} x {shape[2]}, the reference is {source.shape[1]} x {source.shape[2]}: bring "

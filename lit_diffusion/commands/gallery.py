@@ -21,9 +21,10 @@ from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
-from lit_diffusion.images import png_bytes
+from lit_diffusion.images import about_shown, as_shown, png_bytes
 from lit_diffusion.parser import Parser
 from lit_diffusion.protocol import differing_keys
+from lit_diffusion.run import print_note
 
 REAL = "real data"
 _PLACE_OF_DATA = "GALLERY_DATA"
@@ -211,9 +212,13 @@ def _is_figure(value: object) -> bool:
 def _images(path: Path, count: int) -> dict[str, Any]:
     """The first ``count`` images as PNG, their shape, and how many there are."""
     source = images_as_given(path)
+    if len(source.shape) != 3:
+        raise UserError(f"{path} holds points; the gallery shows images")
     if len(source) < count:
         raise UserError(f"{path} has {len(source)} images, {count} are to be shown; give --count {len(source)} or less")
     channels, height, width = source.shape
+    for line in [*source.notes(), *([f"{path}: {shown}"] if (shown := about_shown(channels)) else [])]:
+        print_note(line)
     return {
         "images": [_png(source.value(index)) for index in range(count)],
         "available": len(source),
@@ -225,7 +230,7 @@ def _images(path: Path, count: int) -> dict[str, Any]:
 
 def _png(image: np.ndarray) -> str:
     """uint8 ``[C, H, W]`` as a PNG file in base64."""
-    return base64.b64encode(png_bytes(image.transpose(1, 2, 0))).decode()
+    return base64.b64encode(png_bytes(as_shown(image.transpose(1, 2, 0)))).decode()
 
 
 def _make_names_unique(entries: Iterable[Entry]) -> None:

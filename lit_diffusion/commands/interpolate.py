@@ -20,7 +20,7 @@ from lit_diffusion.commands.options import (
     require_writable,
 )
 from lit_diffusion.errors import UserError
-from lit_diffusion.images import image_grid, save_png, to_uint8
+from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
 from lit_diffusion.interpolation import interpolate
 from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser
@@ -92,6 +92,8 @@ def main(arguments: Sequence[str]) -> None:
     sys.stdout.write(
         f"wrote {pairs} rows of {made.shape[1]} images to {out} ({sampler.evaluations} evaluations each)\n"
     )
+    if shown := about_shown(facts.shape[0]):
+        sys.stdout.write(f"note: {shown}\n")
 
 
 def _held_out(method: Method, count: int) -> Tensor:

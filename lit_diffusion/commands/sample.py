@@ -21,7 +21,7 @@ from lit_diffusion.commands.options import (
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
-from lit_diffusion.images import image_grid, save_png, to_uint8
+from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
 from lit_diffusion.parser import Parser
 from lit_diffusion.sampling import generate_in_batches
 
@@ -38,7 +38,7 @@ def _parser() -> Parser:
         type=str,
         required=True,
         help="NAME.npz: key arr_0, uint8 [N, H, W, C] (points: float32 [N, D]); NAME.png: one grid; else a folder, one "
-        "PNG each.",
+        "PNG each, of grey or RGB images.",
     )
     parser.add_argument("--batch_size", type=int, default=250, help="Samples at a time; changes memory and speed only.")
     parser.add_argument(
@@ -55,13 +55,14 @@ def main(arguments: Sequence[str]) -> None:
     options, name, keys = asked
     require_positive(options, "num_samples", "batch_size")
     out = Path(options.out)
-    require_writable(out)
     method = load_model(options)
+    facts = method.require_facts()
+    require_fitting(out, facts)
+    require_writable(out)
     sampler = choose_sampler(method.sampler, name, keys)
     batches = generate_in_batches(
         method, torch.arange(options.num_samples), options.seed, options.batch_size, sampler, options.label
     )
-    facts = method.require_facts()
     if facts.is_image:
         write_images(np.concatenate([to_uint8(x, facts) for _, x in batches]), out)
     else:
@@ -69,6 +70,20 @@ def main(arguments: Sequence[str]) -> None:
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")
     if caveat := sampler.caveat():
         sys.stdout.write(f"note: {caveat}\n")
+    if facts.is_image and out.suffix == ".png" and (shown := about_shown(facts.shape[0])):
+        sys.stdout.write(f"note: {shown}\n")
+
+
+def require_fitting(out: Path, facts: DataFacts) -> None:
+    """Refuse a folder of PNG files for samples that none would hold.
+
+    Raises:
+        UserError: for points, and for images of other than 1 or 3 channels.
+    """
+    if out.suffix in (".npz", ".png") or (facts.is_image and facts.shape[0] in (1, 3)):
+        return
+    what = f"images of {facts.shape[0]} channels" if facts.is_image else "points"
+    raise UserError(f"--out {out}: {what} go into a .npz or a .png, not into a folder of images")
 
 
 def write_images(images: np.ndarray, out: Path) -> None:
@@ -84,17 +99,11 @@ def write_images(images: np.ndarray, out: Path) -> None:
 
 
 def write_points(points: np.ndarray, out: Path, facts: DataFacts) -> None:
-    """float32 ``[N, D]`` as an archive, or a scatter plot of the first two coordinates.
-
-    Raises:
-        UserError: for a folder: points are no pictures.
-    """
+    """float32 ``[N, D]`` as an archive, or a scatter plot of the first two coordinates."""
     if out.suffix == ".npz":
         with atomic_write(out) as file:
             np.savez_compressed(file, arr_0=points)
-    elif out.suffix == ".png":
+    else:
         from lit_diffusion.figures import scatter
 
         scatter(points, out, title=f"{len(points)} samples of {facts.source}")
-    else:
-        raise UserError(f"--out {out}: points go into a .npz or a .png, not into a folder of images")

@@ -1,4 +1,4 @@
-"""Images in one NumPy archive, laid out as ADM's reference batches are."""
+"""Images or points in one NumPy archive, laid out as ADM's reference batches are."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lit_diffusion.errors import UserError
 
 
 class Npz(InMemory):
-    """Images of an ``.npz`` file: uint8 ``[N, H, W, C]`` with 1 or 3 channels, or ``[N, H, W]`` grey.
+    """Images of an ``.npz`` file: uint8 ``[N, H, W, C]`` with any number of channels, or ``[N, H, W]`` grey.
 
-    This is the layout of the reference batches of Dhariwal and Nichol (2021). The whole array is held in memory. Labels
-    are integers ``[N]`` from 0. With the key ``class_names`` in the file the classes have these names, in the order of
-    their numbers; else the number of classes is the largest label plus one. The command ``sample`` writes labels as
-    ``labels``.
+    This is the layout of the reference batches of Dhariwal and Nichol (2021). Of floats ``[N, D]`` each row is a point,
+    used as it is. The whole array is held in memory. Labels are integers ``[N]`` from 0. With the key ``class_names``
+    in the file the classes have these names, in the order of their numbers; else the number of classes is the largest
+    label plus one. The command ``sample`` writes labels as ``labels``.
 
     Args:
         path: the file.
@@ -27,24 +27,25 @@ class Npz(InMemory):
         label_key: the name of the labels in the file; without it the images have none.
 
     Raises:
-        UserError: if the file or a key is missing, the images are not uint8 or not of this layout, or the labels do
-            not fit them.
+        UserError: if the file or a key is missing, the values are not of these types or layouts, or the labels do not
+            fit them.
     """
 
     def __init__(self, path: str | Path, key: str = "arr_0", label_key: str | None = None) -> None:
         path = Path(path).expanduser()
         images = _read(path, key)
-        if images.dtype != np.uint8:
+        points = images.ndim == 2 and np.issubdtype(images.dtype, np.floating)
+        if not points and images.dtype != np.uint8:
             raise UserError(
                 f"key {key!r} of {path} is {images.dtype}, images must be uint8: save x.astype(numpy.uint8) of values "
                 "0 .. 255, (255 * x).round().astype(numpy.uint8) of values 0 .. 1"
             )
         if images.ndim == 3:
             images = images[..., None]
-        if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        if 0 in images.shape or not (points or (images.ndim == 4 and not _channels_first(images.shape))):
             raise UserError(
-                f"key {key!r} of {path} has the shape {list(images.shape)}: images must be [N, H, W, C] with 1 or 3 "
-                "channels (transpose them if the channels come first), or [N, H, W]"
+                f"key {key!r} of {path} has the shape {list(images.shape)}: images must be [N, H, W, C] (transpose "
+                "them if the channels come first) or [N, H, W], points floats [N, D]"
             )
         labels = None if label_key is None else _read(path, label_key)
         if labels is not None and (not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]):
@@ -59,12 +60,22 @@ class Npz(InMemory):
             )
         names = None if labels is None else _read(path, "class_names", optional=True)
         super().__init__(
-            images.transpose(0, 3, 1, 2),
+            images.astype(np.float32) if points else images.transpose(0, 3, 1, 2),
             labels,
+            levels=None if points else 256,
             name=path.stem,
             num_classes=None if labels is None else int(labels.max()) + 1 if names is None else names.size,
             class_names=None if names is None else names.ravel().astype(str).tolist(),
         )
+
+
+def _channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether ``[N, H, W, C]`` is more likely ``[N, C, H, W]``: images of 3 rows, or of as many columns as channels.
+
+    Satellite images of 12 channels are none of these, nor patches of 9 x 9 pixels with 200.
+    """
+    _, first, second, last = shape
+    return first < last and (first == 3 or second == last)
 
 
 @overload

@@ -10,7 +10,7 @@ import pickle
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,9 @@ class Extractor(ABC):
         """Where it computes."""
         return torch.device("cpu")
 
+    @classmethod
     @abstractmethod
-    def require_fit(self, shape: tuple[int, ...]) -> None:
+    def require_fit(cls, shape: tuple[int, ...]) -> None:
         """Refuse data that it cannot see.
 
         Args:
@@ -123,11 +124,17 @@ class _NetworkExtractor(Extractor):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def require_fit(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 3 or shape[0] not in (1, 3):
+    @classmethod
+    def require_fit(cls, shape: tuple[int, ...]) -> None:
+        if len(shape) != 3:
             raise UserError(
-                f"extractor {self.name} sees grey or RGB images, the data have shape {list(shape)}; points have their "
-                f"own: extractor points"
+                f"extractor {cls.name} sees images, the data have shape {list(shape)}; points have their own: "
+                f"extractor points"
+            )
+        if shape[0] not in (1, 3):
+            raise UserError(
+                f"extractor {cls.name} sees grey or RGB images, the data have shape {list(shape)}, and no other "
+                f"extractor sees {shape[0]} channels: a run goes without metrics of samples by eval.metrics []"
             )
 
     def __call__(self, data: np.ndarray) -> Features:
@@ -297,7 +304,8 @@ class DigitsFeatures(_NetworkExtractor):
             network.load_state_dict(load_file(path))
         super().__init__(network)
 
-    def require_fit(self, shape: tuple[int, ...]) -> None:
+    @classmethod
+    def require_fit(cls, shape: tuple[int, ...]) -> None:
         """Refuse all but 8 x 8 grey images."""
         if tuple(shape) != (1, 8, 8):
             raise UserError(
@@ -326,7 +334,8 @@ class Points(Extractor):
     def __init__(self, dimension: int) -> None:
         self.dimension = dimension
 
-    def require_fit(self, shape: tuple[int, ...]) -> None:
+    @classmethod
+    def require_fit(cls, shape: tuple[int, ...]) -> None:
         """Refuse images."""
         if len(shape) != 1:
             raise UserError(f"extractor points takes points, the data have shape {list(shape)}")
@@ -350,19 +359,16 @@ def load_extractor(name: ExtractorName, shape: tuple[int, ...], weights_path: st
         UserError: if its weights are missing or damaged, or the data do not fit.
     """
     require_choice("", "extractor", name, get_args(ExtractorName))
-    if name == "points":
-        extractor: Extractor = Points(shape[0])
-    else:
-        classes: dict[str, Callable[[str | Path | None], Extractor]] = {
-            "inception": Inception,
-            "dinov2": DINOv2,
-            "clip": CLIP,
-            "vgg16": VGG16,
-            "digits": DigitsFeatures,
-        }
-        extractor = classes[name](weights_path)
-    extractor.require_fit(shape)
-    return extractor
+    classes: dict[str, type[Inception | DINOv2 | CLIP | VGG16 | DigitsFeatures]] = {
+        "inception": Inception,
+        "dinov2": DINOv2,
+        "clip": CLIP,
+        "vgg16": VGG16,
+        "digits": DigitsFeatures,
+    }
+    # Before the weights are looked for: no file would help.
+    (Points if name == "points" else classes[name]).require_fit(shape)
+    return Points(shape[0]) if name == "points" else classes[name](weights_path)
 
 
 def require_weights(name: ExtractorName, weights_path: str | Path | None = None) -> None:
