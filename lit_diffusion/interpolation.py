@@ -16,7 +16,9 @@ from lit_diffusion.backbones.base import Condition
 from lit_diffusion.methods.base import Method
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.run import print_note
 from lit_diffusion.samplers import DDIM
+from lit_diffusion.samplers.base import Strays
 
 
 def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
@@ -50,8 +52,11 @@ def interpolate(
     """
     rows = len(first)
     unused = SampleNoise(0, torch.arange(rows, device=first.device), tuple(first.shape[1:]))
-    made = [
-        method.decode(sampler.sample(method.denoiser, unused, cond, start=slerp(first, second, k / (columns - 1))))
-        for k in range(columns)
-    ]
+    made, strays = [], Strays()
+    for k in range(columns):
+        start = slerp(first, second, k / (columns - 1))
+        made.append(method.decode(sampler.sample(method.denoiser, unused, cond, start=start)))
+        strays += Strays.among(sampler.farthest)
+    if strays.count:
+        print_note(str(strays))
     return torch.stack(made, dim=1)

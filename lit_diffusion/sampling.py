@@ -14,8 +14,9 @@ from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import summed
-from lit_diffusion.samplers.base import OnStep, Progress, Sampler
+from lit_diffusion.metrics.gathering import shares_of_all
+from lit_diffusion.run import print_note
+from lit_diffusion.samplers.base import OnStep, Progress, Sampler, Strays
 
 
 class DivergedError(UserError):
@@ -56,7 +57,8 @@ def generate_in_batches(
     """Samples of a seed, in order, on the CPU: the next numbers ``[b]`` and samples ``[b, *shape]``.
 
     The network always sees the same batch shape, so that nothing is compiled or tuned twice: the last batch is filled
-    up with further samples, which are dropped.
+    up with further samples, which are dropped. At the end ``sampler.strays`` are those of all processes, and a line
+    says them where there are any.
 
     Args:
         method: the model.
@@ -84,7 +86,7 @@ def generate_in_batches(
     size = max(1, min(batch_size, len(indices)))
     length = sampler.length(method.denoiser.process)
     name = f"sampling {len(indices)}"
-    begun = 0
+    begun, sampler.strays = 0, Strays()
     with tqdm(total=length * batches, unit=" steps", desc=name, leave=None, disable=not show_progress) as bar:
 
         def stepped(progress: Progress) -> None:
@@ -100,12 +102,14 @@ def generate_in_batches(
             first = int(part[-1]) + 1 if len(part) else 0
             filled = torch.cat((part, first + torch.arange(size - len(part))))
             trouble: UserError | None = None
+            strays = Strays()
             try:
                 if label is None:
                     cond = method.condition_by_counts(filled, seed, class_counts)
                 else:
                     cond = method.condition(filled, label)
                 x = method.generate(filled, seed, cond, sampler, stepped)[: len(part)].cpu()
+                strays = Strays.among(sampler.farthest[: len(part)])
                 if not torch.isfinite(x).all():
                     trouble = DivergedError(
                         f"the sampler diverged (NaN or infinity among samples {int(part[0])} to {int(part[-1])}): "
@@ -115,10 +119,13 @@ def generate_in_batches(
             except Interrupted as caught:
                 trouble = caught
             if together:
-                trouble = _of_all(trouble)
+                trouble, strays = _of_all(trouble, strays)
+            sampler.strays += strays
             if trouble is not None:
                 raise trouble
             yield part, x
+    if sampler.strays.count:
+        print_note(str(sampler.strays))
 
 
 def _stop_if_asked() -> None:
@@ -126,12 +133,12 @@ def _stop_if_asked() -> None:
         raise Interrupted(f"stopped by {signal} while sampling")
 
 
-def _of_all(trouble: UserError | None) -> UserError | None:
-    """The trouble of this process, or word of another's; all processes come."""
-    mine = torch.tensor([isinstance(trouble, Interrupted), isinstance(trouble, DivergedError)], dtype=torch.float64)
-    interrupted, diverged = summed(mine).tolist()
-    if interrupted:
-        return trouble if isinstance(trouble, Interrupted) else Interrupted("another process was asked to stop")
-    if diverged:
-        return trouble or DivergedError("the sampler diverged on another process")
-    return None
+def _of_all(trouble: UserError | None, strays: Strays) -> tuple[UserError | None, Strays]:
+    """The trouble of this process, or word of another's, and the strays of all; all processes come."""
+    shares = shares_of_all((isinstance(trouble, Interrupted), isinstance(trouble, DivergedError), strays))
+    total = sum((share[2] for share in shares), Strays())
+    if any(interrupted for interrupted, _, _ in shares):
+        return trouble if isinstance(trouble, Interrupted) else Interrupted("another process was asked to stop"), total
+    if any(diverged for _, diverged, _ in shares):
+        return trouble or DivergedError("the sampler diverged on another process"), total
+    return None, total

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from tiny import digits_data, ncsn, points_data, toy_dsm
+from tiny import ddpm, digits_data, ncsn, points_data, toy_dsm
 
-from lit_diffusion import interrupts
+from lit_diffusion import interrupts, sampling
 from lit_diffusion.errors import UserError
 from lit_diffusion.interrupts import Interrupted
-from lit_diffusion.samplers import AnnealedLangevin, Langevin
+from lit_diffusion.samplers import DDIM, AnnealedLangevin, Langevin
+from lit_diffusion.samplers.base import Strays, far_outside
 from lit_diffusion.sampling import Share, generate_in_batches
 
 
@@ -111,6 +112,57 @@ def test_a_sampler_that_does_not_fit_is_refused_before_any_work(method):
     with pytest.raises(UserError, match=r"4 sigma\^2"):
         next(generate_in_batches(method, torch.arange(4), 0, 4, AnnealedLangevin(2, eta=0.04), show_progress=False))
     assert shapes(method) == []
+
+
+# ---- what went astray --------------------------------------------------------------------------------------------
+
+
+def amplifier():
+    """An untrained network under a schedule with alpha(1) of 5e-5: its first x0 is thousands wide."""
+    made = ddpm(levels=50, schedule="cosine")
+    made.facts = digits_data(value_range=(-1.0, 1.0)).facts
+    return made
+
+
+def test_far_is_beyond_the_range_by_its_width_and_what_noise_may_do():
+    x = torch.tensor([[0.0, 1.0], [2.9, -2.9], [3.1, 0.0], [0.0, -7.0], [math.nan, 0.0], [-math.inf, 0.0]])
+    assert far_outside(x, (-1.0, 1.0), 0.0).tolist() == pytest.approx([0.0, 0.0, 3.1, 7.0, math.inf, math.inf])
+    assert far_outside(x, (-1.0, 1.0), 0.5).tolist() == [0.0, 0.0, 0.0, 7.0, math.inf, math.inf]
+    assert far_outside(x, (0.0, 1.0), 0.0).tolist() == pytest.approx([0.0, 2.9, 3.1, 7.0, math.inf, math.inf])
+    assert far_outside(x, None, 0.0).tolist() == [0.0, 0.0, 0.0, 0.0, math.inf, math.inf]
+
+
+def test_samples_that_went_astray_are_counted_and_said_in_one_line(capsys):
+    method, walk = amplifier(), DDIM(50, clip_x0=None)
+    x = drawn(method, 10, 0, 4, walk, show_progress=False)
+    far = x.flatten(1).abs().amax(1)
+    assert walk.strays == Strays(int((far > 3.0).sum()), 10, float(far.max()))
+    assert walk.strays.count > 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == str(walk.strays)
+    assert line.startswith(f"{walk.strays.count} of 10 samples ended far outside the data's range")
+    assert "try clip_x0: data" in line
+    drawn(method, 10, 0, 4, DDIM(50), show_progress=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_an_end_cuts_to_the_range_was_astray_before(capsys):
+    class Lost(AnnealedLangevin):
+        def walk(self, denoiser, x, noise, cond, on_step):
+            return torch.where(noise.indices.view(-1, 1, 1, 1) % 2 == 0, x, 1e4 * x)
+
+    method, walk = amplifier(), Lost(levels=5, denoise=True)
+    assert float(drawn(method, 6, 0, 4, walk, show_progress=False).abs().max()) <= 1.0
+    assert (walk.strays.count, walk.strays.of) == (3, 6)
+    assert "3 of 6 samples" in capsys.readouterr().out
+
+
+def test_the_strays_of_all_processes_are_added_up(monkeypatch):
+    method, walk = amplifier(), DDIM(50, clip_x0=None)
+    monkeypatch.setattr(sampling, "shares_of_all", lambda mine: [mine, (False, False, Strays(2, 3, 1e9))])
+    list(generate_in_batches(method, Share.of(7, 2, 0, 2), 0, 2, walk, show_progress=False))
+    assert (walk.strays.of, walk.strays.largest) == (4 + 2 * 3, 1e9)
+    assert walk.strays.count >= 4
 
 
 # ---- shares of several processes ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -409,6 +410,8 @@ class Evaluator(Drawing):
         }
         if result.left_out:
             values["left_out"] = result.left_out
+        if (strays := self._walk(method, protocol["stage"]).strays).count:
+            values["strays"] = asdict(strays)
         if result.intervals:
             values["intervals"] = {key: list(interval) for key, interval in result.intervals.items()}
         run.record("evaluation", values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.run import print_note, run_logger_of
-from lit_diffusion.samplers.base import Progress
+from lit_diffusion.samplers.base import Progress, Strays
 from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 
 FILM_ROWS = 16
@@ -91,6 +92,7 @@ class Samples(Drawing):
         self.film_columns = min(film_columns, count)
         self.last: Path | None = None
         self._applied = ExitStack()
+        self._farthest: list[Tensor] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse weights that are not kept before the work, not at the first picture."""
@@ -129,6 +131,8 @@ class Samples(Drawing):
         }
         if caveat := method.sampler.caveat():
             values["caveat"] = caveat
+        if method.sampler.strays.count:
+            values["strays"] = asdict(method.sampler.strays)
         x = in_their_order([x for x, _ in shares])
         self.last = run.picture("samples", image_grid(to_uint8(x, facts)), caption, values)
         if self.film_columns:
@@ -141,6 +145,20 @@ class Samples(Drawing):
         """Give the model the weights that its samples are made with."""
         assert isinstance(pl_module, Method)
         self._applied.enter_context(averages_of(trainer).applied(pl_module, self._weights(trainer)))
+        self._farthest = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep how far its samples went astray."""
+        assert isinstance(pl_module, Method)
+        self._farthest.append(pl_module.sampler.farthest.cpu())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give it back its own."""
@@ -156,13 +174,17 @@ class Samples(Drawing):
         facts, run = pl_module.require_facts(), run_logger_of(trainer)
         made = [x.cpu() for x in trainer.predict_loop.predictions if isinstance(x, Tensor)]
         mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
+        farthest = torch.cat([torch.zeros(0), *self._farthest])
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, DataModule):  # Without what was made for the other processes' sake.
-            mine = mine[: len(range(trainer.global_rank, data.predict_samples, trainer.world_size))]
-        shares = shares_of_all(mine)
+            count = len(range(trainer.global_rank, data.predict_samples, trainer.world_size))
+            mine, farthest = mine[:count], farthest[:count]
+        shares = shares_of_all((mine, Strays.among(farthest)))
         if run is None or not trainer.is_global_zero:
             return
-        x = in_their_order(shares)
+        x = in_their_order([x for x, _ in shares])
+        if (strays := sum((share for _, share in shares), Strays())).count:
+            print_note(str(strays))
         if not torch.isfinite(x).all():
             raise UserError("the sampler diverged (NaN or infinity): choose smaller steps or other weights")
         array = x.numpy() if facts.value_range is None else to_uint8(x, facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,56 @@ class Progress:
 OnStep = Callable[[Progress], None]
 
 
+@dataclass(frozen=True)
+class Strays:
+    """Samples whose state after the last step was not finite, or far outside the data's range.
+
+    Attributes:
+        count: how many they are.
+        of: among how many samples.
+        largest: the largest absolute value in them.
+    """
+
+    count: int = 0
+    of: int = 0
+    largest: float = 0.0
+
+    @classmethod
+    def among(cls, farthest: Tensor) -> Strays:
+        """Those of some rows of :attr:`Sampler.farthest`."""
+        return cls(int((farthest > 0.0).sum()), len(farthest), max(farthest.tolist(), default=0.0))
+
+    def __add__(self, other: Strays) -> Strays:
+        """Of both."""
+        return Strays(self.count + other.count, self.of + other.of, max(self.largest, other.largest))
+
+    def __str__(self) -> str:
+        """The line."""
+        return (
+            f"{self.count} of {self.of} samples ended far outside the data's range before they were cut to it, the "
+            f"largest value {self.largest:.3g}: the sampler amplified the network's errors; try clip_x0: data, more "
+            f"steps, another sampler such as ancestral, or other weights"
+        )
+
+
+def far_outside(x: Tensor, data_range: tuple[float, float] | None, sigma: float) -> Tensor:
+    """The largest absolute value of each row that is not finite or far outside a range, 0 of the others: ``[B]``.
+
+    Far is more than the range's own width beyond it, and six standard deviations of the noise that is left.
+
+    Args:
+        x: states ``[B, ...]``.
+        data_range: of the data; None where they have none, and only what is not finite counts.
+        sigma: of the noise in them.
+    """
+    rows = x.detach().flatten(1)
+    largest = rows.abs().amax(1).nan_to_num(nan=math.inf, posinf=math.inf)
+    low, high = (-math.inf, math.inf) if data_range is None else data_range
+    margin = 0.0 if data_range is None else high - low + 6.0 * sigma
+    far = (rows.amin(1) < low - margin) | (rows.amax(1) > high + margin) | largest.isinf()
+    return torch.where(far, largest, 0.0)
+
+
 class CountedDenoiser(Denoiser):
     """A denoiser that counts its evaluations."""
 
@@ -64,9 +115,13 @@ class Sampler(ABC):
 
     Attributes:
         evaluations: network evaluations of each sample in the last call of :meth:`sample`.
+        farthest: of its samples, see :func:`far_outside`: ``[B]``.
+        strays: of the last generation of many samples.
     """
 
     evaluations: int = 0
+    farthest: Tensor = torch.zeros(0)
+    strays: Strays = Strays()
 
     adaptive: bool = False
     """Whether the number of steps follows from the samples, so that two batches may need different numbers of them."""
@@ -113,6 +168,11 @@ class Sampler(ABC):
                 on_step(Progress(done, len(plan), move.t, x))
         return x
 
+    def _last_sigma(self, process: Process) -> float:
+        """Of the noise that the last step leaves."""
+        ends = [getattr(move, "s", move.t) for move in self.plan(process)[-1:]]
+        return float(process.sigma(torch.tensor(ends[0] if ends else 1.0, dtype=torch.float64)))
+
     @torch.no_grad()
     def sample(
         self,
@@ -138,6 +198,8 @@ class Sampler(ABC):
         counted = CountedDenoiser(denoiser)
         x = self.start(denoiser.process, noise) if start is None else start
         x = self.walk(counted, x, noise, cond, on_step)
+        # Before the end, which may cut to the range what went astray on the way.
+        self.farthest = far_outside(x, denoiser.data_range, self._last_sigma(denoiser.process))
         x = self.finish(counted, x, cond)
         self.evaluations = counted.evaluations
         return x

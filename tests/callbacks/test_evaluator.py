@@ -303,6 +303,19 @@ def test_what_a_walk_has_to_say_is_in_the_protocol(tmp_path):
     assert run.events[0]["protocol"]["caveat"] == "doubtful"
 
 
+def test_samples_that_went_astray_are_said_and_recorded_beside_the_figures(tmp_path, capsys):
+    class Astray(Fixed):
+        def start(self, process, noise):
+            return torch.where(noise.indices.view(-1, 1, 1, 1) < 3, 500.0, super().start(process, noise))
+
+    run = evaluated(tmp_path, 64, sampler=Astray(), metrics=IMAGE)
+    assert run.events[0]["strays"] == {"count": 3, "of": 40, "largest": 500.0}
+    assert capsys.readouterr().out.count("3 of 40 samples ended far outside the data's range") == 1
+    sound = evaluated(tmp_path / "b", 64, sampler=Fixed(), metrics=IMAGE)
+    assert "strays" not in sound.events[0]
+    assert run.events[0]["protocol"].keys() == sound.events[0]["protocol"].keys()
+
+
 def test_a_walk_that_diverges_is_a_note_and_the_training_goes_on(tmp_path, capsys):
     walk = Diverging(2, eta=1e-3)
 

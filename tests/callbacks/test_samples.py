@@ -244,6 +244,22 @@ def test_predict_of_points_keeps_the_numbers(tmp_path):
     assert np.allclose(points, method.generate(torch.arange(5), 0).numpy(), atol=1e-5)
 
 
+def test_samples_that_went_astray_are_said(tmp_path, capsys):
+    """In the pictures and by predict, without what it makes for other processes' sake."""
+    method = ncsn()
+    method.denoiser.backbone.second.bias.data.fill_(-1e5)
+    data = digits_data(4, predict_samples=11)
+    made = trainer(
+        tmp_path, 32, callbacks=[Samples(count=6, film_columns=0), EMA()], logger=run_logger(tmp_path, method)
+    )
+    made.fit(method, datamodule=data)
+    (event,) = events(tmp_path / "run", "picture")
+    assert (event["strays"]["count"], event["strays"]["of"]) == (6, 6)
+    assert capsys.readouterr().out.count("6 of 6 samples ended far outside") == 1
+    made.predict(method, datamodule=data)
+    assert capsys.readouterr().out.count("11 of 11 samples ended far outside") == 1
+
+
 def test_predict_that_diverges_is_one_line(tmp_path):
     method = ncsn()
     method.denoiser.backbone.second.bias.data.fill_(math.nan)
