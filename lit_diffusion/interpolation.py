@@ -35,9 +35,18 @@ def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
 
 @torch.no_grad()
 def interpolate(
-    method: Method, first: Tensor, second: Tensor, columns: int, sampler: DDIM, cond: Condition | None = None
+    method: Method,
+    first: Tensor,
+    second: Tensor,
+    columns: int,
+    sampler: DDIM,
+    cond: Condition | None = None,
+    second_cond: Condition | None = None,
 ) -> Tensor:
     """Walk from the noise between two states to data.
+
+    Between states of different classes each point has the class of the end that is nearer, the first's in the middle:
+    a network knows nothing between two labels, and both ends are made of the class that they belong to.
 
     Args:
         method: the model.
@@ -45,7 +54,8 @@ def interpolate(
         second: as many others.
         columns: how many points, both ends included.
         sampler: the deterministic walk.
-        cond: the condition, ``[B]`` rows.
+        cond: the condition of the first states, ``[B]`` rows.
+        second_cond: of the second; None: as of the first.
 
     Returns:
         ``[B, columns, ...]`` in data space.
@@ -54,8 +64,10 @@ def interpolate(
     unused = SampleNoise(0, torch.arange(rows, device=first.device), tuple(first.shape[1:]))
     made, strays = [], Strays()
     for k in range(columns):
-        start = slerp(first, second, k / (columns - 1))
-        made.append(method.decode(sampler.sample(method.denoiser, unused, cond, start=start)))
+        weight = k / (columns - 1)
+        nearer = cond if weight <= 0.5 or second_cond is None else second_cond
+        start = slerp(first, second, weight)
+        made.append(method.decode(sampler.sample(method.denoiser, unused, nearer, start=start)))
         strays += Strays.among(sampler.farthest)
     if strays.count:
         print_note(str(strays))

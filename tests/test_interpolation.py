@@ -3,6 +3,7 @@ import math
 import torch
 from tiny import Convolutions, digits_data
 
+from lit_diffusion.backbones.base import Condition
 from lit_diffusion.interpolation import interpolate, slerp
 from lit_diffusion.methods import DDIM
 from lit_diffusion.randomness import SampleNoise
@@ -42,3 +43,18 @@ def test_the_ends_are_the_samples_themselves():
     own = method.generate(torch.arange(6), seed=0)
     torch.testing.assert_close(made[:, 0], own[:3])
     torch.testing.assert_close(made[:, -1], own[3:])
+
+
+def test_between_classes_each_point_has_that_of_the_nearer_end():
+    torch.manual_seed(0)
+    method = DDIM(Convolutions(num_classes=10), levels=20, sampler=DDIMSampler(5))
+    method.facts = digits_data().facts
+    noise = SampleNoise(0, torch.arange(4), (1, 8, 8)).normal()
+    told = []
+    method.denoiser.backbone.register_forward_hook(lambda module, args, out: told.append(args[2].label.tolist()))
+    first, second = Condition(label=torch.tensor([3, 4])), Condition(label=torch.tensor([5, 4]))
+    made = interpolate(method, noise[:2], noise[2:], 5, method.sampler, first, second)
+    assert told[::5] == [[3, 4], [3, 4], [3, 4], [5, 4], [5, 4]]
+    both = Condition(label=torch.tensor([3, 4, 5, 4]))
+    ends = method.generate(torch.arange(4), seed=0, cond=both)
+    torch.testing.assert_close(torch.cat((made[:, 0], made[:, -1])), ends)

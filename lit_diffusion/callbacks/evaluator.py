@@ -17,6 +17,7 @@ from lit_diffusion.callbacks.checkpoint import Checkpoint, checkpoint_folder, wr
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
+from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.files import atomic_write
@@ -399,8 +400,13 @@ class Evaluator(Drawing):
             f"-seed{protocol['seed']}" if protocol["stage"] == "test" else ""
         )
         path = run.run_dir / "samples" / f"{name}.npz"
+        counts = self._class_counts(self._datamodule(trainer))
+        cond = method.condition_by_counts(torch.tensor(sorted(images)), protocol["seed"], counts)
+        labels = label_arrays(None if cond is None else cond.label, method.require_facts().class_names)
         with atomic_write(path) as file:
-            np.savez_compressed(file, arr_0=np.stack([images[index] for index in sorted(images)]))
+            np.savez_compressed(
+                file, allow_pickle=False, arr_0=np.stack([images[index] for index in sorted(images)]), **labels
+            )
         values: dict[str, Any] = {
             **result.values,
             "seconds": round(seconds, 2),

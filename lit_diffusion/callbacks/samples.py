@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
+from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
@@ -189,8 +190,10 @@ class Samples(Drawing):
             raise UserError("the sampler diverged (NaN or infinity): choose smaller steps or other weights")
         array = x.numpy() if facts.value_range is None else to_uint8(x, facts)
         path = run.run_dir / "samples" / "predict.npz"
+        cond = pl_module.condition_by_counts(torch.arange(len(array)), pl_module.seed, facts.class_counts)
+        labels = None if cond is None else cond.label
         with atomic_write(path) as file:
-            np.savez_compressed(file, arr_0=array)
+            np.savez_compressed(file, allow_pickle=False, arr_0=array, **label_arrays(labels, facts.class_names))
         weights = self._weights(trainer)
         run.record("predict", {"file": f"samples/{path.name}", "weights": weights, "seed": pl_module.seed})
         print_note(f"wrote {len(array)} samples to {path}, weights {weights}")

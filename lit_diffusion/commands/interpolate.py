@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_diffusion.backbones.base import Condition
 from lit_diffusion.checkpoints import build_datamodule
 from lit_diffusion.commands.options import (
     add_model_options,
@@ -42,6 +43,14 @@ def _parser() -> Parser:
         help="samples: between two draws of noise; images: held-out images of the run's data, encoded to noise first, "
         "shown at both ends of their row.",
     )
+    parser.add_argument(
+        "--label",
+        type=str | None,
+        default=None,
+        help="Class of all, by name or number: of the samples, or which held-out images are taken. Default: row i of "
+        "samples has the i-th class of the data; an image has its own, and a point between two images that of the "
+        "nearer one.",
+    )
     parser.add_argument("--pairs", type=int, default=8, help="Rows of the picture.")
     parser.add_argument("--columns", type=int, default=11, help="Points on the way, both ends included.")
     return parser
@@ -70,17 +79,20 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("interpolation needs the deterministic walk: --sampler ddim with eta 0")
     sampler.check(method.denoiser)
     pairs = options.pairs
-    cond = method.condition(torch.arange(pairs))
+    cond = method.condition(torch.arange(pairs), options.label)
     if options.between == "samples":
         noise = SampleNoise(options.seed, torch.arange(2 * pairs, device=method.device), method.sample_shape)
         both = sampler.start(method.denoiser.process, noise)
         made = interpolate(method, both[:pairs], both[pairs:], options.columns, sampler, cond)
     else:
-        x = _held_out(method, 2 * pairs)
+        x, labels = _held_out(method, 2 * pairs, options.label)
+        parts = slice(0, pairs), slice(pairs, 2 * pairs)
+        conds = [None if labels is None else Condition(label=labels[part]) for part in parts]
         first, second = (
-            sampler.encode(method.denoiser, method.encode(part)[0], cond) for part in (x[:pairs], x[pairs:])
+            sampler.encode(method.denoiser, method.encode(x[part])[0], of_part)
+            for part, of_part in zip(parts, conds, strict=True)
         )
-        made = interpolate(method, first, second, options.columns, sampler, cond)
+        made = interpolate(method, first, second, options.columns, sampler, *conds)
         error = (torch.cat((made[:, 0], made[:, -1])) - x).square().mean().sqrt()
         made = torch.cat((x[:pairs, None], made, x[pairs:, None]), dim=1)
         sys.stdout.write(
@@ -96,12 +108,26 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.write(f"note: {shown}\n")
 
 
-def _held_out(method: Method, count: int) -> Tensor:
-    """The first held-out images of the run's data, normalised: ``[count, ...]`` on the method's device."""
+def _held_out(method: Method, count: int, label: str | None) -> tuple[Tensor, Tensor | None]:
+    """The first held-out images of the run's data, or of one class, on the method's device.
+
+    Returns:
+        Normalised ``[count, ...]``, and their classes ``[count]`` where the model is told them.
+    """
     assert method.run_config is not None  # Of a checkpoint without one there is no model either.
     data = build_datamodule(method.run_config["data"])
-    if len(data.held_out_indices) < count:
+    chosen, labels = torch.arange(len(data.held_out_indices)), None
+    if method.num_classes is not None:
+        method.require_fitting_classes(data)
+        data.facts.require_classes_of(method.require_facts(), "the model")
+        assert data.held_out_labels is not None
+        labels = torch.from_numpy(data.held_out_labels)[data.held_out_indices]
+        if label is not None:
+            chosen = chosen[labels == method.class_number(label)]
+    if len(chosen) < count:
+        of_class = "" if label is None else f" of the class {label}"
         raise UserError(
-            f"the run's data have {len(data.held_out_indices)} held-out images, {count} are needed; give fewer --pairs"
+            f"the run's data have {len(chosen)} held-out images{of_class}, {count} are needed; give fewer --pairs"
         )
-    return data.held_out_values(torch.arange(count)).to(method.device)
+    chosen = chosen[:count]
+    return data.held_out_values(chosen).to(method.device), None if labels is None else labels[chosen].to(method.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lit_diffusion.commands.options import (
     add_model_options,
@@ -18,7 +19,9 @@ from lit_diffusion.commands.options import (
     require_writable,
     sampler_help,
 )
+from lit_diffusion.data.dataset_json import DATASET_JSON, labels_text
 from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
@@ -38,11 +41,15 @@ def _parser() -> Parser:
         type=str,
         required=True,
         help="NAME.npz: key arr_0, uint8 [N, H, W, C] (points: float32 [N, D]); NAME.png: one grid; else a folder, one "
-        "PNG each, of grey or RGB images.",
+        "PNG each, of grey or RGB images. Classes are in the key labels, or in the folder's dataset.json.",
     )
     parser.add_argument("--batch_size", type=int, default=250, help="Samples at a time; changes memory and speed only.")
     parser.add_argument(
-        "--label", type=int | None, default=None, help="Class of all samples; default: all classes in turn."
+        "--label",
+        type=str | None,
+        default=None,
+        help="Class of all samples, by name or number. Default: classes as often as in the training data, so that the "
+        "samples can be evaluated; in turn in a grid.",
     )
     return parser
 
@@ -58,16 +65,28 @@ def main(arguments: Sequence[str]) -> None:
     method = load_model(options)
     facts = method.require_facts()
     require_fitting(out, facts)
+    indices = torch.arange(options.num_samples)
+    counts = None if facts.is_image and out.suffix == ".png" else facts.class_counts
+    if options.label is None:
+        cond = method.condition_by_counts(indices, options.seed, counts)
+    else:
+        cond = method.condition(indices, options.label)
+    labels = None if cond is None else cond.label
     require_writable(out)
     sampler = choose_sampler(method.sampler, name, keys)
     batches = generate_in_batches(
-        method, torch.arange(options.num_samples), options.seed, options.batch_size, sampler, options.label
+        method, indices, options.seed, options.batch_size, sampler, options.label, class_counts=counts
     )
     if facts.is_image:
-        write_images(np.concatenate([to_uint8(x, facts) for _, x in batches]), out)
+        write_images(np.concatenate([to_uint8(x, facts) for _, x in batches]), out, labels, facts.class_names)
     else:
-        write_points(torch.cat([x for _, x in batches]).numpy(), out, facts)
+        write_points(torch.cat([x for _, x in batches]).numpy(), out, facts, labels)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")
+    if labels is not None:
+        often = "all classes in turn" if counts is None else "as often as in the training data"
+        said = often if options.label is None else f"all {int(labels[0])}"
+        named = f" ({facts.class_names[int(labels[0])]})" if options.label is not None and facts.class_names else ""
+        sys.stdout.write(f"labels: {said}{named}\n")
     if caveat := sampler.caveat():
         sys.stdout.write(f"note: {caveat}\n")
     if facts.is_image and out.suffix == ".png" and (shown := about_shown(facts.shape[0])):
@@ -86,23 +105,29 @@ def require_fitting(out: Path, facts: DataFacts) -> None:
     raise UserError(f"--out {out}: {what} go into a .npz or a .png, not into a folder of images")
 
 
-def write_images(images: np.ndarray, out: Path) -> None:
-    """uint8 ``[N, H, W, C]`` as an archive, a grid or a folder, by the name's ending."""
+def write_images(
+    images: np.ndarray, out: Path, labels: Tensor | None = None, class_names: Sequence[str] | None = None
+) -> None:
+    """uint8 ``[N, H, W, C]`` as an archive, a grid or a folder, by the name's ending, with their classes ``[N]``."""
     if out.suffix == ".npz":
         with atomic_write(out) as file:
-            np.savez_compressed(file, arr_0=images)
+            np.savez_compressed(file, allow_pickle=False, arr_0=images, **label_arrays(labels, class_names))
     elif out.suffix == ".png":
         save_png(image_grid(images), out)
     else:
-        for number, image in enumerate(images):
-            save_png(image, out / f"{number:06d}.png")
+        names = [f"{number:06d}.png" for number in range(len(images))]
+        for name, image in zip(names, images, strict=True):
+            save_png(image, out / name)
+        if labels is not None:
+            with atomic_write(out / DATASET_JSON) as file:
+                file.write(labels_text(names, labels.tolist(), class_names))
 
 
-def write_points(points: np.ndarray, out: Path, facts: DataFacts) -> None:
+def write_points(points: np.ndarray, out: Path, facts: DataFacts, labels: Tensor | None = None) -> None:
     """float32 ``[N, D]`` as an archive, or a scatter plot of the first two coordinates."""
     if out.suffix == ".npz":
         with atomic_write(out) as file:
-            np.savez_compressed(file, arr_0=points)
+            np.savez_compressed(file, allow_pickle=False, arr_0=points, **label_arrays(labels, facts.class_names))
     else:
         from lit_diffusion.figures import scatter
 

@@ -151,10 +151,11 @@ class ImageFolder(Source):
                 f"the folders of {self.path} are numbered ({in_brief(self.class_names)}) as shards are, and there is "
                 f"no {DATASET_JSON} with labels: set classes: folders if they are the classes, else classes: false"
             )
-        if self.num_classes == 1:
+        if not sure and self.num_classes == 1:
             raise UserError(
                 f"all images in {self.path} lie in the folder {self.class_names[0]!r}, which makes one class: the "
-                "classes must be the first level (pack the zip file from within that folder), or set classes: false"
+                "classes must be the first level (pack the zip file from within that folder), or set classes: false "
+                "(classes: folders where that one is meant)"
             )
 
     def _decode(self, name: str) -> np.ndarray:

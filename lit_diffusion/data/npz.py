@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
+from torch import Tensor
 
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.errors import UserError
@@ -76,6 +78,14 @@ def _channels_first(shape: tuple[int, ...]) -> bool:
     """
     _, first, second, last = shape
     return first < last and (first == 3 or second == last)
+
+
+def label_arrays(labels: Tensor | None, class_names: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """The arrays beside the images from which :class:`Npz` has labels: ``labels``, and ``class_names`` where known."""
+    if labels is None:
+        return {}
+    named = {} if not class_names else {"class_names": np.array(class_names)}
+    return {"labels": labels.cpu().numpy(), **named}
 
 
 @overload

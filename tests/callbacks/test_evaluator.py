@@ -177,6 +177,8 @@ def test_samples_have_their_classes_as_often_as_the_data_that_they_are_compared_
     assert sampler.told == keyed_choice(7, "sample class", torch.arange(600), weights).tolist()
     share = counts[1] / sum(counts)
     assert abs(sum(sampler.told) / 600 - share) < 3 * math.sqrt(share * (1 - share) / 600)
+    kept = np.load(run.run_dir / event["samples_file"])
+    assert kept["labels"].tolist() == sampler.told[: len(kept["arr_0"])]
     split = "training" if reference == "train" else "held-out"
     assert event["protocol"]["labels"] == f"as in the {split} data"
     assert event["fd/digits-600"] < 1.0  # As often as in the other of the two it would be over 100.

@@ -224,12 +224,14 @@ def test_predict_uses_the_named_weights_and_gives_the_raw_ones_back(tmp_path, as
     method.seed = 3
     made.predict(method, datamodule=data)
     assert same(weights(method), raw)
-    images = np.load(tmp_path / "run" / "samples" / "predict.npz")["arr_0"]
+    archive = np.load(tmp_path / "run" / "samples" / "predict.npz")
+    images = archive["arr_0"]
     cond = method.condition_by_counts(torch.arange(11), 3, data.facts.class_counts)
     with ema.applied(method, used):
         expected = method.generate(torch.arange(11), 3, cond)
     difference = images.astype(int) - to_uint8(expected, (0.0, 1.0)).astype(int)
     assert images.shape == (11, 8, 8, 1)
+    assert archive["labels"].tolist() == cond.label.tolist()
     assert np.abs(difference).max() <= 1
     (event,) = events(tmp_path / "run", "predict")
     assert (event["weights"], event["seed"], event["file"]) == (used, 3, "samples/predict.npz")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from tiny import TINY
 
 from lit_diffusion.__main__ import dispatch
@@ -34,4 +36,36 @@ def trained(tmp_path_factory):
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
     dispatch(["fit", "--config", str(config), "--run_dir", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def of_cats_and_dogs(tmp_path_factory):
+    """The directory of a tiny class-conditional diffusion, of 27 cats and 3 dogs; held out are 6 dogs."""
+    folder = tmp_path_factory.mktemp("named")
+    shade = np.random.default_rng(0)
+    sources = []
+    for part, counts in (("pets", {"cat": 27, "dog": 3}), ("more", {"dog": 6})):
+        for name, count in counts.items():
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                grey = shade.integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(grey).save(folder / part / name / f"{number:02d}.png")
+        keys = {"path": str(folder / part), "size": 8, "channels": 1, "classes": "folders"}
+        sources.append({"class_path": "ImageFolder", "init_args": keys})
+    network = {"class_path": "UNet", "init_args": {**TINY["model"]["init_args"]["backbone"]["init_args"]}}
+    network["init_args"]["num_classes"] = 2
+    keys = {"levels": 20, "beta_T": 0.4, "backbone": network}
+    config = {
+        **TINY,
+        "model": {
+            "class_path": "DDIM",
+            "init_args": {**keys, "sampler": {"class_path": "DDIM", "init_args": {"steps": 2}}},
+        },
+        "data": {"source": sources[0], "held_out": sources[1], "global_batch_size": 8},
+        "trainer": {**TINY["trainer"], "max_images": 16},
+        "samples": {"count": 0},
+    }
+    (folder / "named.yaml").write_text(yaml.safe_dump(config))
+    dispatch(["fit", "--config", str(folder / "named.yaml"), "--run_dir", str(folder / "run")])
     return folder / "run"

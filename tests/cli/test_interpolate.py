@@ -5,7 +5,9 @@ import yaml
 from tiny import TINY
 
 from lit_diffusion.__main__ import dispatch
+from lit_diffusion.commands import interpolate as command
 from lit_diffusion.errors import UserError
+from lit_diffusion.interpolation import interpolate
 
 DDPM = {
     **TINY,
@@ -75,3 +77,31 @@ def test_what_cannot_be_is_refused_in_one_line(run, workdir, checkpoint, argumen
         run("interpolate", "--ckpt_path", checkpoint, *arguments)
     assert "\n" not in str(caught.value)
     assert not (workdir / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels", "others"),
+    [
+        (["--between", "samples"], [0, 1], None),
+        (["--between", "samples", "--label", "cat"], [0, 0], None),
+        (["--between", "images"], [1, 1], [1, 1]),  # all of them dogs, whose number is training's
+        (["--between", "images", "--label", "dog"], [1, 1], [1, 1]),
+    ],
+)
+def test_the_classes_between(run, workdir, of_cats_and_dogs, monkeypatch, arguments, labels, others):
+    told = []
+
+    def recorded(method, first, second, columns, sampler, cond, second_cond=None):
+        told.extend(None if each is None else each.label.tolist() for each in (cond, second_cond))
+        return interpolate(method, first, second, columns, sampler, cond, second_cond)
+
+    monkeypatch.setattr(command, "interpolate", recorded)
+    run("interpolate", "--ckpt_path", of_cats_and_dogs, "--out", "a.png", "--pairs", 2, "--columns", 3, *arguments)
+    assert told == [labels, others]
+
+
+def test_images_of_a_class_that_is_not_held_out(run, workdir, of_cats_and_dogs):
+    for label, message in (("cat", "0 held-out images of the class cat, 2 are"), ("cow", "by name cat, dog")):
+        arguments = ("--between", "images", "--label", label, "--pairs", 1)
+        with pytest.raises(UserError, match=message):
+            run("interpolate", "--ckpt_path", of_cats_and_dogs, "--out", "a.png", *arguments)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
+from lit_diffusion.data import ImageFolder, Npz
 from lit_diffusion.errors import UserError
+from lit_diffusion.randomness import keyed_choice
 
 
 @pytest.fixture
@@ -168,3 +171,50 @@ def test_an_unwritable_place_is_found_out_first(sample, workdir):
     (workdir / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         sample("file/a.npz", "--num_samples", 4)
+
+
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pets(of_cats_and_dogs, run, workdir):
+    def call(out, *arguments):
+        checkpoint = of_cats_and_dogs / "checkpoints" / "last.ckpt"
+        run("sample", "--ckpt_path", checkpoint, "--out", out, "--num_samples", 40, *arguments)
+        return np.load(workdir / out) if str(out).endswith(".npz") else workdir / out
+
+    return call
+
+
+def test_files_of_samples_have_classes_as_often_as_the_training_data_and_say_them(pets, capsys):
+    archive = pets("a.npz", "--seed", 3)
+    expected = keyed_choice(3, "sample class", torch.arange(40), torch.tensor([27, 3]))
+    assert "labels: as often as in the training data" in capsys.readouterr().out
+    assert 0 < int(expected.sum()) < 12  # of 4 to be expected
+    assert archive["labels"].tolist() == expected.tolist()
+    assert list(archive) == ["arr_0", "labels", "class_names"]
+    source = Npz(archive.fid.name, label_key="labels")
+    assert source.class_names == ["cat", "dog"]
+    folder = ImageFolder(pets("folder/", "--seed", 3), size=8, channels=1, classes=True)
+    assert (folder.class_names, len(folder)) == (["cat", "dog"], 40)
+    for k in range(40):
+        assert folder.label(k) == source.label(k) == int(expected[k])
+        assert np.array_equal(folder.value(k), source.value(k))
+
+
+def test_a_grid_shows_all_classes_in_turn(pets, capsys):
+    pets("a.png")
+    assert "labels: all classes in turn" in capsys.readouterr().out
+
+
+def test_a_class_is_given_by_its_name_or_its_number(pets, workdir, capsys):
+    named = pets("a.npz", "--label", "dog")
+    assert "labels: all 1 (dog)" in capsys.readouterr().out
+    assert named["labels"].tolist() == [1] * 40
+    assert np.array_equal(named["arr_0"], pets("b.npz", "--label", 1)["arr_0"])
+    for unknown in ("dgo", "2", "-1"):
+        with pytest.raises(
+            UserError, match=r"^label .*: this model's classes are 0 to 1, by name (dog, cat|cat, dog)$"
+        ):
+            pets("folder/", f"--label={unknown}")
+    assert not (workdir / "folder").exists()

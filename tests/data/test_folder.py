@@ -144,8 +144,7 @@ def test_numbered_folders_without_labels_are_asked_about(tmp_path, labels, names
     text = message(lambda: ImageFolder(tmp_path / "set", size=8, classes=True))
     assert f"numbered ({', '.join(names)}) as shards are" in text
     assert "classes: folders" in text
-    if len(names) > 1:
-        assert ImageFolder(tmp_path / "set", size=8, classes="folders").class_names == names
+    assert ImageFolder(tmp_path / "set", size=8, classes="folders").class_names == names
 
 
 @pytest.mark.parametrize("names", [["0", "1", "10"], ["00000", "cat"], ["cat", "dog"]])
