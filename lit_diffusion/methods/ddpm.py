@@ -45,7 +45,8 @@ class DDPM(Method):
             log space. A sampler of another variance is said.
         loss: ``simple`` (L_simple), ``bound`` (the variational bound in bits per dimension: with a fixed variance the
             paper's weighted L) or ``hybrid`` (both; the bound trains the variance alone).
-        time_law: ``levels`` draws all levels alike, ``second_moment`` those with the larger losses more often.
+        time_law: ``levels`` draws all levels alike, ``second_moment`` those with the larger losses more often;
+            held-out losses are of all levels alike.
         sampler: default sampler, null for ancestral sampling on all levels with this variance.
         **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
     """

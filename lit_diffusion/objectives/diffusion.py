@@ -100,7 +100,7 @@ class DiffusionObjective(nn.Module):
         loss: ``simple``, ``bound`` (in bits per dimension) or ``hybrid``.
         variance: of the reverse steps that the bound scores. It does not clip the predicted datum, as the papers' code
             does not while it trains: where a prediction is clipped it would learn nothing.
-        time_law: ``levels``, all alike, or ``second_moment``, see :class:`SecondMoments`.
+        time_law: in training: ``levels``, all alike, or ``second_moment``, see :class:`SecondMoments`.
 
     Raises:
         UserError: for a name that is not one of these, and for a learned variance that the loss would not train.
@@ -125,11 +125,14 @@ class DiffusionObjective(nn.Module):
         grey_levels: GreyLevels | None,
         cond: Condition | None = None,
     ) -> DenoisingLoss:
-        """The loss of the images that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it."""
+        """The loss of the images that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it.
+
+        In evaluation mode all levels are drawn alike, whatever the law has learned: held-out losses are of one law.
+        """
         levels = denoiser.process.levels
         assert levels is not None
         u = keyed_uniform(seed, "time", index)
-        if self.second_moments is None:
+        if self.second_moments is None or not self.training:
             level, weight = (u.to(torch.float64) * levels).long().clamp(max=levels - 1), None
         else:
             level, weight = self.second_moments.draw(u)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import CONFIG, WALKS, Convolutions, ddpm, digits, digits_data, fit, ncsn, same, weights
+from tiny import CONFIG, WALKS, Convolutions, ddpm, digits, digits_data, fit, ncsn, same, trainer, weights
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.backbones import MLP
@@ -22,6 +22,7 @@ from lit_diffusion.images import to_uint8
 from lit_diffusion.methods import DDIM, DDPM
 from lit_diffusion.objectives import DiffusionObjective
 from lit_diffusion.randomness import keyed_normal
+from lit_diffusion.reverse import ReverseChain
 from lit_diffusion.samplers import DDIM as DDIMSampler
 from lit_diffusion.samplers import Ancestral
 
@@ -55,7 +56,7 @@ def test_the_papers_defaults():
     betas = 1.0 - (process.alpha(process.grid()) / torch.cat((torch.ones(1), process.alpha(process.grid())[:-1]))) ** 2
     assert betas.tolist() == pytest.approx(np.linspace(1e-4, 0.02, 1000).tolist(), rel=1e-9)
     assert (denoiser.parametrization, denoiser.noise_input, denoiser.unit_variance) == ("eps", "index", False)
-    assert (method.objective.loss, method.objective.variance, method.objective.second_moments) == (
+    assert (method.objective.loss, method.objective.chain.variance, method.objective.second_moments) == (
         "simple",
         "beta",
         None,
@@ -106,6 +107,34 @@ def test_the_bound_knows_the_grey_levels_of_the_data():
     assert torch.equal(found, at[0])
     loss = method.loss(batch, 0)
     assert torch.equal(loss.per_sample, method.loss_at(batch, loss.t, eps).per_sample)
+
+
+def test_held_out_losses_are_of_one_law_whatever_was_learned(tmp_path):
+    """Its times, and so its curve, are those of ``time_law: levels`` before and after the law has learned."""
+    learning, fixed = ready(time_law="second_moment"), ready()
+    batch = Batch(torch.zeros(64, 1, 8, 8), torch.arange(64))
+    steep = torch.arange(8).repeat(10)
+    learning.learn_from((steep + 1).double() / 8, 100.0**steep)
+    assert not torch.equal(learning.loss(batch, 0).t, fixed.loss(batch, 0).t)
+    held_out = learning.eval().loss(batch, 0)
+    assert torch.equal(held_out.t, fixed.loss(batch, 0).t)
+    assert torch.equal(held_out.per_sample, held_out.at_level)
+    # The Trainer's validation is in evaluation mode.
+    losses = [
+        trainer(tmp_path, limit_val_batches=1.0).validate(method, datamodule=centred(), verbose=False)[0]["val/loss"]
+        for method in (learning.train(), fixed)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method_sampler", [Ancestral(4, "beta_tilde", "quadratic", None), None])
+def test_the_chain_is_the_samplers_or_has_the_methods_variance(method_sampler):
+    method = ddpm(variance="learned", loss="hybrid", sampler=method_sampler)
+    assert method.reverse_chain == (ReverseChain("beta_tilde", None) if method_sampler else ReverseChain("learned"))
+    other = ddpm(variance="beta_tilde", make=DDIM)
+    assert other.reverse_chain == ReverseChain("beta_tilde", "data")
+    # What is trained is not clipped: it would learn nothing where it is.
+    assert other.objective.chain == ReverseChain("beta_tilde", None)
 
 
 def test_labels_reach_the_network():
@@ -275,7 +304,8 @@ def test_a_learned_variance_is_that_of_the_samples(checkpoints):
         sampler = Ancestral(steps=3, variance="learned")
         if fits:
             learned = method.generate(torch.arange(4), 0, sampler=sampler)
-            assert not torch.equal(learned, method.generate(torch.arange(4), 0, sampler=WALKS["ancestral"]))
+            assert not torch.equal(learned, method.generate(torch.arange(4), 0, sampler=Ancestral(3, "beta")))
+            assert torch.equal(learned, method.generate(torch.arange(4), 0, sampler=WALKS["ancestral"]))
             assert method.sampler.variance == "learned"
         else:
             with pytest.raises(UserError, match="has not learned a reverse variance"):
