@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 import lit_diffusion.data
-from lit_diffusion.commands.options import choose_device, require_positive, require_writable
+from lit_diffusion.commands.options import choose_device, require_positive
+from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, require_choice
@@ -79,7 +80,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--batch_size", type=int, default=250, help="Images at a time.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", type=str | None, default=None, help="NAME.json: values, errors, intervals, protocol.")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help=f"NAME.json: values, errors, intervals, protocol. {RULE}"
+    )
     parser.add_class_arguments(ScoreOptions)
     return parser
 
@@ -91,11 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     require_positive(options, "batch_size")
     with users_own_errors():
         score_options = ScoreOptions(**{key: options[key] for key in ScoreOptions.__dataclass_fields__})
-    out = None if options.out is None else Path(options.out)
-    if out is not None and out.suffix != ".json":
-        raise UserError(f"--out {out}: the result is JSON; give a name that ends in .json")
-    if out is not None:
-        require_writable(out.parent)
+    out = None if options.out is None else output_path(options.out, (".json",))
     device = choose_device(options.device)
     source = images_as_given(options.samples)
     _say_notes(source)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_diffusion.commands.options import require_positive, require_writable
+from lit_diffusion.commands.options import require_positive
+from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
@@ -49,7 +50,7 @@ def _parser() -> Parser:
         help="Runs' directories (their last evaluation's samples), .npz files, folders or zip files of images; "
         "NAME=PATH gives one a name. Figures of SAMPLES.json beside SAMPLES.npz are shown.",
     )
-    parser.add_argument("--out", type=str, default="gallery.html", help="NAME.html: the page.")
+    parser.add_argument("--out", type=str, default="gallery.html", help=f"NAME.html: the page. {RULE}")
     parser.add_argument("--count", type=int, default=64, help="Images an entry: the first so many.")
     parser.add_argument(
         "--reference",
@@ -68,12 +69,9 @@ def main(arguments: Sequence[str]) -> None:
     require_positive(options, "count")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; give a number from 0 to {2**32 - 1}")
-    out = Path(options.out)
-    if out.suffix != ".html":
-        raise UserError(f"--out {out}: the page is one HTML file; give a name that ends in .html")
+    out = output_path(options.out, (".html",))
     if not options.entries:
         raise UserError("gallery has nothing to show: give runs' directories or samples, e.g. gallery runs/ncsn/RUN_ID")
-    require_writable(out.parent)
     entries = [_entry(given, options.count) for given in options.entries]
     if options.reference is not None:
         real = _images(Path(options.reference).expanduser(), options.count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,8 +17,8 @@ from lit_diffusion.commands.options import (
     load_model,
     parse,
     require_positive,
-    require_writable,
 )
+from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
 from lit_diffusion.interpolation import interpolate
@@ -35,7 +34,7 @@ def _parser() -> Parser:
         description="A picture of what lies between pairs of samples, or of held-out images, by the DDIM walk.",
     )
     add_model_options(parser)
-    parser.add_argument("--out", type=str, required=True, help="NAME.png: one row a pair.")
+    parser.add_argument("--out", type=str, required=True, help=f"NAME.png: one row a pair. {RULE}")
     parser.add_argument(
         "--between",
         type=Literal["samples", "images"],
@@ -65,10 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     require_positive(options, "pairs", "columns")
     if options.columns < 2:
         raise UserError("--columns is 1; the way has two ends")
-    out = Path(options.out)
-    if out.suffix != ".png":
-        raise UserError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
-    require_writable(out)
+    out = output_path(options.out, (".png",))
     method = load_model(options)
     facts = method.require_facts()
     if not facts.is_image:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
@@ -164,19 +163,3 @@ def _class_path(name: str) -> str:
     if "." in name:
         return name
     raise UserError(f"there is no sampler {name!r}; choose one of {', '.join(SAMPLERS)}, or give a class path")
-
-
-def require_writable(out: Path) -> None:
-    """Find out before the work, not after it.
-
-    Raises:
-        UserError: if there is no folder to write to.
-    """
-    folder = out if out.suffix not in (".npz", ".png") else out.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".lit_diffusion_probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from lit_diffusion import __version__
+from lit_diffusion.commands.outputs import output_path, require_reports_folder
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.parser import Parser
@@ -62,7 +63,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("run", type=str | None, nargs="?", default=None, help="The run's directory.")
     parser.add_argument(
-        "--out", type=str | None, default=None, help="Folder of report.html and its pictures; default: RUN/report."
+        "--out",
+        type=str | None,
+        default=None,
+        help="Folder of report.html and its pictures; default: RUN/report. A report that is there is replaced; a "
+        "folder that holds others' files alone is refused.",
     )
     return parser
 
@@ -73,7 +78,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.run is None:
         raise UserError("report takes a run's directory: python -m lit_diffusion report runs/<experiment>/<run id>")
     run = read_run(Path(options.run))
-    out = Path(options.out) if options.out is not None else run.folder / "report"
+    out = run.folder / "report" if options.out is None else output_path(options.out, (), folder=True)
+    if options.out is not None:
+        require_reports_folder(out)
     page = write_report(run, out)
     torn = f"; {_torn(run.torn)}" if run.torn else ""
     sys.stdout.write(f"wrote {page}{torn}\n")

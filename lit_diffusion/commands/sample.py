@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +18,20 @@ from lit_diffusion.commands.options import (
     load_model,
     parse,
     require_positive,
-    require_writable,
     sampler_help,
 )
+from lit_diffusion.commands.outputs import RULE, is_folder, output_path, require_free_for_a_set
 from lit_diffusion.data.dataset_json import DATASET_JSON, labels_text
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.errors import UserError
-from lit_diffusion.files import atomic_write
-from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
+from lit_diffusion.files import atomic_write, write_set
+from lit_diffusion.images import about_shown, image_grid, png_bytes, save_png, to_uint8
 from lit_diffusion.parser import Parser
+from lit_diffusion.samplers.base import in_words
 from lit_diffusion.sampling import generate_in_batches
+
+ENDINGS = (".npz", ".png")
 
 
 def _parser() -> Parser:
@@ -40,8 +45,17 @@ def _parser() -> Parser:
         "--out",
         type=str,
         required=True,
-        help="NAME.npz: key arr_0, uint8 [N, H, W, C] (points: float32 [N, D]); NAME.png: one grid; else a folder, one "
-        "PNG each, of grey or RGB images. Classes are in the key labels, or in the folder's dataset.json.",
+        help="NAME.npz: key arr_0, uint8 [N, H, W, C] (points: float32 [N, D]); NAME.png: one grid; FOLDER/: one PNG "
+        "each of grey or RGB images, and samples.json, which lists them and says how they were made. "
+        f"Classes are in the key labels, or in the folder's dataset.json. {RULE} A folder holds one set.",
+    )
+    parser.add_argument(
+        "--overwrite",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Where --out is a folder that is not empty: replace what `sample` wrote there, and nothing else.",
     )
     parser.add_argument("--batch_size", type=int, default=250, help="Samples at a time; changes memory and speed only.")
     parser.add_argument(
@@ -61,24 +75,32 @@ def main(arguments: Sequence[str]) -> None:
         return
     options, name, keys = asked
     require_positive(options, "num_samples", "batch_size")
-    out = Path(options.out)
+    out = output_path(options.out, ENDINGS, folder=True)
+    if is_folder(out, ENDINGS):
+        require_free_for_a_set(out, options.overwrite)
     method = load_model(options)
     facts = method.require_facts()
     require_fitting(out, facts)
     indices = torch.arange(options.num_samples)
-    counts = None if facts.is_image and out.suffix == ".png" else facts.class_counts
+    counts = None if facts.is_image and out.suffix.lower() == ".png" else facts.class_counts
     if options.label is None:
         cond = method.condition_by_counts(indices, options.seed, counts)
     else:
         cond = method.condition(indices, options.label)
     labels = None if cond is None else cond.label
-    require_writable(out)
     sampler = choose_sampler(method.sampler, name, keys)
     batches = generate_in_batches(
         method, indices, options.seed, options.batch_size, sampler, options.label, class_counts=counts
     )
     if facts.is_image:
-        write_images(np.concatenate([to_uint8(x, facts) for _, x in batches]), out, labels, facts.class_names)
+        images = np.concatenate([to_uint8(x, facts) for _, x in batches])
+        about = {
+            **{key: options[key] for key in ("ckpt_path", "weights", "seed", "label")},
+            "images_seen": method.clock.images,
+            "sampler": in_words(sampler, method.denoiser),
+            "count": options.num_samples,
+        }
+        write_images(images, out, about, labels, facts.class_names)
     else:
         write_points(torch.cat([x for _, x in batches]).numpy(), out, facts, labels)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")
@@ -89,7 +111,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.write(f"labels: {said}{named}\n")
     if caveat := sampler.caveat():
         sys.stdout.write(f"note: {caveat}\n")
-    if facts.is_image and out.suffix == ".png" and (shown := about_shown(facts.shape[0])):
+    if facts.is_image and out.suffix.lower() == ".png" and (shown := about_shown(facts.shape[0])):
         sys.stdout.write(f"note: {shown}\n")
 
 
@@ -99,33 +121,41 @@ def require_fitting(out: Path, facts: DataFacts) -> None:
     Raises:
         UserError: for points, and for images of other than 1 or 3 channels.
     """
-    if out.suffix in (".npz", ".png") or (facts.is_image and facts.shape[0] in (1, 3)):
+    if not is_folder(out, ENDINGS) or (facts.is_image and facts.shape[0] in (1, 3)):
         return
     what = f"images of {facts.shape[0]} channels" if facts.is_image else "points"
     raise UserError(f"--out {out}: {what} go into a .npz or a .png, not into a folder of images")
 
 
 def write_images(
-    images: np.ndarray, out: Path, labels: Tensor | None = None, class_names: Sequence[str] | None = None
+    images: np.ndarray,
+    out: Path,
+    about: Mapping[str, Any],
+    labels: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
-    """uint8 ``[N, H, W, C]`` as an archive, a grid or a folder, by the name's ending, with their classes ``[N]``."""
-    if out.suffix == ".npz":
+    """uint8 ``[N, H, W, C]`` as an archive, a grid or a folder, by the name's ending, with their classes ``[N]``.
+
+    ``about`` says how they were made, for a folder's list.
+    """
+    if out.suffix.lower() == ".npz":
         with atomic_write(out) as file:
             np.savez_compressed(file, allow_pickle=False, arr_0=images, **label_arrays(labels, class_names))
-    elif out.suffix == ".png":
+    elif out.suffix.lower() == ".png":
         save_png(image_grid(images), out)
     else:
         names = [f"{number:06d}.png" for number in range(len(images))]
-        for name, image in zip(names, images, strict=True):
-            save_png(image, out / name)
+        files: Iterable[tuple[str, bytes]] = (
+            (name, png_bytes(image)) for name, image in zip(names, images, strict=True)
+        )
         if labels is not None:
-            with atomic_write(out / DATASET_JSON) as file:
-                file.write(labels_text(names, labels.tolist(), class_names))
+            files = itertools.chain(files, [(DATASET_JSON, labels_text(names, labels.tolist(), class_names))])
+        write_set(out, files, about)
 
 
 def write_points(points: np.ndarray, out: Path, facts: DataFacts, labels: Tensor | None = None) -> None:
-    """float32 ``[N, D]`` as an archive, or a scatter plot of the first two coordinates."""
-    if out.suffix == ".npz":
+    """float32 ``[N, D]`` as an archive, or a scatter plot of the first two coordinates, by the name's ending."""
+    if out.suffix.lower() == ".npz":
         with atomic_write(out) as file:
             np.savez_compressed(file, allow_pickle=False, arr_0=points, **label_arrays(labels, facts.class_names))
     else:

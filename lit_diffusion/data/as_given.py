@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from lit_diffusion.data.folder import any_in_colour, image_names, open_files, picture_losses, read_image
+from lit_diffusion.data.folder import any_in_colour, image_names, is_image, open_files, picture_losses, read_image
 from lit_diffusion.data.npz import Npz
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
+from lit_diffusion.files import SET_FILE, set_in
 
 
 def images_as_given(path: str | Path) -> Source:
@@ -38,6 +39,7 @@ class _Unchanged(Source):
         self.name = path.stem
         self._files = open_files(path)
         self._names = image_names(self._files, path)
+        _require_whole_set(path, self._names)
         self._channels: Literal[1, 3] = 3 if any_in_colour(self._files, self._names) else 1
         self.shape = read_image(self._files, self._names[0], path, channels=self._channels).shape
 
@@ -62,3 +64,21 @@ class _Unchanged(Source):
     def notes(self) -> list[str]:
         """Whether images hold further pictures."""
         return picture_losses(self._files, self._names, self.path)
+
+
+def _require_whole_set(path: Path, names: list[str]) -> None:
+    """Refuse a folder of samples with others among them, or with some of them alone."""
+    listed = set_in(path)
+    if listed is None:
+        return
+    if not listed.whole:
+        raise UserError(
+            f"{path} holds samples of two sets: `sample` was stopped while one took the other's place; draw them again "
+            f"with --overwrite"
+        )
+    images = list(filter(is_image, listed.names))
+    if set(images) != set(names):
+        raise UserError(
+            f"{path} holds {len(names)} images, and its {SET_FILE} lists {len(images)}, not the same: move the "
+            f"others away, or remove {SET_FILE} if all of them are meant"
+        )

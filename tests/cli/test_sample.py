@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from lit_diffusion.commands import sample as module
 from lit_diffusion.data import ImageFolder, Npz
 from lit_diffusion.errors import UserError
 from lit_diffusion.randomness import keyed_choice
@@ -55,6 +61,126 @@ def test_folder_and_grid_hold_the_same_pixels(sample):
     scale = grid.shape[0] // 2 // 8
     assert scale > 4
     assert {int(v) for v in images[0].ravel()} <= {int(v) for v in grid.ravel()}
+
+
+def listing(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_holds_one_set(sample, workdir, run, capsys):
+    folder = sample("folder/", "--num_samples", 5, "--seed", 7)
+    first = listing(folder)
+    assert "wrote 5 samples to folder (" in capsys.readouterr().out
+    about = json.loads(first["samples.json"])
+    assert (about["seed"], about["count"], about["images_seen"], about["whole"]) == (7, 5, 128, True)
+    assert about["sampler"].startswith("AnnealedLangevin(")
+    assert [*about["files"]] == sorted(set(first) - {"samples.json"})
+    with pytest.raises(UserError, match="holds 5 samples, and a folder holds one set: give another, or --overwrite"):
+        sample("folder/", "--num_samples", 3, "--seed", 8)
+    assert listing(folder) == first
+    (folder / "notes.txt").write_text("mine")
+    (folder / "000007.txt").write_text("mine too")
+    sample("folder", "--num_samples", 3, "--seed", 8, "--overwrite")
+    second = listing(folder)
+    assert set(second) == {"000000.png", "000001.png", "000002.png", "samples.json", "notes.txt", "000007.txt"}
+    assert second["000000.png"] != first["000000.png"]
+    assert json.loads(second["samples.json"])["seed"] == 8
+    run("evaluate", "--samples", "folder", "--reference", "Digits")
+    assert "3 samples against" in capsys.readouterr().out
+
+
+def test_images_of_somebody_are_never_joined_or_removed(sample, workdir, run):
+    folder = workdir / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(folder / "deeper" / "000000.jpg")
+    (workdir / "empty").mkdir()
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(UserError, match="holds"):
+            sample("photos", "--num_samples", 2, *more)
+    assert [*listing(folder)] == ["deeper/000000.jpg"]
+    for name in ("dataset.json", "samples.json"):
+        (workdir / name[:-5]).mkdir()
+        (workdir / name[:-5] / name).write_text("mine")
+        with pytest.raises(UserError, match="that `sample` did not write"):
+            sample(name[:-5], "--num_samples", 2, "--overwrite")
+        assert listing(workdir / name[:-5]) == {name: b"mine"}
+    assert len(listing(sample("empty", "--num_samples", 2))) == 3
+    Image.new("L", (8, 8)).save(workdir / "empty" / "mine.png")
+    with pytest.raises(UserError, match=r"images or a list of them that `sample` did not write \(mine.png, 1 in all\)"):
+        sample("empty", "--num_samples", 2, "--overwrite", "true")
+    with pytest.raises(UserError, match=r"holds 3 images, and its samples\.json lists 2"):
+        run("evaluate", "--samples", "empty", "--reference", "Digits")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_set_is_none_that_looks_whole(sample, workdir, run, monkeypatch, there):
+    if there:
+        before = listing(sample("folder/", "--num_samples", 4, "--seed", 1))
+    real, made = module.png_bytes, []
+
+    def stop(image):
+        made.append(image)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return real(image)
+
+    monkeypatch.setattr(module, "png_bytes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sample("folder/", "--num_samples", 5, "--overwrite")
+    assert sorted(os.listdir(workdir)) == (["folder", "tiny.yaml"] if there else ["tiny.yaml"])
+    assert not there or listing(workdir / "folder") == before
+
+
+def test_a_kill_while_one_set_takes_anothers_place_is_seen(sample, workdir, run, monkeypatch):
+    folder = sample("folder/", "--num_samples", 4, "--seed", 1)
+    replace = Path.replace
+
+    def stop(self, target):
+        if Path(target).name == "000001.png":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sample("folder/", "--num_samples", 5, "--overwrite")
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UserError, match="samples of two sets"):
+        run("evaluate", "--samples", "folder", "--reference", "Digits")
+    sample("folder/", "--num_samples", 2, "--overwrite")
+    assert set(listing(folder)) == {"000000.png", "000001.png", "samples.json"}
+
+
+def test_a_full_disk_leaves_no_set(sample, workdir, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lit_diffusion.files._write_synced", full)
+    with pytest.raises(UserError, match=r"cannot write .*folder: No space left on device; free some space"):
+        sample("folder/", "--num_samples", 2)
+    assert sorted(os.listdir(workdir)) == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("out", ["q.jpg", "x.tiff9", "run.v2", "a.npz/", ".png", "sub.npz", "notes", "a.PNGG"])
+def test_where_samples_cannot_go_is_one_line_with_the_endings(sample, workdir, monkeypatch, out):
+    (workdir / "sub.npz").mkdir()
+    (workdir / "notes").write_text("mine")
+    monkeypatch.setattr(module, "load_model", lambda options: 1 / 0)
+    before = listing(workdir)
+    with pytest.raises(UserError, match=r"give a name that ends in \.npz or \.png, or in / for a folder") as caught:
+        sample(out, "--num_samples", 2)
+    assert "\n" not in str(caught.value)
+    assert f"--out {out}" in str(caught.value)
+    assert listing(workdir) == before
+    assert sorted(os.listdir(workdir)) == ["notes", "sub.npz", "tiny.yaml"]
+
+
+def test_endings_in_upper_case_and_folders_with_dots(sample, workdir):
+    images = np.load(workdir / sample("A.NPZ", "--num_samples", 2))["arr_0"]
+    with Image.open(sample("new/A.Png", "--num_samples", 2)) as grid:
+        assert grid.format == "PNG"
+    folder = sample("run.v2/", "--num_samples", 2)
+    with Image.open(folder / "000001.png") as image:
+        assert np.array_equal(np.asarray(image), images[1, ..., 0])
 
 
 def test_weights_are_chosen_by_name(sample):
@@ -167,10 +293,14 @@ def test_a_compiled_backbone_sees_one_batch_shape_and_gives_the_same_samples(sam
     assert np.abs(plain - compiled).max() <= 1
 
 
-def test_an_unwritable_place_is_found_out_first(sample, workdir):
+def test_an_unwritable_place_is_found_out_first_and_nothing_is_left(sample, workdir, run):
     (workdir / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        sample("file/a.npz", "--num_samples", 4)
+    for out in ("file/a.npz", "file/folder/", "file/deep/a.png", f"{'x' * 250}.npz"):
+        with pytest.raises(UserError, match="cannot write"):
+            sample(out, "--num_samples", 4)
+    with pytest.raises(UserError, match="does not exist"):
+        run("sample", "--ckpt_path", "nowhere.ckpt", "--num_samples", 4, "--out", "new/deep/a.npz")
+    assert sorted(os.listdir(workdir)) == ["file", "tiny.yaml"]
 
 
 # ---- classes -----------------------------------------------------------------------------------------------------
@@ -195,7 +325,8 @@ def test_files_of_samples_have_classes_as_often_as_the_training_data_and_say_the
     assert list(archive) == ["arr_0", "labels", "class_names"]
     source = Npz(archive.fid.name, label_key="labels")
     assert source.class_names == ["cat", "dog"]
-    folder = ImageFolder(pets("folder/", "--seed", 3), size=8, channels=1, classes=True)
+    pets("folder/", "--seed", 4)
+    folder = ImageFolder(pets("folder/", "--seed", 3, "--overwrite"), size=8, channels=1, classes=True)
     assert (folder.class_names, len(folder)) == (["cat", "dog"], 40)
     for k in range(40):
         assert folder.label(k) == source.label(k) == int(expected[k])
