@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffusion.data
 import lit_diffusion.methods  # noqa: F401 (short class names in YAML resolve once their modules are imported)
+from lit_diffusion.arguments import in_order, last_value
 from lit_diffusion.callbacks import (
     EMA,
     Checkpoint,
@@ -45,7 +46,6 @@ from lit_diffusion.checkpoints import (
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
-from lit_diffusion.files import packaged_experiment
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
@@ -53,6 +53,7 @@ from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, print_note
 from lit_diffusion.run_lock import RunLock
 from lit_diffusion.trainer import Trainer, callbacks_of
+from lit_diffusion.yaml_files import Loader
 
 # Interpolations are resolved after all files and arguments are merged, and absolute ones work below subcommands.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -146,7 +147,7 @@ class CLI(LightningCLI):
         """Values that differ from the checkpoint's, by dotted key: there and now."""
         self.continues = False
         """Whether the run that is in run_dir goes on."""
-        ckpt_path, run_dir, resume = (_last_option(rest, f"--{key}") for key in ("ckpt_path", "run_dir", "resume"))
+        ckpt_path, run_dir, resume = (last_value(rest, key) for key in ("ckpt_path", "run_dir", "resume"))
         if ckpt_path is None and (resume != "auto" or run_dir is None or not Path(run_dir, "checkpoints").is_dir()):
             self.config = parser.parse_args([command, *rest])
             ckpt_path, run_dir, resume = (self.config[command].get(key) for key in ("ckpt_path", "run_dir", "resume"))
@@ -295,7 +296,7 @@ class CLI(LightningCLI):
         return str(self._parser(self.subcommand).dump(again, skip_unset=False, format="yaml"))
 
     def _plain_config(self, section: Namespace) -> dict[str, Any]:
-        plain = yaml.safe_load(self._config_text(section))
+        plain = yaml.load(self._config_text(section), Loader)
         assert isinstance(plain, dict)
         return plain
 
@@ -407,42 +408,6 @@ def _import(class_path: str) -> type[Method]:
     return found
 
 
-def _last_option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of the last ``--name VALUE`` or ``--name=VALUE``."""
-    value = None
-    for position, argument in enumerate(arguments):
-        if argument == name and position + 1 < len(arguments):
-            value = arguments[position + 1]
-        elif argument.startswith(f"{name}="):
-            value = argument.split("=", 1)[1]
-    return value
-
-
-def _find_configs(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which ``--config experiments/NAME.yaml`` means the packaged file where there is no such file here.
-
-    Raises:
-        UserError: for a configuration file that does not exist.
-    """
-    found = list(arguments)
-    for position, argument in enumerate(found):
-        if argument in ("--config", "-c") and position + 1 < len(found):
-            found[position + 1] = str(_config_path(found[position + 1]))
-        elif argument.startswith("--config="):
-            found[position] = f"--config={_config_path(argument.split('=', 1)[1])}"
-    return found
-
-
-def _config_path(given: str) -> Path:
-    path = Path(given)
-    if path.is_file():
-        return path
-    packaged = packaged_experiment(given)
-    if packaged is not None:
-        return packaged
-    raise UserError(f"configuration file {given} does not exist; the shipped ones are experiments/*.yaml")
-
-
 def main(arguments: Sequence[str], cli: type[CLI] = CLI) -> CLI:
     """Run one of LightningCLI's commands; ``doctor`` brings a CLI of its own, which stops before the work."""
     # Lightning's hints on hardware and workers are not about this run; its warnings and errors stay.
@@ -469,5 +434,5 @@ def _run(arguments: Sequence[str], cli: type[CLI]) -> CLI:
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "python -m lit_diffusion"},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        args=_find_configs(arguments),
+        args=in_order(arguments),
     )

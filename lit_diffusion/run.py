@@ -370,8 +370,10 @@ class RunLogger(Logger):
             return
         import yaml
 
+        from lit_diffusion.yaml_files import read_yaml
+
         path = self.run_dir / "config.yaml"
-        config = yaml.safe_load(path.read_text()) or {}
+        config = read_yaml(path) or {}
         section, parents = config, key.split(".")
         for name in parents[:-1]:
             section = section.setdefault(name, {})

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from lit_diffusion.commands.options import require_positive
 from lit_diffusion.commands.outputs import RULE, output_path
@@ -26,6 +25,7 @@ from lit_diffusion.images import about_shown, as_shown, png_bytes
 from lit_diffusion.parser import Parser
 from lit_diffusion.protocol import differing_keys
 from lit_diffusion.run import print_note
+from lit_diffusion.yaml_files import read_yaml
 
 REAL = "real data"
 _PLACE_OF_DATA = "GALLERY_DATA"
@@ -170,8 +170,8 @@ def _run_name(directory: Path) -> str:
     experiment, run_id = directory.parent.name, directory.name
     try:
         run_id = (directory / "run_id").read_text().strip() or run_id
-        experiment = yaml.safe_load((directory / "config.yaml").read_text())["experiment"] or experiment
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        experiment = read_yaml(directory / "config.yaml")["experiment"] or experiment
+    except (OSError, ValueError, TypeError, KeyError, UserError):
         pass  # a name is no reason to show nothing
     return f"{experiment}/{run_id}"
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from lit_diffusion import __version__
 from lit_diffusion.commands.outputs import output_path, require_reports_folder
 from lit_diffusion.errors import UserError
@@ -40,6 +38,7 @@ from lit_diffusion.reporting import (
     training_panels,
 )
 from lit_diffusion.run import SETTINGS
+from lit_diffusion.yaml_files import read_yaml
 
 SAMPLES = {
     "samples": "Samples",
@@ -228,8 +227,8 @@ def _torn(count: int) -> str:
 
 def _config(run: RecordedRun) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError, RecursionError):
+        config = read_yaml(run.folder / "config.yaml")
+    except (OSError, UserError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from lit_diffusion.clock import Clock
@@ -19,6 +18,7 @@ from lit_diffusion.parser import Parser
 from lit_diffusion.reporting import Event, RecordedRun, read_run, recorded_png
 from lit_diffusion.run import Dashboard, logged_in, print_note
 from lit_diffusion.run_lock import RunLock
+from lit_diffusion.yaml_files import read_yaml
 
 DESCRIPTION = """Replays a run's metrics.jsonl and its pictures into one Weights & Biases run, in order, each step once.
 For runs that were trained offline and interrupted, or recorded with --wandb.mode disabled: each start left an offline
@@ -110,12 +110,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or "no YAML"
-        raise UserError(
-            f"{path} cannot be read ({reason}): bring it back, or write experiment: NAME into it"
-        ) from error
+        config = read_yaml(path)
+    except (OSError, UserError) as error:
+        reason = f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise UserError(f"{reason}: bring it back, or write experiment: NAME into it") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is no configuration: bring it back, or write experiment: NAME")
     return config

@@ -9,6 +9,8 @@ from PIL import Image
 from tiny import TINY
 
 from lit_diffusion.__main__ import dispatch
+from lit_diffusion.cli import CLI
+from lit_diffusion.cli import main as run_cli
 
 
 @pytest.fixture
@@ -69,3 +71,19 @@ def of_cats_and_dogs(tmp_path_factory):
     (folder / "named.yaml").write_text(yaml.safe_dump(config))
     dispatch(["fit", "--config", str(folder / "named.yaml"), "--run_dir", str(folder / "run")])
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def fit_parser(tmp_path_factory):
+    """The parser of fit, validate, test and predict; made once."""
+
+    class Parsed(CLI):
+        def instantiate_classes(self) -> None:
+            """Nothing: the parser is all that is wanted."""
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Nothing."""
+
+    config = tmp_path_factory.mktemp("parser") / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    return run_cli(["fit", "--config", str(config)], Parsed).parser
