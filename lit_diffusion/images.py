@@ -48,7 +48,9 @@ def to_uint8(x: Tensor, scale: DataFacts | ValueRange) -> np.ndarray:
         low, high, x = 0.0, 1.0, scale.grey_levels.nearest(x)
     else:
         low, high = scale.value_range
-    scaled = ((x.clamp(low, high) - low) * (255.0 / (high - low))).round()
+    # Halves go up, also where float32 falls up to 3e-5 short of them: grey level 1 of 0 .. 10 is 25.5 in one range and
+    # 25.49999 in another, and must be one byte whichever way it comes.
+    scaled = ((x.clamp(low, high) - low) * (255.0 / (high - low)) + 0.50005).floor()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

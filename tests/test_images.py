@@ -62,6 +62,20 @@ def test_black_white_and_every_level_between(value_range):
         assert bytes_of(moved, value_range).tolist() == list(range(256))
 
 
+@pytest.mark.parametrize("levels", [2, 7, 11, 16, 17, 64, 101, 127, 161, 256])
+def test_a_grey_level_is_one_byte_in_training_reference_and_samples(levels):
+    source = InMemory(np.tile(np.arange(levels, dtype=np.uint8), (2, 1, 1, 1)), levels=levels)
+    both = torch.arange(2)
+    reference = RealData.of(source, both, "all").values(both)
+    assert reference[0, 0, :, 0].tolist() == [
+        int(Fraction(255 * v, levels - 1) + Fraction(1, 2)) for v in range(levels)
+    ]
+    for value_range in RANGES:
+        for dequantise in (False, True):
+            data = DataModule(source, 1, value_range, held_out_fraction=0.0, dequantise=dequantise)
+            np.testing.assert_array_equal(to_uint8(data.training_values(both), data.facts), reference)
+
+
 @pytest.mark.parametrize("value_range", RANGES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loses_nothing_on_the_way(value_range, dtype):

@@ -209,6 +209,7 @@ def test_second_derivatives(name):
         ({"data_shape": "auto"}, ["data_shape", "auto"]),
         ({"data_shape": (3, 28, 28), "mult": [1, 2, 2, 2]}, ["28", "3 times", "3 entries", "multiple of 8"]),
         ({"data_shape": (3, 32, 20), "mult": [1, 2, 2, 2]}, ["20", "3 times"]),
+        ({"data_shape": (3, 12, 30), "mult": [1, 2, 2, 2]}, ["side 12", "at most 2 entries", "multiple of 8"]),
         ({"data_shape": (2,)}, ["(2,)", "(C, H, W)"]),
         ({"mult": []}, ["mult"]),
         ({"attention": [16]}, ["16", "[8, 4]"]),

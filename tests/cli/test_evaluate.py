@@ -86,6 +86,20 @@ def test_archive_folder_and_zip_file_have_the_same_figures(evaluate):
     assert as_reference[0] == as_reference[1] == as_reference[2]
 
 
+def test_what_was_widened_or_given_alpha_has_the_same_figures(evaluate, given):
+    """The high byte of 16 bits, and no transparency, is the image."""
+    grey = np.load(given / "images.npz")["arr_0"][..., 0]
+    for name in ("wide", "opaque"):
+        (given / name).mkdir()
+        for number, image in enumerate(grey):
+            wide = Image.fromarray(image.astype(np.uint16) * 257)
+            opaque = Image.merge("LA", [Image.fromarray(image), Image.new("L", (8, 8), 255)])
+            (wide if name == "wide" else opaque).save(given / name / f"{number:04d}.png")
+    plain = evaluate("images.npz", "others.npz", "--metrics", "fid,precision")["values"]
+    for name in ("wide", "opaque"):
+        assert evaluate(name, "others.npz", "--metrics", "fid,precision")["values"] == plain
+
+
 def test_a_data_source_by_name_is_its_images(evaluate, given):
     np.savez(given / "all.npz", arr_0=digit_images(0, 1797))
     by_name, by_file = (evaluate("images.npz", reference) for reference in ("Digits", "all.npz"))

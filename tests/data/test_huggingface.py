@@ -52,6 +52,14 @@ def test_images_labels_and_texts(saved):
     assert len(HuggingFace(str(saved / "one"), size=8)) == 5
 
 
+def test_rectangles_are_cut_out_of_the_middle_and_this_is_said(saved):
+    source = HuggingFace(saved / "both", size=(4, 8))
+    assert source.shape == (3, 4, 8)
+    np.testing.assert_array_equal(source.value(1), IMAGES[1, 2:6].transpose(2, 0, 1))
+    assert source.notes() == [f"{saved / 'both'}: 5 of 5 images are cut to the middle that has the sides of 4 x 8"]
+    assert HuggingFace(saved / "both", size=8).notes() == []
+
+
 def test_it_can_be_pickled_and_has_a_stable_fingerprint(saved):
     source = HuggingFace(saved / "both", size=8)
     copy = pickle.loads(pickle.dumps(source))

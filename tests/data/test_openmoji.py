@@ -43,6 +43,14 @@ def test_drawings_are_rendered_once(few, tmp_path, monkeypatch):
     assert OpenMoji(size=16, root=tmp_path).fingerprint() == first.fingerprint()
 
 
+def test_rectangles_are_cut_out_of_the_middle_and_this_is_said(few, tmp_path):
+    square, wide = OpenMoji(size=16, root=tmp_path), OpenMoji(size=(8, 16), root=tmp_path)
+    assert (wide.name, wide.shape) == ("openmoji-8x16", (3, 8, 16))
+    np.testing.assert_array_equal(wide.value(0), square.value(0)[:, 4:12])
+    assert wide.notes() == ["openmoji-8x16: all drawings are cut to the middle 8 x 16"]
+    assert square.notes() == []
+
+
 def test_a_damaged_cache_is_rendered_again(few, tmp_path):
     first = OpenMoji(size=16, root=tmp_path)
     [file] = (tmp_path / "openmoji").iterdir()

@@ -42,6 +42,7 @@ def test_a_source_is_made_from_a_short_name_and_keys(parser, tmp_path):
     folder = make("--source=ImageFolder", f"--source.path={tmp_path}", "--source.size=8", "--source.channels=1")
     assert isinstance(folder, ImageFolder)
     assert folder.shape == (1, 8, 8)
+    assert make("--source=ImageFolder", f"--source.path={tmp_path}", "--source.size=[4, 8]").shape == (3, 4, 8)
     mixture = make("--source=GaussianMixturePoints", "--source.means=[[0, 1], [2, 3]]", "--source.weights=[0.5, 0.5]")
     assert isinstance(mixture, GaussianMixturePoints)
     assert mixture.means.tolist() == [[0.0, 1.0], [2.0, 3.0]]

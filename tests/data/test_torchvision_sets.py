@@ -140,6 +140,9 @@ def test_celeba(tmp_path):
     source = CelebA(size=140, root=tmp_path)
     assert (len(source), source.shape, source.num_classes, source.label(0)) == (2, (3, 140, 140), None, None)
     np.testing.assert_array_equal(source.value(1), faces[1][39:179, 19:159].transpose(2, 0, 1))
+    wide = CelebA(size=(70, 140), root=tmp_path)  # of the square
+    assert (wide.shape, wide.notes()) == ((3, 70, 140), [])
+    np.testing.assert_array_equal(wide.value(1), source.value(1)[:, 35:105])
     test = CelebA(size=64, split="test", root=tmp_path)
     assert (len(test), test.value(0).shape) == (2, (3, 64, 64))
     prints = {CelebA(size=64, crop=crop, root=tmp_path).fingerprint() for crop in (140, 178)}
