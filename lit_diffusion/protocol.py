@@ -13,7 +13,7 @@ from lit_diffusion.errors import UserError
 
 FREE = frozenset(
     {
-        *("seed", "seeds", "stage", "samples", "samples_fingerprint"),
+        *("seed", "seeds", "stage", "samples", "samples_fingerprint", "labels"),
         *("sampler", "network_evaluations", "weights", "backbone_precision", "caveat", "bootstrap", "bootstrap_of"),
     }
 )

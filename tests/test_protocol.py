@@ -14,6 +14,7 @@ ALIKE = {"extractor": "inception-v3-compat", "reference": "0123", "n_fake": 2000
 
 def test_what_was_measured_may_differ_how_may_not():
     require_comparable(ALIKE, {**ALIKE, "seed": 1, "weights": "raw", "sampler": "DDIM(steps=50)"})
+    require_comparable(ALIKE, {**ALIKE, "labels": "as in the training data"})  # One of them is class-conditional.
     for key, value in (("reference", "4567"), ("n_fake", 50_000), ("resize", "none")):
         with pytest.raises(UserError, match=rf"differ: {key} .*{value}") as caught:
             require_comparable(ALIKE, {**ALIKE, key: value})

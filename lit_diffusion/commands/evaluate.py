@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -15,7 +17,7 @@ from tqdm import tqdm
 import lit_diffusion.data
 from lit_diffusion.commands.options import choose_device, require_positive
 from lit_diffusion.commands.outputs import RULE, output_path
-from lit_diffusion.data.as_given import images_as_given
+from lit_diffusion.data.as_given import classes_as_given, images_as_given
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.files import atomic_write
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     if wanted is not None and "clip_score" in wanted and not isinstance(extractor, CLIP):
         clip = CLIP(options.clip_weights_path)
         clip.to(device)
-    reference = _reference(options.reference, samples.shape, extractor)
+    reference, real_classes = _reference(options.reference, samples.shape, extractor)
     has_features = len(reference.features) > 0
     given = (extractor, samples.count, len(reference.features), score_options, has_features, captions is not None)
     chosen = choose_metrics(wanted, *given)
@@ -126,6 +128,8 @@ def main(arguments: Sequence[str]) -> None:
         result.protocol["memorisation_split"] = "the reference as given, whatever the model was trained on"
     if samples.record["fingerprint"] == reference.record.get("fingerprint"):
         result.protocol["caveat"] = "the samples are the reference itself, so these figures are of no model"
+    elif caveat := other_shares(classes_as_given(options.samples, source), real_classes):
+        result.protocol["caveat"] = caveat
     _print(result, extractor, samples.count)
     if out is not None:
         with atomic_write(out) as file:
@@ -164,15 +168,39 @@ def _captions(path: Path, count: int) -> list[str]:
     return lines
 
 
-def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> Reference:
-    """Of images, of moments, or of a data source.
+OTHER_SHARES = 0.05
+"""So much of the samples in other classes than the reference's is worth a word."""
+
+
+def other_shares(samples: Sequence[str] | None, real: Sequence[str] | None) -> str | None:
+    """What is to be said where samples have their classes less or more often than the real data; None for nothing.
+
+    The part of the samples that would have to be of other classes, half the sum of the differences of the shares, is
+    compared with what it comes to by chance: below ``sqrt(K / n)`` for K classes and n of the fewer data.
+    """
+    if samples is None or real is None:
+        return None
+    mine, theirs = Counter(samples), Counter(real)
+    gaps = {name: mine[name] / len(samples) - theirs[name] / len(real) for name in mine | theirs}
+    part = 0.5 * sum(abs(gap) for gap in gaps.values())
+    if part < max(OTHER_SHARES, math.sqrt(len(gaps) / min(len(samples), len(real)))):
+        return None
+    name = max(gaps, key=lambda name: abs(gaps[name]))
+    return (
+        f"the classes are not as often as in the reference ({name}: {mine[name] / len(samples):.1%} of the samples, "
+        f"{theirs[name] / len(real):.1%} there), and the figures compare that, too"
+    )
+
+
+def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> tuple[Reference, list[str] | None]:
+    """Of images, of moments, or of a data source; and the classes of its images, where they are known.
 
     Raises:
         UserError: if there is nothing of that name, or its images are of another size.
     """
     path = Path(given).expanduser()
     if path.suffix.lower() == ".npz" and path.is_file() and _has_moments_only(path):
-        return reference_of_moments(path, extractor.dimension)
+        return reference_of_moments(path, extractor.dimension), None
     source = images_as_given(path) if path.exists() or path.suffix.lower() in (".npz", ".zip") else _source(given)
     if (source.levels is None) != (len(shape) == 1):
         raise UserError(
@@ -189,9 +217,8 @@ def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> Refe
         )
     extractor.require_fit(tuple(source.shape))
     _say_notes(source)
-    return reference_of(
-        RealData.of(source, torch.arange(len(source)), "all"), extractor, show_progress=True, say=print_note
-    )
+    real = RealData.of(source, torch.arange(len(source)), "all")
+    return reference_of(real, extractor, show_progress=True, say=print_note), classes_as_given(path, source)
 
 
 def _say_notes(source: Source) -> None:

@@ -7,7 +7,16 @@ from typing import Literal
 
 import numpy as np
 
-from lit_diffusion.data.folder import any_in_colour, image_names, is_image, open_files, picture_losses, read_image
+from lit_diffusion.data.folder import (
+    any_in_colour,
+    composed,
+    image_names,
+    is_image,
+    labels_in,
+    open_files,
+    picture_losses,
+    read_image,
+)
 from lit_diffusion.data.npz import Npz
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
@@ -29,6 +38,35 @@ def images_as_given(path: str | Path) -> Source:
             f"--ckpt_path {path} --num_samples 1000 --out samples.npz`"
         )
     return _Unchanged(path)
+
+
+def classes_as_given(path: str | Path, source: Source) -> list[str] | None:
+    """The class of each image by its name, or by its number where there are no names; None where nothing says it.
+
+    Of images that :func:`images_as_given` opened they are what ``sample`` writes: ``labels`` (and ``class_names``) of
+    an archive, or ADM's ``arr_1``; ``dataset.json`` of a folder or zip file. Of other sources their own.
+    """
+    if source.num_classes is not None:
+        numbers: list[int | None] = [source.label(index) for index in range(len(source))]
+        names = list(source.class_names or ())
+    elif isinstance(source, _Unchanged):
+        numbers, names = source.labels()
+    elif isinstance(source, Npz):
+        numbers, names = _labels_of_archive(Path(path).expanduser(), len(source))
+    else:
+        return None
+    if not numbers or None in numbers:
+        return None
+    return [names[k] if k is not None and k < len(names) else str(k) for k in numbers]
+
+
+def _labels_of_archive(path: Path, count: int) -> tuple[list[int | None], list[str]]:
+    with np.load(path, allow_pickle=False) as archive:
+        key = next((key for key in ("labels", "arr_1") if key in archive.files), None)
+        labels = archive[key] if key is not None else np.empty(0)
+        names = archive["class_names"].astype(str).tolist() if "class_names" in archive.files else []
+    fits = labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer)
+    return [int(label) for label in labels] if fits else [], names
 
 
 class _Unchanged(Source):
@@ -60,6 +98,14 @@ class _Unchanged(Source):
                 f"must have one size; nothing is resized here"
             )
         return image
+
+    def labels(self) -> tuple[list[int | None], list[str]]:
+        """What ``dataset.json`` says: a number or None for each image, and the names of the classes."""
+        try:
+            labels, names = labels_in(self._files, self.path) or ({}, [])
+        except UserError:  # The images can be judged without.
+            return [], []
+        return [labels.get(composed(name)) for name in self._names], names
 
     def notes(self) -> list[str]:
         """Whether images hold further pictures."""

@@ -95,7 +95,7 @@ class ImageFolder(Source):
     def label(self, index: int) -> int | None:
         """The class of image ``index``, None without ``classes``."""
         if self._labels is not None:
-            return self._labels[_composed(self._names[index])]
+            return self._labels[composed(self._names[index])]
         return self._class_index[_class_of(self._names[index])] if self.class_names else None
 
     def fingerprint(self) -> str:
@@ -117,22 +117,15 @@ class ImageFolder(Source):
 
     def _take_labels(self) -> None:
         """The classes that ``dataset.json`` says, where there is one with labels."""
-        where = f"{DATASET_JSON} of {self.path}"
-        try:
-            text = self._files.read(DATASET_JSON)
-        except (FileNotFoundError, KeyError):  # Of a folder, of a zip file.
-            return
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"cannot read {where} ({error}): bring it back, or set classes: false") from error
-        if (found := read_labels(text, where)) is None:
+        if (found := labels_in(self._files, self.path)) is None:
             return
         # Of more files than are here: a part of a set has the classes of the whole.
-        labels, self.class_names = {_composed(name): label for name, label in found[0].items()}, found[1]
-        lacking = [name for name in self._names if _composed(name) not in labels]
+        labels, self.class_names = found
+        lacking = [name for name in self._names if composed(name) not in labels]
         if lacking:
             raise UserError(
-                f"{where} has no label for {len(lacking)} of the {len(self._names)} images, the first is {lacking[0]}: "
-                f"add them, or set classes: false"
+                f"{DATASET_JSON} of {self.path} has no label for {len(lacking)} of the {len(self._names)} images, the "
+                f"first is {lacking[0]}: add them, or set classes: false"
             )
         self._labels = labels
         self.num_classes = len(self.class_names) or max(labels.values()) + 1
@@ -201,7 +194,7 @@ def _is_hidden(part: str) -> bool:
 
 
 def _class_of(name: str) -> str:
-    return _composed(name.split("/", 1)[0])
+    return composed(name.split("/", 1)[0])
 
 
 def _are_shards(names: list[str]) -> bool:
@@ -209,7 +202,7 @@ def _are_shards(names: list[str]) -> bool:
     return all(name.isdecimal() and len(name) == len(names[0]) >= 2 for name in names) and names[0].startswith("0")
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
     """One spelling of names: macOS writes an accent as a character of its own."""
     return unicodedata.normalize("NFC", name)
 
@@ -220,10 +213,30 @@ def image_names(files: _Folder | _Zip, path: Path) -> list[str]:
     Raises:
         UserError: if there are none.
     """
-    names = sorted(filter(is_image, files.names()), key=lambda name: (_composed(name), name))
+    names = sorted(filter(is_image, files.names()), key=lambda name: (composed(name), name))
     if not names:
         raise UserError(f"no image in {path}: there must be files that end in {', '.join(SUFFIXES)}")
     return names
+
+
+def labels_in(files: _Folder | _Zip, path: Path) -> tuple[dict[str, int], list[str]] | None:
+    """The labels that ``dataset.json`` gives files by their :func:`composed` names, and the names of the classes.
+
+    Returns:
+        None where there is no such file, or no labels in it.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    where = f"{DATASET_JSON} of {path}"
+    try:
+        text = files.read(DATASET_JSON)
+    except (FileNotFoundError, KeyError):  # Of a folder, of a zip file.
+        return None
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {where} ({error}): bring it back, or set classes: false") from error
+    found = read_labels(text, where)
+    return None if found is None else ({composed(name): label for name, label in found[0].items()}, found[1])
 
 
 def read_image(

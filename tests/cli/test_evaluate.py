@@ -13,6 +13,9 @@ from PIL import Image
 from tiny import digits
 
 from lit_diffusion.__main__ import as_one_line, dispatch, main
+from lit_diffusion.commands.evaluate import other_shares
+from lit_diffusion.data.as_given import classes_as_given, images_as_given
+from lit_diffusion.data.dataset_json import labels_text
 from lit_diffusion.errors import UserError
 from lit_diffusion.metrics import load_extractor
 from lit_diffusion.metrics.frechet import gaussian_of
@@ -288,3 +291,47 @@ def test_fetch_says_where_the_weights_are(monkeypatch, capsys, tmp_path):
     for arguments in (["weights"], ["weights", "vgg16", "clip"], ["wheights", "vgg16"]):
         with pytest.raises(UserError, match="fetch takes what and its name"):
             dispatch(["fetch", *arguments])
+
+
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["npz", "adm", "folder"])
+@pytest.mark.parametrize(("ones", "said"), [(30, "(0: 50.0% of the samples, 90.0% there)"), (6, None)])
+def test_classes_that_are_not_as_often_as_in_the_reference_are_said(evaluate, tmp_path, layout, ones, said, capsys):
+    images = digit_images(0, 60)
+    labels = np.repeat([0, 1], [60 - ones, ones])
+    np.savez(tmp_path / "real.npz", arr_0=digit_images(100, 80), labels=np.repeat([0, 1], [72, 8]))
+    if layout == "folder":
+        save_folder(tmp_path / "samples", images)
+        names = [f"{number:04d}.png" for number in range(60)]
+        (tmp_path / "samples" / "dataset.json").write_bytes(labels_text(names, labels.tolist()))
+    else:
+        np.savez(tmp_path / "samples.npz", arr_0=images, **{"labels" if layout == "npz" else "arr_1": labels})
+    samples = tmp_path / ("samples" if layout == "folder" else "samples.npz")
+    caveat = evaluate(samples, tmp_path / "real.npz", "--metrics", "fid")["protocol"].get("caveat")
+    assert (said is None) == (caveat is None)
+    if said is not None:
+        assert said in caveat
+        assert caveat in capsys.readouterr().out
+
+
+def test_shares_of_classes_differ_by_chance_and_by_names():
+    half = [str(k % 10) for k in range(5000)]
+    assert other_shares(half, half[:993]) is None
+    assert other_shares(half, ["cat"] * 5000).startswith("the classes are not as often as in the reference (cat: 0.0%")
+    assert other_shares(half[:8], half) is None  # of so few it may be chance
+    assert other_shares(None, half) is None
+
+
+def test_labels_that_are_none_are_passed_over(tmp_path):
+    images = digit_images(0, 6)
+    for number, labels in enumerate((np.zeros(6), np.zeros(5, int), np.eye(6, dtype=int))):
+        np.savez(tmp_path / f"{number}.npz", arr_0=images, labels=labels)
+        assert classes_as_given(tmp_path / f"{number}.npz", images_as_given(tmp_path / f"{number}.npz")) is None
+    save_folder(tmp_path / "folder", images)
+    for content in ('{"labels": null}', '{"labels": [["0000.png", 1]]}', "{"):
+        (tmp_path / "folder" / "dataset.json").write_text(content)
+        assert classes_as_given(tmp_path / "folder", images_as_given(tmp_path / "folder")) is None
+    named = classes_as_given("digits", digits())
+    assert named[:3] == ["0", "1", "2"]
