@@ -354,7 +354,20 @@ class CLI(LightningCLI):
         lost = drop_lost_events(run_dir, seen, again)
         print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
 
-    # ---- what is said at the end -------------------------------------------------------------------------------
+    # ---- what is said at the start and at the end --------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """The warnings of ``doctor`` that take no time; of a run that goes on they were said when it started."""
+        from lit_diffusion.checks import recipe  # It prepares what it looks at by this very module.
+
+        if not self.trainer.is_global_zero or self.continues or self._section.trainer.fast_dev_run:
+            return
+        assert isinstance(self.trainer, Trainer)
+        dashboard = self.config_init[self.subcommand]["wandb"]
+        made = recipe.Recipe(self.model, self.datamodule, self.trainer, self.run_logger, dashboard)
+        for finding in recipe.findings(made, recipe.SAID_BY_FIT):
+            if finding.level in ("warning", "problem"):
+                print_note(str(finding))
 
     def after_fit(self) -> None:
         """Where everything is, and what to do next."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics.scores import HIGHER_IS_BETTER, metric_key
+from lit_diffusion.metrics.families import HIGHER_IS_BETTER
+from lit_diffusion.metrics.scores import MetricName, metric_key
 from lit_diffusion.protocol import differing_keys, require_comparable
 from lit_diffusion.reporting import better
 
@@ -30,6 +33,6 @@ def test_a_missing_key_differs():
 
 
 @pytest.mark.parametrize("extractor", ["inception", "digits", "dinov2"])
-@pytest.mark.parametrize("metric", ["fid", "fid_infinity", "is", "kid", "precision", "recall", "density", "coverage"])
+@pytest.mark.parametrize("metric", sorted({*get_args(MetricName)} - {"memorisation"}))  # Which is several.
 def test_what_is_better_is_one_opinion(metric, extractor):
     assert better(metric_key(metric, extractor, 2000)) == ("max" if metric in HIGHER_IS_BETTER else "min")

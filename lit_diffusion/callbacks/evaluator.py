@@ -24,11 +24,11 @@ from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics.families import HIGHER_IS_BETTER
 from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
 from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of
 from lit_diffusion.metrics.scores import (
-    HIGHER_IS_BETTER,
     MetricName,
     Result,
     ScoreOptions,

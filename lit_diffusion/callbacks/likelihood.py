@@ -32,7 +32,7 @@ from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import RunLogger, print_note, run_logger_of
 from lit_diffusion.samplers import Ancestral
-from lit_diffusion.samplers.base import CountedDenoiser, at_time
+from lit_diffusion.samplers.base import CountedDenoiser, Spacing, at_time
 from lit_diffusion.samplers.ode import TIGHT, integrate, refuse_grid_only
 
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
@@ -254,6 +254,10 @@ class Likelihood(pl.Callback):
         own = method.reverse_chain
         return own if self.bound_variance is None else replace(own, variance=self.bound_variance)
 
+    @staticmethod
+    def _spacing(method: Method) -> Spacing:
+        return method.sampler.spacing if isinstance(method.sampler, Ancestral) else "uniform"
+
     def _add_bound(self, trainer: pl.Trainer, method: Method, batch: Batch, name: str) -> None:
         dimension = batch.x[0].numel()
         walk = method.sampler if isinstance(method.sampler, Ancestral) else None
@@ -271,7 +275,7 @@ class Likelihood(pl.Callback):
                 method.require_facts().grey_levels,
                 batch.cond,
                 walk.steps if walk is not None and self.bound_steps is None else self.bound_steps,
-                "uniform" if walk is None else walk.spacing,
+                self._spacing(method),
                 self.bound_sampled,
                 on_step,
             )
@@ -347,7 +351,7 @@ class Likelihood(pl.Callback):
         chain = self._chain(method).in_words(method.denoiser, method.require_facts().grey_levels is not None)
         values = {"bpd_bound": mean, "bpd_bound_error": error, "images": count, **self._protocol}
         values |= {f"bpd_bound_{name}": value for name, value in parts.items()}
-        values |= {"steps": len(by_step), "sampled": self.bound_sampled, **chain}
+        values |= {"steps": len(by_step), "spacing": self._spacing(method), "sampled": self.bound_sampled, **chain}
         print_note(
             f"  bits/dim by the bound  {mean:.4f} +- {error:.4f}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
             f"decoder {parts['decoder']:.4f}; {len(by_step)} steps, variance {chain['variance']}, "

@@ -36,6 +36,7 @@ from lit_diffusion.processes import VE
 from lit_diffusion.randomness import keyed_permutation
 from lit_diffusion.run import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, require_known_events
 from lit_diffusion.run_lock import writer_of
+from lit_diffusion.samplers import Ancestral
 from lit_diffusion.trainer import Trainer, callbacks_of
 
 LOOKED_AT = 512
@@ -50,6 +51,7 @@ PRIOR_GAP = 0.01
 """Bits a dimension between the noised data and the prior, above which samples start from the wrong place."""
 
 AnyCallback = TypeVar("AnyCallback", bound=pl.Callback)
+Check = Callable[["Recipe"], Iterator[Finding]]
 
 
 class Prepared(CLI):
@@ -147,9 +149,9 @@ def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
     return recipe, [line.strip() for line in said.getvalue().splitlines() if line.strip()]
 
 
-def findings(recipe: Recipe) -> Iterator[Finding]:
-    """All checks, in order; one that breaks is a line, and the others go on."""
-    for check in CHECKS:
+def findings(recipe: Recipe, checks: Sequence[Check] | None = None) -> Iterator[Finding]:
+    """All checks, or some, in order; one that breaks is a line, and the others go on."""
+    for check in CHECKS if checks is None else checks:
         try:
             yield from check(recipe)
         except UserError as error:
@@ -282,6 +284,23 @@ def prior_mismatch(recipe: Recipe) -> Iterator[Finding]:
         yield warning(
             f"data.value_range {list(wanted)} is not centred, and this process draws data towards 0",
             "set data.value_range [-1, 1]",
+        )
+
+
+def reverse_chain(recipe: Recipe) -> Iterator[Finding]:
+    """Whether samples are drawn with the variance of the reverse chain that the method trains."""
+    method = recipe.method
+    trained = method.reverse_variance
+    if trained is None or not isinstance(method.sampler, Ancestral):
+        return
+    drawn = method.reverse_chain.variance_of(method.denoiser)
+    if drawn == trained:
+        yield ok(f"samples are drawn with the reverse variance of the model, {trained}")
+    else:
+        yield warning(
+            f"model.init_args.variance is {trained}, and the sampler's is {drawn}: samples, and the bound that test "
+            f"reports, have {drawn}",
+            f"set model.init_args.sampler.init_args.variance {trained}",
         )
 
 
@@ -595,13 +614,14 @@ def weights_and_biases(view: Dashboard) -> Iterator[Finding]:
         yield note("Weights & Biases is disabled: metrics.jsonl and `report` have all of a run")
 
 
-CHECKS: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
+CHECKS: tuple[Check, ...] = (
     data_found,
     classes,
     data_range,
     sigma_data,
     largest_noise,
     prior_mismatch,
+    reverse_chain,
     length,
     averages,
     warmup,
@@ -617,3 +637,15 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     shared_memory,
     dashboard,
 )
+
+SAID_BY_FIT: tuple[Check, ...] = (
+    classes,
+    data_range,
+    sigma_data,
+    largest_noise,
+    prior_mismatch,
+    reverse_chain,
+    averages,
+    warmup,
+)
+"""Those that take no time and whose warnings ``fit`` says too: of what makes a run learn or sample something else."""

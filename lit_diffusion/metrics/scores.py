@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.metrics.bootstrap import bootstrap_interval, unanimous_interval
 from lit_diffusion.metrics.clip_score import CLIPScore
+from lit_diffusion.metrics.families import HIGHER_IS_BETTER
 from lit_diffusion.metrics.features import CLIP, Extractor
 from lit_diffusion.metrics.frechet import FrechetDistance, frechet_distance, gaussian_of, require_enough_for_infinity
 from lit_diffusion.metrics.gathering import RowsMetric, summed
@@ -41,7 +42,6 @@ DEFAULT_METRICS: tuple[MetricName, ...] = (
 _MANIFOLDS = ("precision", "recall", "density", "coverage")
 _SHARES = frozenset({"precision", "recall", "coverage", "near_copies", "memorised", "authenticity"})
 _MEMORISATION = ("near_copies", "nn_ratio", "memorised", "authenticity")
-HIGHER_IS_BETTER = frozenset({"is", "precision", "recall", "density", "coverage", "clip_score"})
 
 
 def count_label(count: int) -> str:

@@ -94,7 +94,7 @@ def test_the_bound_is_of_the_chain_that_the_methods_sampler_draws_from(measure, 
     alone = ("--likelihood.metrics", "[bpd_bound]", "--likelihood.bound_steps")
     chain = {"variance": "beta_tilde", "first_variance": "beta_tilde of the second step", "clip_x0": "null"}
     (event,) = events(measure(ddpm, *given, *alone, "null"), "test")
-    assert {**event, **chain, "steps": 10} == event
+    assert {**event, **chain, "steps": 10, "spacing": "quadratic"} == event
     assert "10 steps, variance beta_tilde, first beta_tilde of the second step, clip_x0 null" in capsys.readouterr().out
     (own,) = events(measure(ddpm, *given, *alone, "5", "--likelihood.bound_variance", "beta"), "test")
     assert {**own, **chain, "variance": "beta", "steps": 5} == own

@@ -143,6 +143,18 @@ def test_the_gap_to_the_prior_is_the_bounds_prior_term(make):
     assert f"{float(nats.mean()) / math.log(2.0):.2g} bits a dimension" in said(recipe.prior_mismatch, made)["warning"]
 
 
+def test_reverse_chain(make):
+    assert said(recipe.reverse_chain, make(ncsn(sampler=Ancestral()))) == {}  # It trains no chain.
+    assert said(recipe.reverse_chain, make(ddpm(sampler=DDIM(4)))) == {}
+    assert set(said(recipe.reverse_chain, make(ddpm(variance="beta_tilde")))) == {"ok"}
+    assert set(said(recipe.reverse_chain, make(ddpm(variance="learned", loss="hybrid", sampler=Ancestral(4))))) == {
+        "ok"
+    }
+    differs = said(recipe.reverse_chain, make(ddpm(variance="beta_tilde", sampler=Ancestral(4))))["warning"]
+    assert "variance is beta_tilde, and the sampler's is beta: samples" in differs
+    assert "set model.init_args.sampler.init_args.variance beta_tilde" in differs
+
+
 # ---- the length of the run ---------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import yaml
 from tiny import TINY, events
 
 import lit_diffusion
+from lit_diffusion.checks import recipe
 from lit_diffusion.errors import UserError
 
 
@@ -55,6 +56,28 @@ def test_config_yaml_runs_again_as_it_is_with_the_same_bits(trained, run, workdi
     first, second = state(trained)["state_dict"], state(again)["state_dict"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (again / "config.yaml").read_text() == (trained / "config.yaml").read_text()
+
+
+def test_it_says_the_doctors_warnings_that_take_no_time(run, workdir, capsys):
+    """A schedule of 100 levels with the betas of 1000, and all else that makes it learn or sample something else."""
+    sampler = {"class_path": "Ancestral", "init_args": {"variance": "beta_tilde"}}
+    config = {**TINY, "samples": {"count": 0}, "trainer": {**TINY["trainer"], "max_images": 32}}
+    backbone = TINY["model"]["init_args"]["backbone"]
+    config["model"] = {"class_path": "DDPM", "init_args": {"levels": 100, "backbone": backbone, "sampler": sampler}}
+    (workdir / "short.yaml").write_text(yaml.safe_dump(config))
+    run("fit", "--config", "short.yaml", "--run_dir", "short")
+    lines = capsys.readouterr().out.splitlines()
+    made, _ = recipe.prepare(["--config", "short.yaml"])
+    warned = [str(found) for found in recipe.findings(made, recipe.SAID_BY_FIT) if found.level == "warning"]
+    assert [line for line in lines if line.startswith("warning")] == warned
+    schedule, uncentred, chain, half_lives = warned
+    assert schedule.startswith("warning  at t = 1 the data weigh alpha = 0.6")
+    assert "raise the last beta" in schedule
+    assert "not centred" in uncentred
+    assert "variance is beta, and the sampler's is beta_tilde" in chain
+    assert "half-life 500, 2,000" in half_lives
+    run("fit", "--config", "short.yaml", "--run_dir", "short", "--resume", "auto", "--trainer.max_images", 64)
+    assert "warning" not in capsys.readouterr().out  # They were said when it started.
 
 
 def test_two_runs_of_one_config_never_collide(run, workdir):

@@ -20,11 +20,11 @@ from lit_diffusion.metrics import (
     gaussian_of,
     load_extractor,
 )
+from lit_diffusion.metrics.families import HIGHER_IS_BETTER
 from lit_diffusion.metrics.features import CLIP, Extractor, Features
 from lit_diffusion.metrics.memorisation import FLAGGED_ABOVE
 from lit_diffusion.metrics.scores import (
     DEFAULT_METRICS,
-    HIGHER_IS_BETTER,
     bias_caveat,
     choose_metrics,
     count_label,
