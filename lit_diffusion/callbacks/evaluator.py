@@ -36,6 +36,7 @@ from lit_diffusion.metrics.scores import (
     bias_caveat,
     choose_metrics,
     is_better,
+    left_out_line,
     metrics_left_out,
 )
 from lit_diffusion.precision import precision_name
@@ -391,7 +392,7 @@ class Evaluator(Drawing):
             if caveat is not None:
                 print_note(f"  note: {caveat}")
             if result.left_out:
-                print_note(f"  left out: {result.left_out_line}")
+                print_note(f"  left out: {left_out_line(result.left_out)}")
         run = run_logger_of(trainer)
         if run is None or not trainer.is_global_zero:
             return

@@ -55,11 +55,20 @@ class _Mean:
         )
 
     def result(self, trainer: pl.Trainer) -> tuple[float, float, int]:
-        """Over all processes: mean, standard error, count."""
+        """Over all processes: mean, standard error (NaN of a single value, which has none), count."""
         count, total, squares = _summed(trainer, self.sums).tolist()
         mean = total / count
-        variance = max(0.0, squares / count - mean**2) * count / max(count - 1.0, 1.0)
+        if count < 2:
+            return mean, math.nan, int(count)
+        variance = max(0.0, squares / count - mean**2) * count / (count - 1.0)
         return mean, math.sqrt(variance / count), int(count)
+
+
+def _with_error(name: str, mean: float, error: float) -> tuple[dict[str, float], str]:
+    """For the event and for the terminal: a value with its standard error, where it has one."""
+    if math.isnan(error):
+        return {name: mean}, f"{mean:.4f}"
+    return {name: mean, f"{name}_error": error}, f"{mean:.4f} +- {error:.4f}"
 
 
 def _summed(trainer: pl.Trainer, values: Tensor) -> Tensor:
@@ -331,11 +340,12 @@ class Likelihood(pl.Callback):
         mean, error, count = self._ode.result(trainer)
         low, high = min(self._evaluations), max(self._evaluations)
         evaluations = f"{low}" if low == high else f"{low} to {high}"
-        values = {"bpd_ode": mean, "bpd_ode_error": error, "images": count, **self._ode_protocol, "t_min": self.t_min}
+        measured, said = _with_error("bpd_ode", mean, error)
+        values: dict[str, Any] = {**measured, "images": count, **self._ode_protocol, "t_min": self.t_min}
         if run is not None:
             run.record("test", values)
         print_note(
-            f"  bits/dim by the ODE    {mean:.4f} +- {error:.4f}  ({count} held-out data, trace {values['trace']}, "
+            f"  bits/dim by the ODE    {said}  ({count} held-out data, trace {values['trace']}, "
             f"tolerance {max(self.rtol, self.atol):g}, {evaluations} evaluations)"
         )
         return mean
@@ -349,11 +359,12 @@ class Likelihood(pl.Callback):
         assert self._by_step is not None
         by_step = _summed(trainer, self._by_step) / count
         chain = self._chain(method).in_words(method.denoiser, method.require_facts().grey_levels is not None)
-        values = {"bpd_bound": mean, "bpd_bound_error": error, "images": count, **self._protocol}
+        measured, said = _with_error("bpd_bound", mean, error)
+        values: dict[str, Any] = {**measured, "images": count, **self._protocol}
         values |= {f"bpd_bound_{name}": value for name, value in parts.items()}
         values |= {"steps": len(by_step), "spacing": self._spacing(method), "sampled": self.bound_sampled, **chain}
         print_note(
-            f"  bits/dim by the bound  {mean:.4f} +- {error:.4f}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
+            f"  bits/dim by the bound  {said}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
             f"decoder {parts['decoder']:.4f}; {len(by_step)} steps, variance {chain['variance']}, "
             f"first {chain['first_variance']}, clip_x0 {chain['clip_x0']})"
         )

@@ -29,7 +29,7 @@ from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.features import default_extractor, load_extractor
-from lit_diffusion.metrics.scores import bias_caveat, choose_metrics
+from lit_diffusion.metrics.scores import bias_caveat, choose_metrics, left_out_line, metrics_left_out
 from lit_diffusion.metrics.weights import WEIGHTS
 from lit_diffusion.precision import precision_name
 from lit_diffusion.processes import VE
@@ -469,6 +469,8 @@ def evaluation(recipe: Recipe) -> Iterator[Finding]:
         yield note("eval.samples auto: the count is found at the first evaluation", "give a number to compare runs")
     elif caveat := bias_caveat(extractor, count):
         yield note(caveat, f"raise eval.samples to {extractor.dimension} at least")
+    if left_out := metrics_left_out(*given, training_count=len(recipe.data.train_indices)):
+        yield note(f"left out: {left_out_line(left_out)}")
     if real < extractor.dimension:
         yield note(f"{real} real data are fewer than the {extractor.dimension} dimensions of features of {name}")
     yield ok(f"{', '.join(chosen)} of {evaluator.samples} samples in features of {name}, against {real} data")

@@ -36,6 +36,7 @@ from lit_diffusion.metrics.scores import (
     Scores,
     bias_caveat,
     choose_metrics,
+    left_out_line,
     metrics_left_out,
 )
 from lit_diffusion.parser import Parser, users_own_errors
@@ -264,7 +265,7 @@ def _print(result: Result, extractor: Extractor, count: int) -> None:
             line += "  [{:.6g}, {:.6g}]".format(*result.intervals[name])
         sys.stdout.write(line + "\n")
     if result.left_out:
-        sys.stdout.write(f"  left out: {result.left_out_line}\n")
+        sys.stdout.write(f"  left out: {left_out_line(result.left_out)}\n")
     if "caveat" in protocol:
         sys.stdout.write(f"  note: {protocol['caveat']}\n")
     if result.flagged:

@@ -119,14 +119,6 @@ class Result:
     flagged: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def left_out_line(self) -> str:
-        """What was left out and why, a reason once; empty where nothing was."""
-        names: dict[str, list[str]] = {}
-        for name, reason in self.left_out.items():
-            names.setdefault(reason, []).append(name)
-        return "; ".join(f"{', '.join(them)} ({reason})" for reason, them in names.items())
-
 
 def choose_metrics(
     wanted: Sequence[MetricName] | None,
@@ -225,6 +217,14 @@ def _refused(
     if metric == "clip_score" and not has_captions:
         return "the samples have no captions"
     return None
+
+
+def left_out_line(left_out: Mapping[str, str]) -> str:
+    """What was left out and why, each reason once; empty where nothing was."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(them)} ({reason})" for reason, them in names.items())
 
 
 class Scores:

@@ -75,6 +75,16 @@ def test_it_reports_both_likelihoods_and_says_that_neither_bounds_the_other(meas
     assert loss["weights"] == "ema"
 
 
+def test_one_datum_has_no_standard_error(measure, ddpm, capsys):
+    run = measure(ddpm, "--data.held_out_fraction", "0.0006", "--likelihood.metrics", "[bpd_bound]")
+    (event,) = events(run, "test")
+    assert event["images"] == 1
+    assert "bpd_bound_error" not in event
+    said = capsys.readouterr().out
+    assert f"{event['bpd_bound']:.4f}  (prior" in said
+    assert "+-" not in said
+
+
 def test_the_batch_changes_nothing(measure, ddpm):
     tight = ("--likelihood.rtol", "1e-5", "--likelihood.atol", "1e-5")
     many = events(measure(ddpm, *tight), "test")

@@ -256,6 +256,8 @@ def test_evaluation(make):
     assert "no figures" in said(recipe.evaluation, make())["note"]
     assert "fewer than the" in said(recipe.evaluation, make(callbacks=evaluator(samples=20)))["note"]
     assert "first evaluation" in said(recipe.evaluation, make(callbacks=evaluator(samples="auto")))["note"]
+    few = [finding.what for finding in recipe.evaluation(make(callbacks=evaluator(samples=5)))]
+    assert any("coverage (neighbourhoods of 5 need more than 5 samples and data)" in what for what in few)
     for keys, reason in (
         ({"best": "fid_infinity"}, "eval.best is 'fid_infinity'"),
         ({"metrics": ["precision"], "best": "precision", "samples": 3}, "precision cannot be had"),

@@ -29,6 +29,7 @@ from lit_diffusion.metrics.scores import (
     choose_metrics,
     count_label,
     is_better,
+    left_out_line,
     metric_key,
     metrics_left_out,
 )
@@ -391,7 +392,7 @@ def test_what_is_left_out_is_said_a_reason_once():
     scores = scores_of(points(1, 1), metrics=("memorisation",), left_out=left_out)
     result = scores.compute(1)
     assert result.left_out == left_out
-    assert result.left_out_line.startswith("fid, kid (it needs at least 2 samples, there are 1); is (")
+    assert left_out_line(result.left_out).startswith("fid, kid (it needs at least 2 samples, there are 1); is (")
     assert metrics_left_out(["fid"], Linear(), 9, 9, OPTIONS) == {}
     assert metrics_left_out(None, Linear(), 100, 100, OPTIONS, training_count=1) == {
         "memorisation": "it needs at least 2 training data"
