@@ -384,6 +384,10 @@ class CLI(LightningCLI):
                 f"  best        {run_dir}/checkpoints/{entry['file']} ({entry['metric']} {entry['value']:.4g}, "
                 f"{entry['images']} images)"
             )
+        if failed := self.run_logger.failed:
+            what = ", ".join(f"{name} {count} times" if count > 1 else name for name, count in failed.items())
+            count = f"{failed.total()} failure" + ("s" if failed.total() > 1 else "")
+            print_note(f"  {count}, see the events `failed` of {run_dir}/metrics.jsonl: {what}")
         print_note(f"  curves      python -m lit_diffusion report {run_dir}")
         print_note(
             f"  more        python -m lit_diffusion sample --ckpt_path {checkpoint} --num_samples 64 --out samples.png"
@@ -395,7 +399,8 @@ def _made_again(checkpoint: dict[str, Any]) -> tuple[int, set[str]]:
     state, callbacks = checkpoint[CHECKPOINT_KEY], checkpoint.get("callbacks", {})
     seen = state["images_seen"]
     again: set[str] = set()
-    if callbacks.get("Evaluator", {}).get("last", {}).get("images") != seen:
+    evaluator = callbacks.get("Evaluator", {})
+    if seen not in (evaluator.get("last", {}).get("images"), evaluator.get("drawn_at")):
         again |= {"evaluation", "neighbours"}
     if state.get("validation_due", False):
         again |= {"metrics"}

@@ -10,7 +10,16 @@ class UserError(Exception):
 
     The message is one line: what is wrong, with the name and the value, and how to mend it. The command line prints it
     without a traceback and exits with code 2; in a notebook it is an ordinary exception.
+
+    Args:
+        message: the line.
+        ends_run: whether a training must end with it wherever it happens; others are told, and the training goes on,
+            where only a picture or a metric is lost.
     """
+
+    def __init__(self, message: str = "", ends_run: bool = False) -> None:
+        super().__init__(message)
+        self.ends_run = ends_run
 
 
 def require_choice(owner: str, key: str, value: str, choices: Collection[str]) -> None:

@@ -34,7 +34,7 @@ class Interrupted(UserError):
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_CODE, quiet: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(message, ends_run=True)
         self.exit_code = exit_code
         self.quiet = quiet
 

@@ -7,8 +7,9 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lit_diffusion.clock import Clock
 from lit_diffusion.errors import UserError
+from lit_diffusion.failures import Attempt, Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION, require_known_format
 from lit_diffusion.images import save_png
@@ -57,6 +59,8 @@ class Dashboard:
         self.project = project
         self.entity = entity
         self.tags = tags
+        self.on_trouble: Callable[[], None] = lambda: None
+        """Called when the view is lost; a run counts it."""
         self._run: Any = None
         self._defined: set[str] = set()
 
@@ -77,6 +81,8 @@ class Dashboard:
         except Exception as error:
             print_note(f"Weights & Biases is off: {(str(error) or type(error).__name__).splitlines()[0]}")
             self._run = None
+            if not isinstance(error, ModuleNotFoundError):  # Absent is one of the three ways to have it.
+                self.on_trouble()
 
     def open(self, run_id: str, run_dir: Path, experiment: str, config: dict[str, Any]) -> None:
         """Start the view of a run."""
@@ -166,7 +172,8 @@ def print_note(line: str) -> None:
     """One line for the person at the terminal, outside the progress bar; of several processes the first says it."""
     from tqdm import tqdm
 
-    tqdm.write(line)
+    with suppress(OSError, ValueError):  # A terminal that is gone, a full disk that the output goes to.
+        tqdm.write(line)
 
 
 def new_run_id() -> str:
@@ -229,6 +236,11 @@ class RunLogger(Logger):
         self.changed = changed or {}
         self.interrupted = False
         """Whether the run ends because it was asked to stop; it can be continued."""
+        self.failed: Counter[str] = Counter()
+        """How often each thing beside the training failed, in the whole run."""
+        self._told: set[tuple[str, str, str]] = set()
+        if dashboard is not None:
+            dashboard.on_trouble = lambda: self.failed.update(["dashboard"])
         self.weights = "raw"
         """What the model has at the moment; whoever gives it an average for a while says so here."""
         self.wanted = run_dir
@@ -270,14 +282,20 @@ class RunLogger(Logger):
         self.record("metrics", {**values, "weights": self.weights})
 
     def finalize(self, status: str) -> None:
-        """The last event of a fit, validate, test or predict, and the dashboard's end."""
+        """The dashboard's end, and the last event of a fit, validate, test or predict, with the count of failures."""
         if self._run_dir is None:
             return
-        self.record("end", {"status": "interrupted" if self.interrupted else status})
-        if self.dashboard is not None:
-            self.dashboard.close(failed=status != "success" and not self.interrupted)
-        if self.lock is not None:  # What is recorded later takes it again.
-            self.lock.release()
+        try:
+            if self.dashboard is not None:
+                self.dashboard.close(failed=status != "success" and not self.interrupted)
+        finally:
+            end: dict[str, Any] = {"status": "interrupted" if self.interrupted else status}
+            end["failures"] = self.failed.total()
+            if self.failed:
+                end["failed"] = dict(self.failed)
+            self.record("end", end)
+            if self.lock is not None:  # What is recorded later takes it again.
+                self.lock.release()
 
     # ---- the directory -----------------------------------------------------------------------------------------
 
@@ -305,8 +323,9 @@ class RunLogger(Logger):
             dist.broadcast_object_list(chosen, src=0)
         if isinstance(chosen[0], UserError):
             raise chosen[0]
-        run_id, directory = chosen[0]
+        run_id, directory, failed = chosen[0]
         self._run_id, self._run_dir = run_id, Path(directory)
+        self.failed.update(failed)
         if self._is_writer:
             start = {"format_version": FORMAT_VERSION, "run_id": run_id, "resumed": self.continues}
             self.record("start", {**start, "changed": self.changed} if self.changed else start)
@@ -330,13 +349,13 @@ class RunLogger(Logger):
             UserError: naming it.
         """
         if (lost := self.lost()) is not None:
-            raise UserError(lost)
+            raise UserError(lost, ends_run=True)
 
     @property
     def _is_writer(self) -> bool:
         return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
-    def _create(self) -> tuple[str, str]:
+    def _create(self) -> tuple[str, str, list[str]]:
         run_id = new_run_id()
         directory = self.wanted if self.wanted is not None else self.root / self.experiment_name / run_id
         self.lock = self.lock or RunLock(directory, print_note)
@@ -362,7 +381,7 @@ class RunLogger(Logger):
         if not (directory / "config.yaml").exists():  # Which a kill at the very beginning may have left out.
             with atomic_write(directory / "config.yaml") as config_file:
                 config_file.write(self.config_text.encode())
-        return run_id, str(directory.resolve())
+        return run_id, str(directory.resolve()), _failed_before(path) if self.continues else []
 
     def settle(self, key: str, value: Any) -> None:
         """Write a value that the run has found for itself where config.yaml said ``auto``; a dotted key."""
@@ -398,9 +417,33 @@ class RunLogger(Logger):
             with path.open("a") as file:
                 file.write(json.dumps({**line, **plain}) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; free some space and continue the run") from error
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; free some space and continue the run", ends_run=True
+            ) from error
         if self.dashboard is not None:
             self.dashboard.log(event, plain, self.clock)
+
+    def fail(self, name: str, failures: list[Failure], said: bool = False) -> None:
+        """Say, record and count that something beside the training failed: event ``failed``; all processes come.
+
+        In full the first time; where the same fails at the same place again, in short.
+
+        Args:
+            name: of what failed.
+            failures: of the processes; the first is recorded.
+            said: whether the person at the terminal knows already.
+        """
+        first = failures[0]
+        key = (name, first.kind, first.place)
+        again = key in self._told
+        self._told.add(key)
+        self.failed[name] += 1
+        if not said:
+            print_note(_failed_line(name, first, self.clock, again))
+        values: dict[str, Any] = {"name": name, "error": f"{first.kind}: {first.message}", "place": first.place}
+        if len(failures) > 1 or first.process:
+            values["processes"] = [failure.process for failure in failures]
+        self.record("failed", values if again else {**values, "traceback": first.traceback})
 
     def picture(self, name: str, picture: np.ndarray, caption: str, values: Mapping[str, Any] | None = None) -> Path:
         """Save a picture as ``samples/<name>-<images>.png``, record it, and show it; uint8 ``[H, W, C]``."""
@@ -419,6 +462,49 @@ class RunLogger(Logger):
 def run_logger_of(trainer: Any) -> RunLogger | None:
     """The run's own logger among a Trainer's, None in a bare Trainer."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+
+
+@contextmanager
+def survived(trainer: Any, name: str) -> Iterator[None]:
+    """What is done beside the training, and must not end it: a failure is said, recorded and counted, and that is all.
+
+    All processes come, and a failure of one is one of all, see :mod:`lit_diffusion.failures`.
+
+    Args:
+        trainer: whose run it is.
+        name: of what is done; the event ``failed`` has it.
+    """
+    with Attempt() as attempt:
+        yield
+    if attempt.failures:
+        tell_of(trainer, name, attempt.failures)
+
+
+def tell_of(trainer: Any, name: str, failures: list[Failure], said: bool = False) -> None:
+    """Say, record and count a failure that was survived, see :meth:`RunLogger.fail`; where there is no run, say it."""
+    run = run_logger_of(trainer)
+    if run is not None:
+        run.fail(name, failures, said)
+    elif not said:
+        print_note(_failed_line(name, failures[0], getattr(trainer.lightning_module, "clock", Clock())))
+
+
+def _failed_line(name: str, failure: Failure, clock: Clock, again: bool = False) -> str:
+    if again:
+        return f"{name} failed again at {clock.images} images: {failure.kind} at {failure.place}"
+    return f"{name} failed at {clock.images} images, and the run goes on without: {failure}"
+
+
+def _failed_before(path: Path) -> list[str]:
+    """What failed, once for each time, by the events of a run that is continued."""
+    if not path.exists():
+        return []
+    names = []
+    for line in path.read_text().splitlines():
+        if '"event": "failed"' in line:
+            with suppress(ValueError):  # A line torn by a kill.
+                names.append(str(json.loads(line).get("name")))
+    return names
 
 
 def require_known_events(run_dir: Path) -> None:
@@ -470,7 +556,7 @@ def drop_lost_events(run_dir: Path, images_seen: int, again: Collection[str] = (
             event = json.loads(line)
             after = event["images"] > images_seen
             if event["images"] == images_seen:
-                after = event["event"] in again or event.get("name") in again
+                after = event["event"] in again or str(event.get("name")).partition("/")[0] in again
         except (json.JSONDecodeError, KeyError, TypeError):
             after = True  # a line torn by a kill
         (lost if after else kept).append(line + "\n")

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
+from lit_diffusion.failures import AloneError, Failure, agree
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import shares_of_all
+from lit_diffusion.metrics.gathering import many_processes, shares_of_all
 from lit_diffusion.run import print_note
 from lit_diffusion.samplers.base import OnStep, Progress, Sampler, Strays
 
@@ -76,6 +77,7 @@ def generate_in_batches(
     Raises:
         DivergedError: if a walk ended in NaN.
         Interrupted: if the run was asked to stop.
+        AloneError: for any other failure among processes that share one network's weights.
         UserError: if the sampler does not fit.
     """
     sampler = sampler or method.sampler
@@ -97,6 +99,8 @@ def generate_in_batches(
                 on_step(progress)
 
         for number in range(batches):
+            if together:
+                agree()  # Before the network: of a sharded one, who failed with the last batch would be waited for.
             begun = number * length
             part = indices[number * size : (number + 1) * size]
             first = int(part[-1]) + 1 if len(part) else 0
@@ -118,6 +122,13 @@ def generate_in_batches(
                 _stop_if_asked()
             except Interrupted as caught:
                 trouble = caught
+            except Exception as error:
+                if together and method.sharded and many_processes():
+                    raise AloneError(
+                        f"sampling failed ({Failure.of(error)}) with trainer.strategy fsdp, where the other processes "
+                        f"wait for this one: the run ends; continue it from its last checkpoint"
+                    ) from error
+                raise
             if together:
                 trouble, strays = _of_all(trouble, strays)
             sampler.strays += strays

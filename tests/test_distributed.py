@@ -9,9 +9,11 @@ import ast
 import json
 import math
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -308,6 +310,39 @@ def sampling_that_ends(of_the_last: str, rank: int) -> tuple[str, str, int]:
         interrupts._asked = None
 
 
+def failing(folder: Path, many: dict, name: str, target: str, rank: int, after: int = 0) -> dict:
+    """A training that evaluates and draws, where something fails on one process only, from a call on."""
+    module, _, attribute = target.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    original, calls = getattr(owner, attribute), []
+
+    def fails(*arguments, **keys):
+        calls.append(None)
+        if len(calls) > after:
+            raise ValueError(f"injected on process {rank}")
+        return original(*arguments, **keys)
+
+    method, logger = unet() if many["strategy"] == "fsdp" else ncsn(), RunLogger(name, root=folder)
+    logger.clock = method.clock
+    evaluator = Evaluator(every_n_steps=1, samples=8, batch_size=2, metrics=["fid", "memorisation"])
+    callbacks = [EMA([64]), Samples(every_n_steps=1, count=4), evaluator, Telemetry(every_n_steps=1), Checkpoint()]
+    with patch.object(owner, attribute, fails) if int(os.environ["RANK"]) == rank else nullcontext():
+        fit(method, digits_data(), folder, 64, callbacks=callbacks, logger=logger, **many)
+    whole_weights = {key: whole(value).clone() for key, value in weights(method).items()}
+    return {"failed": dict(logger.failed), "weights": whole_weights, "run_dir": str(logger.run_dir)}
+
+
+FAILING = {
+    # On one process only: where it fails, on which, from which call on, and what is told.
+    "update": ("lit_diffusion.metrics.scores.Scores.update", 1, 1, "evaluation"),
+    "compute": ("lit_diffusion.metrics.frechet.FrechetDistance.compute", 1, 0, "evaluation/fid"),
+    "recording": ("lit_diffusion.callbacks.evaluator.Evaluator._write", 0, 0, "evaluation"),
+    "generating": ("lit_diffusion.samplers.langevin.AnnealedLangevin.step", 1, 1, "samples"),
+    "grid": ("lit_diffusion.callbacks.samples.image_grid", 0, 0, "samples"),
+    "telemetry": ("lit_diffusion.callbacks.progress.Telemetry._add_up", 1, 0, "telemetry"),
+}
+
+
 def everything(folder: Path, many: dict) -> dict:
     """All cases, on one process or on each of two."""
     results = {
@@ -347,7 +382,10 @@ def work(folder: Path) -> None:
     results |= {
         end: sampling_that_ends(end.removesuffix("_walk"), rank) for end in ("diverged_walk", "interrupted_walk")
     }
+    for name, (target, on, after, _) in FAILING.items():
+        results[name] = failing(folder, {"devices": 2, "strategy": "ddp"}, name, target, on, after)
     fsdp = {"devices": 2, "strategy": "fsdp"}
+    results["fsdp update"] = failing(folder, fsdp, "fsdp_update", *FAILING["update"][:3])
     results["fsdp"] = of_a_unet(folder, "fsdp", {**fsdp, "channels_last": True}, micro_batch_size=5)
     results["fsdp begun"] = of_a_unet(folder, "fsdp_begun", fsdp, 64)
     results["fsdp continued"] = of_a_unet(folder, "fsdp_continued", fsdp, ckpt_path=folder / "begun_unet.ckpt")
@@ -403,7 +441,7 @@ def two(tmp_path_factory, one):
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -510,6 +548,25 @@ def test_a_walk_that_ends_on_one_process_ends_on_both_after_the_same_batch(two):
     first, second = (results["interrupted_walk"] for results in two[1])
     assert first == ("Interrupted", "another process was asked to stop", 1)
     assert second == ("Interrupted", "stopped by SIGUSR1 while sampling", 1)
+
+
+@pytest.mark.parametrize("name", [*FAILING, "fsdp update"])
+def test_a_failure_of_one_process_is_survived_by_both(two, name):
+    """Both go on together, count the same, and train to the same weights."""
+    _, rank, _, told = FAILING[name.removeprefix("fsdp ")]
+    first, second = (results[name] for results in two[1])
+    assert first["failed"] == second["failed"]
+    assert first["failed"][told] == 2
+    assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
+    if not name.startswith("fsdp"):
+        assert close(first["weights"], two[1][0]["grid"]["weights"], 0.0)
+    run_dir = Path(first["run_dir"])
+    failed = [event for event in events(run_dir, "failed") if event["name"] == told]
+    assert [event["error"] for event in failed] == [f"ValueError: injected on process {rank}"] * 2
+    assert all(event.get("processes", [0]) == [rank] for event in failed)
+    (end,) = events(run_dir, "end")
+    assert (end["status"], end["failed"]) == ("success", first["failed"])
+    assert read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["lit_diffusion"]["images_seen"] == 64
 
 
 # ---- sharded -----------------------------------------------------------------------------------------------------

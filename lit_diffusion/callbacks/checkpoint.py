@@ -20,6 +20,7 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.gathering import summed
 from lit_diffusion.run import run_logger_of
 from lit_diffusion.sharding import local
+from lit_diffusion.trainer import callbacks_of
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """The newest checkpoint of a run, and the one before it, which is there if the disk should lose the newest."""
@@ -39,6 +40,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.last: Path | None = None
         self.saved_at = -1
         """Images seen when last.ckpt was written."""
+        self.outdated = False
+        """Whether something was drawn at that moment since, which last.ckpt does not know of."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -57,7 +60,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end."""
         assert isinstance(pl_module, Method)
-        if self.saved_at != pl_module.clock.images:
+        if self.outdated or self.saved_at != pl_module.clock.images:
             self.save(trainer, pl_module)
         self._stop_if_asked(trainer, pl_module)
 
@@ -65,7 +68,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         assert isinstance(method, Method)
         if not method.interrupted:
             return
-        if self.saved_at != method.clock.images:
+        if self.outdated or self.saved_at != method.clock.images:
             self.save(trainer, method)
         if (run := run_logger_of(trainer)) is not None:
             run.interrupted = True
@@ -89,10 +92,27 @@ class Checkpoint(pl.callbacks.Checkpoint):
         method.stopwatch.lap("logging")
         # Continued from the one before, since the last is damaged: then that one stays until there is a new last one.
         from_previous = self.saved_at < 0 and _same_file(trainer.ckpt_path, folder / PREVIOUS)
-        write_checkpoint(trainer, method, folder / LAST, None if from_previous else folder / PREVIOUS)
+        again = self.saved_at == method.clock.images  # Then the one before is that of an earlier moment.
+        write_checkpoint(trainer, method, folder / LAST, None if from_previous or again else folder / PREVIOUS)
         method.stopwatch.lap("checkpoint")
         self.last = folder / LAST
-        self.saved_at = method.clock.images
+        self.saved_at, self.outdated = method.clock.images, False
+
+
+def save_before_drawing(trainer: pl.Trainer, method: Method) -> None:
+    """Save the run's state, unless that is done; all processes come. What is drawn then can cost nothing but itself."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, Checkpoint):
+            if callback.saved_at != method.clock.images:
+                callback.save(trainer, method)
+            callback.outdated = True
+
+
+def save_after_drawing(trainer: pl.Trainer, method: Method) -> None:
+    """Save what was drawn, too, where the state was saved before it; all processes come."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, Checkpoint) and callback.outdated:
+            callback.save(trainer, method)
 
 
 def _same_file(path: Any, other: Path) -> bool:
@@ -129,7 +149,8 @@ def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: 
     if float(summed(broken)) > 0.0:
         raise UserError(
             f"training diverged: the weights are not finite at step {method.clock.steps} ({method.clock.images} "
-            f"images) and are not saved: lower the learning rate, and continue from the checkpoint before, if any"
+            f"images) and are not saved: lower the learning rate, and continue from the checkpoint before, if any",
+            ends_run=True,
         )
     # Not Trainer.save_checkpoint: where one process fails to write, it leaves the others waiting.
     state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -139,7 +160,7 @@ def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: 
         failure = (run.lost() if run is not None else None) or _write(state, path, previous)
     failure = trainer.strategy.broadcast(failure)
     if failure is not None:
-        raise UserError(failure)
+        raise UserError(failure, ends_run=True)
 
 
 def _write(state: dict[str, Any], path: Path, previous: Path | None) -> str | None:

@@ -8,16 +8,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lit_diffusion.callbacks.checkpoint import save_before_drawing
 from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.clock import Cadence
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
-from lit_diffusion.run import print_note
+from lit_diffusion.run import print_note, survived
 from lit_diffusion.trainer import callbacks_of
 
 
 class Drawing(pl.Callback, ABC):
     """Draws when its cadence is due and when the training ends, the end only once.
+
+    A failure costs the picture, not the run: it is said and recorded, event ``failed``, and counts as drawn, so that it
+    is tried again when the next one is due. At the end of the training the run's state is saved before.
 
     What was due when the run was asked to stop is left out and made when the run is continued, so that a continued run
     has every picture and figure of one that never stopped.
@@ -25,6 +29,9 @@ class Drawing(pl.Callback, ABC):
     Args:
         cadence: how often.
     """
+
+    name: str
+    """Of what is drawn: the event ``failed`` has it."""
 
     def __init__(self, cadence: Cadence) -> None:
         self.cadence = cadence
@@ -67,11 +74,12 @@ class Drawing(pl.Callback, ABC):
             self._draw_now(trainer, pl_module)
 
     def _draw_now(self, trainer: pl.Trainer, method: Method) -> None:
-        if method.interrupted:
+        if method.interrupted or not self.wanted(trainer, method):
             return
         began = time.perf_counter()
         try:
-            self.draw(trainer, method)
+            with survived(trainer, self.name):
+                self.draw(trainer, method)
             self._drawn_at = method.clock.images
         except Interrupted as stop:
             print_note(f"{stop}: it is made when the run is continued")
@@ -85,12 +93,18 @@ class Drawing(pl.Callback, ABC):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the end."""
         assert isinstance(pl_module, Method)
-        if self._drawn_at != pl_module.clock.images:
-            self._draw_now(trainer, pl_module)
+        if self._drawn_at == pl_module.clock.images or pl_module.interrupted or not self.wanted(trainer, pl_module):
+            return
+        save_before_drawing(trainer, pl_module)
+        self._draw_now(trainer, pl_module)
+
+    def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
+        """Whether there is anything to draw."""
+        return True
 
     @abstractmethod
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
-        """Measure, save the picture and record its numbers.
+        """Measure, save the picture and record its numbers; all processes come.
 
         Raises:
             Interrupted: if the run was asked to stop meanwhile; on all processes or on none.

@@ -13,16 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.callbacks.checkpoint import Checkpoint, checkpoint_folder, write_checkpoint
+from lit_diffusion.callbacks.checkpoint import (
+    checkpoint_folder,
+    save_after_drawing,
+    save_before_drawing,
+    write_checkpoint,
+)
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.failures import Failure, agree
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
-from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.families import HIGHER_IS_BETTER
 from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
@@ -41,11 +46,10 @@ from lit_diffusion.metrics.scores import (
 )
 from lit_diffusion.precision import precision_name
 from lit_diffusion.protocol import differing_keys
-from lit_diffusion.run import RunLogger, print_note, run_logger_of
+from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived, tell_of
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.samplers.base import in_words
 from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
-from lit_diffusion.trainer import callbacks_of
 
 Stage = Literal["fit", "test"]
 
@@ -91,6 +95,7 @@ class Evaluator(Drawing):
     """
 
     state_key = "Evaluator"
+    name = "evaluation"
 
     def __init__(
         self,
@@ -178,7 +183,8 @@ class Evaluator(Drawing):
 
     def _is_missing(self, method: Method) -> bool:
         # With its count not chosen yet it was never begun; the speed that a choice needs is not known yet either.
-        missing = self._on and self._count is not None and self.last.get("images") != method.clock.images
+        made = method.clock.images in (self.last.get("images"), self._drawn_at)
+        missing = self._on and self._count is not None and not made
         if missing:
             print_note(f"the evaluation at {method.clock.images} images is missing: made now")
         return missing
@@ -187,17 +193,20 @@ class Evaluator(Drawing):
         """Do not count what was no training: ``auto`` goes by the speed of training."""
         self._began += seconds
 
+    def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
+        """Whether there is anything to evaluate."""
+        return self._while_training(trainer) and self.last.get("images") != method.clock.images
+
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
-        if not self._while_training(trainer) or self.last.get("images") == method.clock.images:
-            return
         count = self._choose_count(trainer, method)
-        self._save_last(trainer, method)
+        save_before_drawing(trainer, method)
         result = self._evaluate(trainer, method, count, self.seed, "fit")
         if result is None:
             return
         self._keep_the_best(trainer, method, result)
-        self._save_last(trainer, method, again=True)
+        self._drawn_at = method.clock.images
+        save_after_drawing(trainer, method)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out what would fail, before the likelihoods take their minutes."""
@@ -223,11 +232,12 @@ class Evaluator(Drawing):
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` chose and the last figures, for a checkpoint."""
-        return {"samples": self._chosen, "last": self.last}
+        return {**super().state_dict(), "samples": self._chosen, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the count that the run was started with, so that its figures stay comparable."""
         self._chosen, self.last = state_dict["samples"], state_dict["last"]
+        self._drawn_at = state_dict.get("drawn_at", -1)
 
     # ---- what can be measured ----------------------------------------------------------------------------------
 
@@ -321,6 +331,7 @@ class Evaluator(Drawing):
         """All processes come; None if the walk diverged while training, which a later evaluation may not."""
         began = time.perf_counter()
         scores = self._make_scores(trainer, method, count, stage)
+        scores.survives = stage == "fit"
         weights = self._weights(trainer)
         walk = self._walk(method, stage)
         mine = Share.of(count, self.batch_size, trainer.global_rank, trainer.world_size)
@@ -338,17 +349,19 @@ class Evaluator(Drawing):
                     data = self._as_seen(method, x)
                     scores.update(data, index)
                     kept |= {int(i): data[k] for k, i in enumerate(index) if i < KEPT_SAMPLES}
+            result = scores.compute(count)
         except DivergedError as error:
-            scores.release()
             if stage == "test":
                 raise
             print_note(f"evaluation at {method.clock.images} images: {error}; no figures this time")
+            tell_of(trainer, self.name, [Failure.of(error)], said=True)
             return None
-        except Interrupted:
+        finally:
             scores.release()
-            raise
-        result = scores.compute(count)
-        scores.release()
+        for metric, failures in result.failed.items():
+            tell_of(trainer, f"{self.name}/{metric}", failures)
+        if not result.values:
+            return None
         result.protocol.update(
             weights=weights,
             seed=seed,
@@ -376,7 +389,6 @@ class Evaluator(Drawing):
         self, trainer: pl.Trainer, method: Method, result: Result, kept: dict[int, np.ndarray], seconds: float
     ) -> None:
         protocol = result.protocol
-        self.last = {"images": method.clock.images, "values": dict(result.values), "protocol": dict(protocol)}
         shares = shares_of_all(kept)
         said = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
         print_note(f"evaluation at {method.clock.images} images, seed {protocol['seed']}: {said} ({seconds:.1f} s)")
@@ -394,8 +406,26 @@ class Evaluator(Drawing):
             if result.left_out:
                 print_note(f"  left out: {left_out_line(result.left_out)}")
         run = run_logger_of(trainer)
-        if run is None or not trainer.is_global_zero:
-            return
+        if run is not None and trainer.is_global_zero:
+            self._write(trainer, run, method, result, shares, seconds)
+        agree()
+        self.last = {"images": method.clock.images, "values": dict(result.values), "protocol": dict(protocol)}
+        if run is not None and (protocol["stage"] == "fit" or protocol["seed"] == self.test_seeds[0]):
+            with survived(trainer, "neighbours"):
+                if trainer.is_global_zero:
+                    self._draw_pairs(run, method, result)
+
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        run: RunLogger,
+        method: Method,
+        result: Result,
+        shares: list[dict[int, np.ndarray]],
+        seconds: float,
+    ) -> None:
+        """Some of the samples, and the event."""
+        protocol = result.protocol
         images = {index: image for share in shares for index, image in share.items()}
         name = f"evaluation-{method.clock.images:010d}" + (
             f"-seed{protocol['seed']}" if protocol["stage"] == "test" else ""
@@ -422,8 +452,6 @@ class Evaluator(Drawing):
         if result.intervals:
             values["intervals"] = {key: list(interval) for key, interval in result.intervals.items()}
         run.record("evaluation", values)
-        if protocol["stage"] == "fit" or protocol["seed"] == self.test_seeds[0]:
-            self._draw_pairs(run, method, result)
 
     def _draw_pairs(self, run: RunLogger, method: Method, result: Result) -> None:
         """The samples closest to training images, each above the image."""
@@ -452,7 +480,7 @@ class Evaluator(Drawing):
         between = per_image * min(images or float("inf"), (steps or float("inf")) * method.clock.batch)
         each = self._seconds_a_sample(trainer, method) / trainer.world_size
         affordable = [count for count in COUNTS if count * each <= self.budget * between]
-        self._chosen = int(trainer.strategy.broadcast(affordable[-1] if affordable else COUNTS[0]))
+        self._chosen = int(shares_of_all(affordable[-1] if affordable else COUNTS[0])[0])
         share = self._chosen * each / between
         print_note(
             f"eval.samples auto: {self._chosen}, {1000 * each:.3g} ms each, about {share:.1%} of the training time"
@@ -471,6 +499,7 @@ class Evaluator(Drawing):
         indices = torch.arange(batch)
         seconds = 0.0
         for _ in range(2):
+            agree()
             began = time.perf_counter()
             cond = method.condition_by_counts(indices, self.seed, self._class_counts(self._datamodule(trainer)))
             x = method.generate(indices, self.seed, cond, self._walk(method, "fit"))
@@ -490,22 +519,18 @@ class Evaluator(Drawing):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _save_last(trainer: pl.Trainer, method: Method, again: bool = False) -> None:
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, Checkpoint) and (again or callback.saved_at != method.clock.images):
-                callback.save(trainer, method)
-
     def _keep_the_best(self, trainer: pl.Trainer, method: Method, result: Result) -> None:
         """Save the checkpoint if it is among the best; the list is truth, and a file goes only once it is off it."""
         if not self.keep or run_logger_of(trainer) is None:
             return
         assert self._scores is not None
         key = self._scores.key(self.best, result.protocol["n_fake"])
+        if key not in result.values:  # Its computation failed: the best so far stay.
+            return
         folder = checkpoint_folder(trainer)
         # Figures may differ in the last digit between processes: what one of them has counts.
         mine = (result.values[key], read_best(folder) if trainer.is_global_zero else [])
-        value, listed = trainer.strategy.broadcast(mine)
+        value, listed = shares_of_all(mine)[0]
         others = [entry for entry in listed if entry["metric"] != key]
         before = [entry for entry in listed if entry["metric"] == key]
         kept = [entry for entry in before if entry["images"] != method.clock.images]

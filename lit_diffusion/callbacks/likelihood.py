@@ -30,7 +30,7 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics import Moments, frechet_distance
 from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
-from lit_diffusion.run import RunLogger, print_note, run_logger_of
+from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import CountedDenoiser, Spacing, at_time
 from lit_diffusion.samplers.ode import TIGHT, integrate, refuse_grid_only
@@ -374,12 +374,19 @@ class Likelihood(pl.Callback):
         ends = [(float(self._times[group[0]]), float(self._times[group[-1]])) for group in groups]
         if run is not None:
             run.record("test", {**values, "kl_by_time": bits, "times": [list(pair) for pair in ends]})
-            figure, axes = new_figure(1, 1, side=4.5)
-            log_snr = method.denoiser.process.log_snr(torch.tensor([sum(pair) / 2 for pair in ends]).double())
-            labels = [f"{value:.1f}" for value in log_snr.tolist()]
-            bars_panel(axes[0, 0], labels, bits, "log SNR", "bits/dim", f"the bound's KL: {parts['kl']:.3f} bits/dim")
-            run.picture("bound-by-noise-level", render(figure), "the variational bound by noise level", self._protocol)
+        with survived(trainer, "bound-by-noise-level"):
+            if run is not None and trainer.is_global_zero:
+                self._draw_bound(run, method, bits, ends, parts["kl"])
         return mean
+
+    def _draw_bound(
+        self, run: RunLogger, method: Method, bits: list[float], ends: list[tuple[float, float]], kl: float
+    ) -> None:
+        figure, axes = new_figure(1, 1, side=4.5)
+        log_snr = method.denoiser.process.log_snr(torch.tensor([sum(pair) / 2 for pair in ends]).double())
+        labels = [f"{value:.1f}" for value in log_snr.tolist()]
+        bars_panel(axes[0, 0], labels, bits, "log SNR", "bits/dim", f"the bound's KL: {kl:.3f} bits/dim")
+        run.picture("bound-by-noise-level", render(figure), "the variational bound by noise level", self._protocol)
 
     # ---- bits per dimension and Frechet distance against the smallest time ---------------------------------------
 
@@ -397,6 +404,13 @@ class Likelihood(pl.Callback):
         if distances is not None:
             values[f"fd/pixels-{self.samples}"] = distances
         run.record("smallest_time", values)
+        with survived(trainer, "smallest-time"):
+            if trainer.is_global_zero:
+                self._draw_smallest_time(run, times, bits, distances)
+
+    def _draw_smallest_time(
+        self, run: RunLogger, times: list[float], bits: list[float], distances: list[float] | None
+    ) -> None:
         figure, axes = new_figure(1, 1 if distances is None else 2, side=4.0)
         lines_panel(axes[0, 0], times, {"ODE": bits}, "smallest time", "bits/dim", "held-out data", log_x=True)
         if distances is not None:

@@ -51,6 +51,8 @@ class NoiseLevels(Drawing):
         images: training images that the figures are averages over.
     """
 
+    name = "noise_levels"
+
     def __init__(
         self,
         every_n_images: int | None = None,
@@ -79,13 +81,26 @@ class NoiseLevels(Drawing):
         count = min(self.levels, len(grid))
         return grid[torch.linspace(0, len(grid) - 1, count).round().long()]
 
+    def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
+        """Whether there is anything to draw."""
+        has_data = isinstance(getattr(trainer, "datamodule", None), DataModule)
+        return self.levels > 0 and has_data and not method.sharded and run_logger_of(trainer) is not None
+
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Measure on process 0, which holds all the weights, and save the picture."""
+        if not trainer.is_global_zero:
+            return
+        was_training = method.training
+        method.eval()
+        try:
+            self._draw(trainer, method)
+        finally:
+            method.train(was_training)
+
+    def _draw(self, trainer: pl.Trainer, method: Method) -> None:
         run, data = run_logger_of(trainer), getattr(trainer, "datamodule", None)
-        if run is None or self.levels == 0 or not trainer.is_global_zero or not isinstance(data, DataModule):
-            return
-        if method.sharded:
-            return
+        assert run is not None
+        assert isinstance(data, DataModule)
         batch = data.training_batch(torch.arange(min(self.images, len(data.train_indices))))
         cond = None if batch.cond is None else batch.cond.to(method.device)
         batch = Batch(batch.x.to(method.device), batch.index.to(method.device), cond)
@@ -96,8 +111,6 @@ class NoiseLevels(Drawing):
         exact = None if mixture is None else ExactDenoiser(mixture, method.denoiser.process)
         parameters = [p for p in method.denoiser.parameters() if p.requires_grad]
         losses, norms, errors = [], [], []
-        was_training = method.training
-        method.eval()
         for time in times.tolist():
             t = torch.full((len(x),), time, dtype=torch.float64, device=method.device)
             loss = method.loss_at(batch, t, eps).per_sample.mean()
@@ -111,7 +124,6 @@ class NoiseLevels(Drawing):
                 x_t = method.denoiser.process.perturb(x, t, eps)
                 error, norm = score_error(method.denoiser, exact, x_t, t)
                 errors.append(float(error.mean() / norm.mean()))
-        method.train(was_training)
         level = method.denoiser.process.level(times)
         ratio = (level.sigma / level.alpha).tolist()
         values = {"times": times.tolist(), "sigma_over_alpha": ratio, "loss": losses, "gradient_norm": norms}

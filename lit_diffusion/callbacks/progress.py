@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,10 +15,11 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
 from lit_diffusion.clock import Cadence
+from lit_diffusion.failures import agree
 from lit_diffusion.flops import TRAINING
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.gathering import many_processes, summed
-from lit_diffusion.run import run_logger_of
+from lit_diffusion.run import run_logger_of, survived
 
 
 class ProgressBar(TQDMProgressBar):
@@ -58,6 +60,11 @@ class ProgressBar(TQDMProgressBar):
         """Move the bar; the loss shown is an average over about the last fifty steps."""
         assert isinstance(pl_module, Method)
         assert self._images is not None
+        with suppress(OSError, ValueError):  # A terminal that is gone, a full disk that the output goes to.
+            self._show(pl_module)
+
+    def _show(self, pl_module: Method) -> None:
+        assert self._images is not None
         if pl_module.stepped and not self.is_disabled:
             self._smooth = 0.98 * self._smooth + 0.02 * float(pl_module.last_loss)
             self._weight = 0.98 * self._weight + 0.02
@@ -66,13 +73,16 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""
-        if self._images is not None:
-            self._images.close()
+        self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the terminal on a line of its own."""
+        self._close()
+
+    def _close(self) -> None:
         if self._images is not None:
-            self._images.close()
+            with suppress(OSError, ValueError):
+                self._images.close()
 
 
 LOSS_BINS = 10
@@ -103,6 +113,7 @@ class Telemetry(pl.Callback):
         self._by_time = torch.zeros(2, LOSS_BINS, dtype=torch.float64)
         self._since = 0.0
         self._steps = 0
+        self._trouble: Exception | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the watch; a continued run goes on with the averages that it was in the middle of."""
@@ -136,14 +147,31 @@ class Telemetry(pl.Callback):
         """Add up; write when due."""
         assert isinstance(pl_module, Method)
         if pl_module.stepped:
-            self._sums.append(torch.stack((pl_module.last_loss, pl_module.last_gradient_norm)))
-            bins = (pl_module.last_times * LOSS_BINS).ceil().long().clamp(1, LOSS_BINS) - 1
-            losses = pl_module.last_losses.to(self._by_time.dtype)
-            self._by_time[0].index_add_(0, bins, losses)
-            self._by_time[1].index_add_(0, bins, torch.ones_like(losses))
+            try:
+                self._add_up(pl_module)
+            except Exception as error:  # Not told before the next event is due: a step has no exchange for it.
+                self._trouble = error
         self._steps += 1
         if not self.cadence.due(pl_module.clock):
             return
+        with survived(trainer, "telemetry"):
+            self._write(trainer, pl_module)
+        self._sums.clear()
+        self._by_time.zero_()
+        self._since, self._steps = time.perf_counter(), 0
+
+    def _add_up(self, method: Method) -> None:
+        self._sums.append(torch.stack((method.last_loss, method.last_gradient_norm)))
+        bins = (method.last_times * LOSS_BINS).ceil().long().clamp(1, LOSS_BINS) - 1
+        losses = method.last_losses.to(self._by_time.dtype)
+        self._by_time[0].index_add_(0, bins, losses)
+        self._by_time[1].index_add_(0, bins, torch.ones_like(losses))
+
+    def _write(self, trainer: pl.Trainer, pl_module: Method) -> None:
+        if self._trouble is not None:
+            trouble, self._trouble = self._trouble, None
+            raise trouble
+        agree()
         run = run_logger_of(trainer)
         if self._sums:
             loss, norm = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean").tolist()
@@ -168,9 +196,6 @@ class Telemetry(pl.Callback):
                     },
                 },
             )
-        self._sums.clear()
-        self._by_time.zero_()
-        self._since, self._steps = time.perf_counter(), 0
 
     def _speed(self, method: Method) -> dict[str, float]:
         step = (time.perf_counter() - self._since) / self._steps

@@ -20,6 +20,7 @@ from lit_diffusion.clock import Cadence
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.failures import Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
@@ -75,6 +76,8 @@ class Samples(Drawing):
         film_columns: samples in the film strip, one row a noise level; 0 for none.
     """
 
+    name = "samples"
+
     def __init__(
         self,
         every_n_images: int | None = None,
@@ -102,12 +105,14 @@ class Samples(Drawing):
     def _weights(self, trainer: pl.Trainer) -> str:
         return averages_of(trainer).kept(self.weights)
 
+    def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
+        """Whether there is anything to draw."""
+        return self.count > 0 and run_logger_of(trainer) is not None and method.require_facts().is_image
+
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Make the samples, each process its share, and save their pictures."""
-        run = run_logger_of(trainer)
-        facts = method.require_facts()
-        if run is None or self.count == 0 or not facts.is_image:
-            return
+        run, facts = run_logger_of(trainer), method.require_facts()
+        assert run is not None
         weights = self._weights(trainer)
         each = math.ceil(self.count / trainer.world_size)
         share = Share.of(self.count, each, trainer.global_rank, trainer.world_size)
@@ -118,8 +123,9 @@ class Samples(Drawing):
                     method, share, self.seed, each, show_progress=False, on_step=film if self.film_columns else None
                 )
                 x = torch.cat([x for _, x in made])
-        except DivergedError:
+        except DivergedError as error:
             print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
+            run.fail(self.name, [Failure.of(error)], said=True)
             return
         shares = shares_of_all((x, film.rows(x)))
         if not trainer.is_global_zero:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_diffusion.callbacks.checkpoint import save_before_drawing
 from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.callbacks.noise_levels import known_mixture, score_error
 from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
@@ -21,7 +22,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.figures import field_panel, new_figure, points_panel, render
 from lit_diffusion.methods.base import Method
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.run import run_logger_of
+from lit_diffusion.run import run_logger_of, survived
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
 from lit_diffusion.sharding import ShardedStrategy
 
@@ -52,14 +53,20 @@ class _AtEnd(pl.Callback, ABC):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw."""
         assert isinstance(pl_module, Method)
-        if not trainer.is_global_zero or run_logger_of(trainer) is None or pl_module.interrupted:
+        if run_logger_of(trainer) is None or pl_module.interrupted:
             return
+        save_before_drawing(trainer, pl_module)
         averages = averages_of(trainer)
         weights = averages.kept("ema")
-        pl_module.eval()
-        with averages.applied(pl_module, weights):
-            self.draw(trainer, pl_module, weights)
-        pl_module.train()
+        with survived(trainer, type(self).__name__):
+            if not trainer.is_global_zero:
+                return
+            pl_module.eval()
+            try:
+                with averages.applied(pl_module, weights):
+                    self.draw(trainer, pl_module, weights)
+            finally:
+                pl_module.train()
 
     @abstractmethod
     def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -24,13 +25,14 @@ from lit_diffusion.data.facts import DataFacts, class_number
 from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
+from lit_diffusion.failures import agree
 from lit_diffusion.flops import forward_flops
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
 from lit_diffusion.randomness import SampleNoise, keyed_choice, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
-from lit_diffusion.run import print_note, run_logger_of
+from lit_diffusion.run import print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import OnStep, Sampler
 from lit_diffusion.sharding import ShardedStrategy, gradients_kept_back, shard, whole
@@ -108,6 +110,7 @@ class Method(pl.LightningModule):
         self._non_finite_in_a_row = 0
         self._configured: list[dict[str, Any]] = []
         self._held_out: list[Tensor] = []
+        self._held_out_trouble: Exception | None = None
 
     # ---- what a paper says -------------------------------------------------------------------------------------
 
@@ -581,18 +584,28 @@ class Method(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of held-out images, each with its own fixed noise: equal on any number of processes."""
-        per_sample = self.loss(batch, stream_key(self.seed, "held-out")).per_sample.double()
-        counted = per_sample[batch.index != NOBODYS]
-        self._held_out.append(torch.stack((counted.sum(), counted.new_tensor(float(len(counted))))))
+        try:
+            per_sample = self.loss(batch, stream_key(self.seed, "held-out")).per_sample.double()
+            counted = per_sample[batch.index != NOBODYS]
+            self._held_out.append(torch.stack((counted.sum(), counted.new_tensor(float(len(counted))))))
+        except Exception as error:
+            if not self._while_training or self.sharded:
+                raise
+            self._held_out_trouble = error
 
     def test_step(self, batch: Batch | Tensor, batch_idx: int) -> None:
         """As for validation; a tensor stands for no held-out images."""
         if isinstance(batch, Batch):
             self.validation_step(batch, batch_idx)
 
+    @property
+    def _while_training(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING
+
     def on_validation_epoch_end(self) -> None:
-        """Average over all images of all processes, however many each had."""
-        self._log_held_out("val/loss")
+        """Average over all images of all processes, however many each had; beside a training it may fail."""
+        with survived(self.trainer, "val/loss") if self._while_training else nullcontext():
+            self._log_held_out("val/loss")
 
     def on_test_epoch_end(self) -> None:
         """As for validation."""
@@ -601,6 +614,10 @@ class Method(pl.LightningModule):
     def _log_held_out(self, name: str) -> None:
         sums = torch.stack(self._held_out).sum(0) if self._held_out else torch.zeros(2, device=self.device)
         self._held_out.clear()
+        if self._held_out_trouble is not None:
+            trouble, self._held_out_trouble = self._held_out_trouble, None
+            raise trouble
+        agree()
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         if count:
             self.log(name, total / count, rank_zero_only=True)

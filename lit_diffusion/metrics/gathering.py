@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_diffusion.failures import agree
+
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
@@ -39,6 +41,7 @@ def summed(values: Tensor) -> Tensor:
     total = values.detach().clone()
     if not many_processes():
         return total
+    agree()
     total = total.to(_carrier())
     dist.all_reduce(total)
     return total.to(values.device)
@@ -48,6 +51,7 @@ def shares_of_all(mine: Any) -> list[Any]:
     """What each process has, in the processes' order; anything that can be pickled, and all processes come."""
     if not many_processes():
         return [mine]
+    agree()
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     return shares
@@ -57,6 +61,7 @@ def gathered(rows: Tensor) -> Tensor:
     """The rows ``[n, D]`` of all processes, in the processes' order, on the CPU; each may hold any number of them."""
     if not many_processes():
         return rows.cpu()
+    agree()
     device = _carrier()
     size = torch.tensor(rows.shape, device=device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]

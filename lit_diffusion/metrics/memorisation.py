@@ -15,14 +15,12 @@ Where a training mirrors its images, an image and its mirror image are one datum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lit_diffusion.metrics.gathering import RowsMetric, many_processes
+from lit_diffusion.metrics.gathering import RowsMetric, shares_of_all
 from lit_diffusion.metrics.neighbours import Neighbourhood, nearest_exactly
 
 MEMORISED_BELOW = 1.0 / 3.0
@@ -125,10 +123,7 @@ class Memorisation(RowsMetric):
 
     def closest(self) -> list[Pair]:
         """The pairs of all processes with the smallest distances; all processes call it."""
-        shares: list[Any] = [self._closest]
-        if many_processes():
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, self._closest)
+        shares = shares_of_all(self._closest)
         return _smallest([pair for share in shares for pair in share], self.pairs)
 
 

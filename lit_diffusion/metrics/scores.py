@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.failures import Attempt, Failure
 from lit_diffusion.metrics.bootstrap import bootstrap_interval, unanimous_interval
 from lit_diffusion.metrics.clip_score import CLIPScore
 from lit_diffusion.metrics.families import HIGHER_IS_BETTER
@@ -109,6 +111,7 @@ class Result:
         pairs: samples closest to training data, each with the datum's position in the reference.
         flagged: whether the samples look like copies of training data.
         left_out: metrics, errors and intervals that are not there, each with the reason.
+        failed: metrics that failed, where that was to be survived, and how.
     """
 
     values: dict[str, float]
@@ -118,6 +121,7 @@ class Result:
     pairs: list[Pair] = field(default_factory=list)
     flagged: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, list[Failure]] = field(default_factory=dict)
 
 
 def choose_metrics(
@@ -266,6 +270,8 @@ class Scores:
         self.left_out = dict(left_out or {})
         self.shape = shape
         self.options = options = options or ScoreOptions()
+        self.survives = False
+        """Whether the other metrics are to be had where the computation of one fails."""
         self.count = 0
         self._batch = 0
         self._captioner = clip if clip is not None else extractor if isinstance(extractor, CLIP) else None
@@ -388,6 +394,17 @@ class Scores:
         left_out = dict(self.left_out)
         pairs: list[Pair] = []
         flagged = False
+        failed: dict[str, list[Failure]] = {}
+
+        @contextmanager
+        def attempted(metric: str) -> Iterator[None]:
+            if not self.survives:
+                yield
+                return
+            with Attempt() as attempt:
+                yield
+            if attempt.failures:
+                failed[metric] = attempt.failures
 
         def note(metric: str, value: float, error: float | None = None) -> str:
             key = self.key(metric, total)
@@ -407,59 +424,65 @@ class Scores:
             else:
                 left_out[f"{metric} interval"] = "all resamples give the same value"
 
-        if self._frechet is not None:
-            if "fid" in self.metrics:
+        if self._frechet is not None and "fid" in self.metrics:
+            with attempted("fid"):
                 key = note("fid", self._frechet.compute())
                 if self._rows is not None:
                     rows = self._rows.compute()
                     intervals[key] = self._interval(
                         lambda chosen: frechet_distance(self.reference.gaussian, gaussian_of(rows[chosen])), len(rows)
                     )
-            if "fid_infinity" in self.metrics:
+        if self._frechet is not None and "fid_infinity" in self.metrics:
+            with attempted("fid_infinity"):
                 note("fid_infinity", *self._frechet.infinity())
         if self._inception is not None:
-            score, deviation = self._inception.compute()
-            key = note("is", score)
-            if self.options.is_splits > 1 and total >= 2 * self.options.is_splits:
-                errors[key] = deviation
-            else:
-                left_out["is error"] = f"{self.options.is_splits} parts of {total} samples have no spread"
-            if self.options.bootstrap:
-                logits = self._inception.shuffled()
-                parts = self.options.is_splits
-                intervals[key] = self._interval(
-                    lambda chosen: float(np.mean(scores_of_parts(logits[chosen], parts))), len(logits)
-                )
+            with attempted("is"):
+                score, deviation = self._inception.compute()
+                key = note("is", score)
+                if self.options.is_splits > 1 and total >= 2 * self.options.is_splits:
+                    errors[key] = deviation
+                else:
+                    left_out["is error"] = f"{self.options.is_splits} parts of {total} samples have no spread"
+                if self.options.bootstrap:
+                    logits = self._inception.shuffled()
+                    parts = self.options.is_splits
+                    intervals[key] = self._interval(
+                        lambda chosen: float(np.mean(scores_of_parts(logits[chosen], parts))), len(logits)
+                    )
         if self._kernel is not None:
-            distance, deviation = self._kernel.compute()
-            key = note("kid", distance)
-            if self._kernel.has_error(total):
-                errors[key] = deviation
-            else:
-                _, size = self._kernel.drawn(total)
-                left_out["kid error"] = (
-                    f"subsets of {size} share most of {total} samples and {len(self._kernel.reference)} data"
-                )
+            with attempted("kid"):
+                distance, deviation = self._kernel.compute()
+                key = note("kid", distance)
+                if self._kernel.has_error(total):
+                    errors[key] = deviation
+                else:
+                    _, size = self._kernel.drawn(total)
+                    left_out["kid error"] = (
+                        f"subsets of {size} share most of {total} samples and {len(self._kernel.reference)} data"
+                    )
         if self._manifolds is not None:
-            manifolds = self._manifolds.compute()
-            for metric in _MANIFOLDS:
-                if metric in self.metrics:
-                    note_mean(metric, manifolds[metric])
+            with attempted("manifolds"):
+                manifolds = self._manifolds.compute()
+                for metric in _MANIFOLDS:
+                    if metric in self.metrics:
+                        note_mean(metric, manifolds[metric])
         if self._memorisation is not None:
-            scores = self._memorisation.compute()
-            for metric in _MEMORISATION:
-                note_mean(metric, scores[metric])
-            pairs = self._memorisation.closest()
-            flagged = float(scores["near_copies"].mean()) > FLAGGED_ABOVE
+            with attempted("memorisation"):
+                scores = self._memorisation.compute()
+                for metric in _MEMORISATION:
+                    note_mean(metric, scores[metric])
+                pairs = self._memorisation.closest()
+                flagged = float(scores["near_copies"].mean()) > FLAGGED_ABOVE
         if self._clip is not None:
-            score, error = self._clip.compute()
-            key = note("clip_score", score)
-            if total > 1:
-                errors[key] = error
-            else:
-                left_out["clip_score error"] = "one image has no spread"
+            with attempted("clip_score"):
+                score, error = self._clip.compute()
+                key = note("clip_score", score)
+                if total > 1:
+                    errors[key] = error
+                else:
+                    left_out["clip_score error"] = "one image has no spread"
         protocol = {**self.protocol(total), **self._of_fewer_or_others()}
-        return Result(values, errors, intervals, protocol, pairs, flagged, left_out)
+        return Result(values, errors, intervals, protocol, pairs, flagged, left_out, failed)
 
     def _interval(self, statistic: Callable[[Tensor], float], count: int) -> tuple[float, float]:
         return bootstrap_interval(statistic, count, self.options.bootstrap, self.options.seed)

@@ -623,19 +623,19 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, 
         "generating": (module, "generate_in_batches"),
         "recorded": (Evaluator, "_keep_the_best"),
         "best saved": (module, "atomic_write"),
-        "best listed": (Evaluator, "_save_last"),
+        "best listed": (module, "save_after_drawing"),
     }[moment]
     whole, calls = getattr(target, name), []
 
     def cut(*arguments, **more):
-        begins = {"best saved": lambda: arguments[0].name == "best.json", "best listed": lambda: "again" in more}
+        begins = {"best saved": lambda: arguments[0].name == "best.json"}
         if begins.get(moment, lambda: True)():
             calls.append(arguments)
             if len(calls) in (2, 3):
                 raise Killed
         return whole(*arguments, **more)
 
-    monkeypatch.setattr(target, name, staticmethod(cut) if name == "_save_last" else cut)
+    monkeypatch.setattr(target, name, cut)
     last = tmp_path / "broken" / "run" / "checkpoints" / "last.ckpt"
     for attempt in range(3):
         ckpt = {"ckpt_path": last, "continues": True} if attempt else {}
