@@ -108,10 +108,7 @@ def generate_in_batches(
             trouble: UserError | None = None
             strays = Strays()
             try:
-                if label is None:
-                    cond = method.condition_by_counts(filled, seed, class_counts)
-                else:
-                    cond = method.condition(filled, label)
+                cond = method.condition_by_counts(filled, seed, class_counts, label)
                 x = method.generate(filled, seed, cond, sampler, stepped)[: len(part)].cpu()
                 strays = Strays.among(sampler.farthest[: len(part)])
                 if not torch.isfinite(x).all():

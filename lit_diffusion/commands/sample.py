@@ -83,10 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     require_fitting(out, facts)
     indices = torch.arange(options.num_samples)
     counts = None if facts.is_image and out.suffix.lower() == ".png" else facts.class_counts
-    if options.label is None:
-        cond = method.condition_by_counts(indices, options.seed, counts)
-    else:
-        cond = method.condition(indices, options.label)
+    cond = method.condition_by_counts(indices, options.seed, counts, options.label)
     labels = None if cond is None else cond.label
     sampler = choose_sampler(method.sampler, name, keys)
     batches = generate_in_batches(
@@ -105,10 +102,11 @@ def main(arguments: Sequence[str]) -> None:
         write_points(torch.cat([x for _, x in batches]).numpy(), out, facts, labels)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")
     if labels is not None:
-        often = "all classes in turn" if counts is None else "as often as in the training data"
-        said = often if options.label is None else f"all {int(labels[0])}"
-        named = f" ({facts.class_names[int(labels[0])]})" if options.label is not None and facts.class_names else ""
-        sys.stdout.write(f"labels: {said}{named}\n")
+        said = "all classes in turn" if counts is None else "as often as in the training data"
+        if options.label is not None:
+            number = int(labels[0])
+            said = f"all {number}" + (f" ({facts.class_names[number]})" if facts.class_names else "")
+        sys.stdout.write(f"labels: {said}\n")
     if caveat := sampler.caveat():
         sys.stdout.write(f"note: {caveat}\n")
     if facts.is_image and out.suffix.lower() == ".png" and (shown := about_shown(facts.shape[0])):

@@ -223,7 +223,9 @@ class Method(pl.LightningModule):
             labels = torch.tensor(there, device=indices.device)[indices % len(there)]
         return Condition(label=labels.to(self.device))
 
-    def condition_by_counts(self, indices: Tensor, seed: int, class_counts: Sequence[int] | None) -> Condition | None:
+    def condition_by_counts(
+        self, indices: Tensor, seed: int, class_counts: Sequence[int] | None, label: int | str | None = None
+    ) -> Condition | None:
         """What samples ``indices`` ``[B]`` are conditioned on to have their classes as often as data have them.
 
         Sample i's class is drawn in proportion to the counts, keyed by (seed, i).
@@ -232,9 +234,13 @@ class Method(pl.LightningModule):
             indices: int64 ``[B]``.
             seed: of the samples.
             class_counts: data of each class; None: not known, then all classes in turn.
+            label: of all, whatever the counts, by its name or its number; None: as the counts say.
+
+        Raises:
+            UserError: as :meth:`condition`.
         """
-        if self.num_classes is None or class_counts is None:
-            return self.condition(indices)
+        if label is not None or self.num_classes is None or class_counts is None:
+            return self.condition(indices, label)
         weights = torch.tensor(class_counts)
         # On the CPU: where the edge between two classes lies must not depend on the device.
         labels = keyed_choice(seed, "sample class", indices.cpu(), weights)
