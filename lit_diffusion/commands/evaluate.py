@@ -42,6 +42,9 @@ from lit_diffusion.metrics.scores import (
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import print_note
 
+DARK = 32
+"""Images whose values all lie below it are said to be: one in eight of the range, rather another scale than night."""
+
 
 def _parser() -> Parser:
     parser = Parser(
@@ -118,24 +121,38 @@ def main(arguments: Sequence[str]) -> None:
     chosen = choose_metrics(wanted, *given)
     left_out = metrics_left_out(wanted, *given)
     scores = Scores(chosen, extractor, reference, samples.shape, score_options, clip=clip, left_out=left_out)
+    brightest = 0
     for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
         words = None if captions is None else [captions[i] for i in part.tolist()]
-        scores.update(samples.values(part), part, words)
+        images = samples.values(part)
+        brightest = max(brightest, int(images.max()))
+        scores.update(images, part, words)
     result = scores.compute(samples.count)
     result.protocol.update(
         samples=str(options.samples), samples_fingerprint=samples.record["fingerprint"], stage="evaluate"
     )
     if "memorisation" in chosen:
         result.protocol["memorisation_split"] = "the reference as given, whatever the model was trained on"
-    if samples.record["fingerprint"] == reference.record.get("fingerprint"):
-        result.protocol["caveat"] = "the samples are the reference itself, so these figures are of no model"
-    elif caveat := other_shares(classes_as_given(options.samples, source), real_classes):
+    caveat = _caveat(samples, brightest, reference)
+    if caveat := caveat or other_shares(classes_as_given(options.samples, source), real_classes):
         result.protocol["caveat"] = caveat
     _print(result, extractor, samples.count)
     if out is not None:
         with atomic_write(out) as file:
             file.write((json.dumps(as_plain(result), indent=1) + "\n").encode())
         sys.stdout.write(f"wrote {out}\n")
+
+
+def _caveat(samples: RealData, brightest: int, reference: Reference) -> str | None:
+    """What makes all the figures worth less than they look."""
+    if samples.record["fingerprint"] == reference.record.get("fingerprint"):
+        return "the samples are the reference itself, so these figures are of no model"
+    if 0 < brightest < DARK:
+        return (
+            f"the brightest value of the samples is {brightest} of 255: if they are levels 0 .. {brightest}, bring "
+            f"them to 0 .. 255 first"
+        )
+    return None
 
 
 def as_plain(result: Result) -> dict[str, Any]:

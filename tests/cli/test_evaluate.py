@@ -151,6 +151,14 @@ def test_what_is_written_and_printed(evaluate, capsys, given):
     assert "fewer than" not in capsys.readouterr().out
 
 
+def test_grey_levels_that_were_not_brought_to_bytes_are_said(evaluate, given, capsys):
+    """The digits' own values 0 .. 16 are all but black."""
+    np.savez(given / "levels.npz", arr_0=np.stack([digits().value(i) for i in range(60)]).transpose(0, 2, 3, 1))
+    caveat = evaluate("levels.npz", "others.npz", "--metrics", "fid")["protocol"]["caveat"]
+    assert caveat.startswith("the brightest value of the samples is 16 of 255")
+    assert f"note: {caveat}" in capsys.readouterr().out
+
+
 def test_what_one_image_has_not_is_said(evaluate, capsys):
     found = evaluate("one.npz", "others.npz")
     assert set(found["values"]) == {
