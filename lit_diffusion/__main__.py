@@ -42,6 +42,17 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def wait_passively() -> None:
+    """Let the threads of OpenMP sleep while they wait for each other, unless the user says how they wait.
+
+    By themselves they spin for milliseconds. On cores that another program uses too they so take the time in which the
+    thread that they wait for could work; benchmarks/RESULTS.md has how much.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        # Read when torch is loaded: the first by GNU's library, the second by LLVM's and Intel's.
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0")
+
+
 def dispatch(arguments: Sequence[str]) -> None:
     """Run a command.
 
@@ -61,11 +72,7 @@ def dispatch(arguments: Sequence[str]) -> None:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {command!r}; {hint}")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # OpenMP's threads wait for each other by spinning for milliseconds. On cores that another program uses too,
-        # that made a training step here ten times slower; a shorter spin costs nothing on idle ones. It must be said
-        # before torch is imported.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    wait_passively()
     # Each command imports what it needs only once it is asked for.
     if command == "sample":
         from lit_diffusion.commands import sample

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffusion.data
 import lit_diffusion.methods  # noqa: F401 (short class names in YAML resolve once their modules are imported)
+from lit_diffusion import threads
 from lit_diffusion.arguments import in_order, last_value
 from lit_diffusion.callbacks import (
     EMA,
@@ -220,6 +221,7 @@ class CLI(LightningCLI):
         if section.eval.samples == "auto" and isinstance(self.inherited.get("eval", {}).get("samples"), int):
             # A continued run keeps the number that it was started with, so that its figures stay comparable.
             section["eval.samples"] = self.inherited["eval"]["samples"]
+        self._settle_threads(section)
         model = section.pop("model")
         with users_own_errors():
             self.config_init = self.parser.instantiate(self.config)
@@ -228,6 +230,16 @@ class CLI(LightningCLI):
         self.datamodule.seed = section.seed_everything
         self.model = self._build_model(section)
         self.trainer = self.instantiate_trainer()
+
+    def _settle_threads(self, section: Namespace) -> None:
+        """The number of threads, before any work: as given, else the run's own, else this machine's."""
+        here = threads.suggested(threads.local_processes(section.trainer.devices, section.trainer.accelerator))
+        own = self.inherited.get("trainer", {}).get("threads")
+        if section.trainer.threads is None:
+            section["trainer.threads"] = here if own is None else own
+        threads.use(section.trainer.threads)
+        if own is not None and section.trainer.threads == own != here:
+            print_note(f"trainer.threads {own} is the run's own; this machine would choose {here}")
 
     def _build_model(self, section: Namespace) -> Method:
         inherited = flatten(self.inherited)

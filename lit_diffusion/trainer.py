@@ -10,6 +10,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from lit_diffusion import threads as computing
 from lit_diffusion.errors import UserError
 from lit_diffusion.precision import BackboneMixedPrecision, PrecisionName, autocast_dtype
 from lit_diffusion.sharding import ShardedStrategy
@@ -45,6 +46,8 @@ class Trainer(pl.Trainer):
         compile: compile the backbone in place (the names in checkpoints stay as they are).
         cuda_graphs: while sampling, record the backbone's evaluation once and replay it (CUDA only); faster where the
             network is small for the GPU.
+        threads: of the CPU, for each process; null: this machine's, found once from its cores and written into
+            config.yaml as a number. The bits of sums depend on it: a run that goes on keeps its own.
         channels_last: keep the backbone's images as ``[B, H, W, C]`` in memory; faster for most convolutions.
         **kwargs: Lightning's own.
     """
@@ -57,8 +60,11 @@ class Trainer(pl.Trainer):
         compile: bool = False,
         cuda_graphs: bool = False,
         channels_last: bool = False,
+        threads: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if threads is not None:
+            computing.use(threads)
         self.autocast_dtype = autocast_dtype(precision)
         if max_images is not None and max_images < 1:
             raise UserError(f"trainer.max_images is {max_images}; give a positive number")

@@ -33,8 +33,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def all_cores():
+def all_cores(monkeypatch):
     """For a test that is the run that a user makes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(1)

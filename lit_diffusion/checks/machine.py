@@ -17,6 +17,7 @@ from lit_diffusion.checks import Finding, first_line, in_bytes, note, ok, proble
 SHARED_MEMORY = Path("/dev/shm")
 CPU_INFO = Path("/proc/cpuinfo")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+OWN_GROUPS = Path("/proc/self/cgroup")
 DRIVER = Path("/proc/driver/nvidia/version")
 LITTLE_SHARED = 10**9
 LITTLE_DISK = 10**9
@@ -27,13 +28,27 @@ FEW_FILES = 1024
 
 
 def cores() -> int:
-    """That this process may use: of a container with a quota fewer than there are."""
+    """That this process may use: of a container or a job with a quota fewer than there are."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    with suppress(OSError, ValueError):
-        quota, period = CPU_QUOTA.read_text().split()
-        if quota != "max":
-            return max(1, min(found, round(int(quota) / int(period))))
-    return found
+    return max(1, min([found, *map(round, quotas())]))
+
+
+def quotas() -> Iterator[float]:
+    """Cores that the control groups of this process, and those around them, leave to it: cgroups of version 2 and 1."""
+    own = {""}  # In a container the root that it sees is its own.
+    with suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            path = Path(line.split(":", 2)[-1].lstrip("/"))
+            own |= {str(each) for each in (path, *path.parents)}
+    for group in own:
+        with suppress(OSError, ValueError):
+            quota, period = (CPU_QUOTA.parent / group / CPU_QUOTA.name).read_text().split()
+            yield int(quota) / int(period)  # "max" is no number: no quota.
+        with suppress(OSError, ValueError):
+            folder = CPU_QUOTA.parent / "cpu" / group
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:
+                yield int(quota) / int(period)
 
 
 def cpu_flags() -> set[str]:
@@ -70,6 +85,32 @@ def processor() -> Iterator[Finding]:
         yield note("whether the CPU has bfloat16 cannot be seen here")
     else:
         yield note("the CPU has no bfloat16 of its own", "on it precision 32-true is faster than bf16-mixed")
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables that say how threads wait for each other."""
+
+
+def load() -> Iterator[Finding]:
+    """What other programs take of the cores, a quota, and how threads wait for each other meanwhile."""
+    mine, busy = cores(), os.getloadavg()[0]
+    limit = min(quotas(), default=None)
+    said = f"{busy:.1f} programs run or wait for a core, of {mine}"
+    if limit is not None:
+        said += f" (a quota of {limit:g} cores)"
+    waiting = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ) or "libraries' own"
+    active = os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "active"
+    if busy > 0.5 * mine:
+        yield note(said, "a step takes its share longer; the number of threads is never chosen by this")
+    else:
+        yield ok(said)
+    if active or os.environ.get("GOMP_SPINCOUNT", "").strip().lower().startswith("inf"):
+        yield warning(
+            f"threads wait for each other by spinning ({waiting}): beside another program a step takes far longer",
+            f"unset {' '.join(name for name in WAITING if name in os.environ)}, and they wait passively",
+        )
+    else:
+        yield ok(f"how threads wait for each other: {waiting}")
 
 
 def accelerators() -> Iterator[Finding]:

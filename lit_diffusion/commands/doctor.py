@@ -54,6 +54,7 @@ def findings(arguments: Sequence[str]) -> Iterator[Finding]:
         yield note("the machine and the recipe were not looked at", "mend the installation first")
         return
     yield from machine.processor()
+    yield from machine.load()
     yield from machine.accelerators()
     yield from machine.folders()
     yield from _recipe(arguments) if arguments else _no_recipe()

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import lit_diffusion.data
-from lit_diffusion.commands.options import choose_device, require_positive
+from lit_diffusion.commands.options import add_threads_option, choose_device, require_positive, use_threads
 from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.data.as_given import classes_as_given, images_as_given
 from lit_diffusion.data.source import Source
@@ -86,6 +86,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--batch_size", type=int, default=250, help="Images at a time.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add_threads_option(parser)
     parser.add_argument(
         "--out", type=str | None, default=None, help=f"NAME.json: values, errors, intervals, protocol. {RULE}"
     )
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     with users_own_errors():
         score_options = ScoreOptions(**{key: options[key] for key in ScoreOptions.__dataclass_fields__})
     out = None if options.out is None else output_path(options.out, (".json",))
+    use_threads(options)
     device = choose_device(options.device)
     source = images_as_given(options.samples)
     _say_notes(source)

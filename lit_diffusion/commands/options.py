@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from jsonargparse import Namespace
 
+from lit_diffusion import threads
 from lit_diffusion.checkpoints import load
 from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.errors import UserError
@@ -32,6 +33,23 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument("--compile", type=bool, default=False, help="Compile the backbone first; for many samples.")
     parser.add_argument("--cuda_graphs", type=bool, default=False, help="Record the backbone and replay it; CUDA only.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add_threads_option(parser)
+
+
+def add_threads_option(parser: Parser) -> None:
+    """The number of threads of the CPU, for :func:`use_threads`."""
+    parser.add_argument(
+        "--threads", type=int | None, default=None, help="Of the CPU; default: this machine's, from its cores."
+    )
+
+
+def use_threads(options: Namespace) -> None:
+    """Compute with as many threads as ``--threads`` says.
+
+    Raises:
+        UserError: if that is no number of threads.
+    """
+    threads.use(threads.suggested() if options.threads is None else options.threads, "--threads")
 
 
 def choose_device(given: str) -> torch.device:
@@ -51,8 +69,9 @@ def load_model(options: Namespace) -> Method:
     """The method that :func:`add_model_options` ask for, on its device.
 
     Raises:
-        UserError: for a checkpoint, weights or a device that cannot be used.
+        UserError: for a checkpoint, weights, a device or a number of threads that cannot be used.
     """
+    use_threads(options)
     method = load(options.ckpt_path, options.weights, choose_device(options.device))
     method.denoiser.autocast_dtype = autocast_dtype(options.precision)
     if options.compile:
