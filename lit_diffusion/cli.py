@@ -19,6 +19,7 @@ import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
@@ -150,7 +151,7 @@ class CLI(LightningCLI):
         """Whether the run that is in run_dir goes on."""
         ckpt_path, run_dir, resume = (last_value(rest, key) for key in ("ckpt_path", "run_dir", "resume"))
         if ckpt_path is None and (resume != "auto" or run_dir is None or not Path(run_dir, "checkpoints").is_dir()):
-            self.config = parser.parse_args([command, *rest])
+            self.config = _parsed(parser, [command, *rest])
             ckpt_path, run_dir, resume = (self.config[command].get(key) for key in ("ckpt_path", "run_dir", "resume"))
         self._hold(run_dir, wait=resume == "auto")  # Before its checkpoint is read.
         if resume == "auto":
@@ -160,7 +161,7 @@ class CLI(LightningCLI):
                 rest += ["--ckpt_path", ckpt_path]
         if ckpt_path is None:
             if not hasattr(self, "config"):
-                self.config = parser.parse_args([command, *rest])
+                self.config = _parsed(parser, [command, *rest])
             return
         if self.checkpoint is None:
             path, self.checkpoint = open_checkpoint(ckpt_path)
@@ -175,7 +176,7 @@ class CLI(LightningCLI):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint.yaml"
             path.write_text(yaml.safe_dump(self.inherited))
-            self.config = parser.parse_args([command, "--config", str(path), *rest])
+            self.config = _parsed(parser, [command, "--config", str(path), *rest])
 
     def _hold(self, run_dir: str | None, wait: bool = False) -> None:
         """Take the lock of a run's directory before anything in it is read or touched; of several processes the first.
@@ -330,8 +331,13 @@ class CLI(LightningCLI):
         if isinstance(others, bool) or others is None:
             others = []
         loggers = [self.run_logger, *(others if isinstance(others, list) else [others])]
-        trainer = super().instantiate_trainer(logger=False if fast else loggers)
+        try:
+            trainer = super().instantiate_trainer(logger=False if fast else loggers)
+        except (MisconfigurationException, ValueError, TypeError, KeyError, ImportError) as error:
+            raise UserError(f"Lightning refuses the keys of trainer: {' '.join(str(error).split())[:300]}") from error
         assert isinstance(trainer, Trainer)
+        if self.continues:  # Only now, when nothing is wrong with what was asked for.
+            self._set_lost_events_aside(Path(section.run_dir))
         if trainer.progress_bar_callback is not None:
             callbacks = callbacks_of(trainer)
             callbacks.remove(trainer.progress_bar_callback)
@@ -343,9 +349,6 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and run_dir is not None and self.checkpoint is not None:
             self.continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
         self._hold(section.run_dir)  # Where parse_arguments could not see it, below --ckpt_path in a file.
-        if self.continues:
-            assert run_dir is not None
-            self._set_lost_events_aside(run_dir)
         return RunLogger(
             experiment=self._experiment(section),
             config_text=self._config_text(section),
@@ -404,6 +407,14 @@ class CLI(LightningCLI):
         print_note(
             f"  more        python -m lit_diffusion sample --ckpt_path {checkpoint} --num_samples 64 --out samples.png"
         )
+
+
+def _parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+    config = parser.parse_args(arguments)
+    seed = config[arguments[0]].seed_everything
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything is {seed}; give a whole number from 0 to {2**32 - 1}")
+    return config
 
 
 def _made_again(checkpoint: dict[str, Any]) -> tuple[int, set[str]]:

@@ -429,6 +429,8 @@ def _nearest(typed: str, known: Iterable[str]) -> str | None:
     def likeness(name: str) -> float:
         same = typed.rpartition(".")[0] == name.rpartition(".")[0]
         one, other = (key.rpartition(".")[2] if same else key for key in (typed.lower(), name.lower()))
+        if one and other.startswith(one):  # Cut short.
+            return 0.99
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((one, other), (other, one)))
 
     best = max((name for name in known if name != typed), key=likeness, default=None)

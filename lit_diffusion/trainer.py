@@ -32,6 +32,28 @@ class _NeverSkipped(_FitLoop):
         return bool(self.trainer.limit_train_batches == 0)
 
 
+_CLOCK = "does nothing here: the clock is images seen; set trainer.max_images"
+_REPEATS = "would repeat the same images and noise; set trainer.max_images"  # Lightning begins the endless epoch again.
+
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "gradient_clip_val": ((None,), "does nothing here; set model.init_args.gradient_clip"),
+    "gradient_clip_algorithm": ((None,), "does nothing here; set model.init_args.gradient_clip"),
+    "accumulate_grad_batches": ((1,), "does nothing here; set data.micro_batch_size"),
+    "max_epochs": ((None, -1), _CLOCK),
+    "min_epochs": ((None,), _CLOCK),
+    "min_steps": ((None,), _CLOCK),
+    "limit_train_batches": ((None, 1.0), _REPEATS),
+    "overfit_batches": ((0.0, 0, None), _REPEATS),
+    "check_val_every_n_epoch": ((1, None), "does nothing here: a run is one epoch; set trainer.val_check_interval"),
+    "reload_dataloaders_every_n_epochs": ((0,), "does nothing here: a run is one epoch; leave it out"),
+    "inference_mode": ((None, False), "stays false here: samplers and likelihoods take gradients; leave it out"),
+    "use_distributed_sampler": ((None, False), "stays false here: the data share themselves out; leave it out"),
+    "barebones": ((False,), "would leave out the run's events and checkpoints; leave it out"),
+    "model_registry": ((None,), "does nothing here: checkpoints are files of the run; leave it out"),
+}
+"""Keys of Lightning's that its loop needs and this project's does not have: what they may be, and what to do."""
+
+
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """A Trainer's callbacks, in their order; Lightning sets them without declaring them."""
     return trainer.callbacks  # type: ignore[attr-defined]
@@ -75,18 +97,16 @@ class Trainer(pl.Trainer):
         self.compile = compile
         self.cuda_graphs = cuda_graphs
         self.channels_last = channels_last
-        for key in ("gradient_clip_val", "gradient_clip_algorithm"):
-            if kwargs.get(key) is not None:
-                raise UserError(f"trainer.{key} does nothing here; set model.init_args.gradient_clip")
-        if kwargs.get("accumulate_grad_batches", 1) != 1:
-            raise UserError("trainer.accumulate_grad_batches does nothing here; set data.micro_batch_size")
-        if kwargs.get("max_epochs") not in (None, -1):
-            raise UserError("trainer.max_epochs does nothing here: the clock is images seen; set trainer.max_images")
-        for key, neutral in (("limit_train_batches", 1.0), ("overfit_batches", 0.0)):
-            value = kwargs.get(key, neutral)
-            if value not in (None, neutral) or (type(value) is int and value > 0):  # 1 is one batch, 1.0 is all of them
-                # Lightning would begin the endless epoch again: the same images with the same noise.
-                raise UserError(f"trainer.{key} would repeat the same images and noise; set trainer.max_images")
+        for key, (accepted, advice) in REFUSED.items():
+            value = kwargs.get(key, accepted[0])
+            if not any(value == other and type(value) is type(other) for other in accepted):  # 1 is not 1.0
+                raise UserError(f"trainer.{key} {advice} (it is {value})")
+        interval = kwargs.get("val_check_interval")
+        if interval not in (None, 1.0) and (not isinstance(interval, int) or interval < 1):
+            raise UserError(
+                f"trainer.val_check_interval is {interval}; a run is one endless epoch, which has no parts: give after "
+                f"how many steps the held-out loss is measured, a positive whole number"
+            )
         strategy = kwargs.get("strategy", "auto")
         if strategy == "fsdp":
             kwargs["strategy"] = ShardedStrategy()
