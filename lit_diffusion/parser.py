@@ -72,11 +72,11 @@ class Parser(LightningArgumentParser):
         # A key is given by its name: one that is cut short would count without being where its name is looked for.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.of_class: type | None = None
-        """The class whose arguments these are, where it is one class's parser."""
+        """The class whose arguments these are, where it is the parser of a class in a configuration."""
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's; remembers the class."""
-        if nested_key is None:
+        if nested_key is None and not self.exit_on_error:
             self.of_class = theclass
         return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
 
@@ -205,7 +205,9 @@ def _no_such_key(parser: Parser, key: str, match: re.Match[str], message: str) -
     if parent is not None:
         return _nothing_below(parser, parent, wrong[len(parent) + 1 :])
     if parser.of_class is None:
-        return _Refusal("", f"there is no key {wrong!r}{_guess(wrong, keys, _known_elsewhere(parser))}")
+        return _Refusal(
+            "", f"there is no key {wrong!r}{_guess(wrong, keys, _known_elsewhere(parser)) or '; --help lists the keys'}"
+        )
     if parser.of_class in _families().values():
         return _Refusal(
             key, f"<key>: {wrong!r} is given and no class; give class_path, {_one_of(class_names([parser.of_class]))}"
@@ -442,7 +444,7 @@ def _guess(typed: str, own: Sequence[str], elsewhere: Sequence[str] = ()) -> str
     inside = [key for key in (*own, *elsewhere) if key.endswith(f".{typed}")]
     own, elsewhere = ([key for key in keys if not typed.startswith(f"{key}.")] for keys in (own, elsewhere))
     near = inside[0] if inside else (_nearest(typed, own) or _nearest(typed, elsewhere))
-    return f"; did you mean {near!r}?" if near else ("; --help lists the keys" if elsewhere else "")
+    return f"; did you mean {near!r}?" if near else ""
 
 
 # ---- what a key takes, in words ----------------------------------------------------------------------------------

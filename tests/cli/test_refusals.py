@@ -191,3 +191,31 @@ def test_what_lightning_would_break_on_leaves_nothing_behind(typed, workdir):
     line = refusal(dispatch, ["fit", "--config", "tiny.yaml", *typed.split(" ")])
     assert typed.split(" ")[0].lstrip("-").rpartition(".")[2] in line
     assert [path.name for path in workdir.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("smaple", ["there is no command 'smaple'; did you mean 'sample'?"]),
+        ("sample", ["not given: ckpt_path, num_samples, out"]),
+        ("sample --num_samples x", ["num_samples is 'x'; it must be a whole number"]),
+        ("sample --num_sample 3", ["there is no key 'num_sample'; did you mean 'num_samples'?"]),
+        ("sample --num_samples", ["--num_samples needs a value"]),
+        ("sample stray --num_samples 3 --ckpt_path a --out b.npz", ["'stray' is no argument here"]),
+        ("evaluate", ["not given: samples, reference"]),
+        ("evaluate --samples a --reference b --metric x", ["there is no key 'metric'; did you mean 'metrics'?"]),
+        ("evaluate --samples a --reference b --extractor inc", ["extractor is 'inc'; it must be one of 'auto'"]),
+        ("interpolate --pears 3", ["there is no key 'pears'; did you mean 'pairs'?"]),
+        ("gallery --count x", ["count is 'x'; it must be a whole number"]),
+        ("report a b", ["'b' is no argument here"]),
+        ("report a --outt x", ["there is no key 'outt'; did you mean 'out'?"]),
+        ("wandb-sync a --projct x", ["there is no key 'projct'; did you mean 'project'?"]),
+        ("fetch dat x", ["fetch takes what and its name"]),
+        ("predict --bogus 3", ["there is no key 'bogus'; --help lists the keys"]),
+    ],
+)
+def test_every_command_says_what_is_wrong_with_its_arguments(typed, said, workdir):
+    line = refusal(dispatch, typed.split(" "))
+    for words in said:
+        assert words in line
+    assert [path.name for path in workdir.iterdir()] == ["tiny.yaml"]
