@@ -68,7 +68,7 @@ mean."""
 def _index(process: Process, level: Level) -> Tensor:
     if process.levels is None:
         raise UserError("noise_input 'index' needs a process with levels; continuous time has no index")
-    return level.t * process.levels - 1.0
+    return (level.t * process.levels - 1.0).clamp(0.0, process.levels - 1.0)
 
 
 NOISE_INPUTS: dict[str, Callable[[Process, Level], Tensor]] = {
@@ -79,7 +79,7 @@ NOISE_INPUTS: dict[str, Callable[[Process, Level], Tensor]] = {
     "time_999": lambda process, level: 999.0 * level.t,
 }
 """``c_noise`` by name: what the backbone is told of the noise level. ``index`` is DDPM's t - 1, 0 .. levels - 1 on the
-grid and interpolated between its points."""
+grid and interpolated between its points; no time is told as another than these."""
 
 
 @dataclass(frozen=True)

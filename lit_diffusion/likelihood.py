@@ -30,7 +30,7 @@ from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain, bound_term, gaussian_kl
 from lit_diffusion.samplers.base import CountedDenoiser, Spacing, at_time, subsequence
-from lit_diffusion.samplers.ode import integrate, refuse_grid_only, require_tolerances
+from lit_diffusion.samplers.ode import integrate, refuse_grid_only, require_tolerances, row_norm
 
 Trace = Literal["hutchinson", "exact"]
 Probe = Literal["rademacher", "gaussian"]
@@ -63,7 +63,7 @@ class FlowLikelihood:
         terminal: ``log p_1(x_1)``, ``[B]``.
         trace: the integral of the velocity's divergence, ``[B]``.
         x_1: where the ODE takes the data, ``[B, ...]``.
-        evaluations: network evaluations, each with its backward passes.
+        evaluations: network evaluations of the datum that needs the most, each with its backward passes.
     """
 
     log_prob: Tensor
@@ -100,16 +100,18 @@ def flow_log_prob(
         probes: how many, averaged.
         rtol: relative tolerance of the solver.
         atol: absolute tolerance of the solver.
-        t_min: where the data are; None for the smallest time of the process.
+        t_min: where the data are taken to be, no earlier than the smallest time of the process; None: there.
         terminal_log_prob: ``log p_1`` of ``[B, ...]``; None for the process's prior.
-        on_time: called with the time whenever a step of the solver is done.
+        on_time: called after every step of the solver with the time of the datum that has the farthest to go.
 
     Raises:
-        UserError: for a network that knows no time between its levels, an exact trace in too many dimensions, or a
-            solver that fails.
+        UserError: for a network that knows no time between its levels, a time that it has not learned, an exact trace
+            in too many dimensions, or a solver that fails.
     """
     refuse_grid_only(denoiser, "the ODE's likelihood")
     require_tolerances(rtol, atol)
+    start = denoiser.process.t_min if t_min is None else t_min
+    denoiser.process.require_time("t_min", start)
     shape, dimension = x.shape, x[0].numel()
     if trace == "exact" and dimension > LARGEST_EXACT:
         raise UserError(f"trace: exact takes {dimension} backward passes an evaluation; choose hutchinson")
@@ -120,10 +122,10 @@ def flow_log_prob(
             vector = noise.normal() if probe == "gaussian" else torch.where(noise.uniform() < 0.5, -1.0, 1.0)
             vectors.append(vector.view(shape).to(torch.float64))
 
-    def slope(t: float, state: Tensor) -> Tensor:
+    def slope(t: Tensor, state: Tensor) -> Tensor:
         with torch.enable_grad():
             position = state[:, :dimension].reshape(shape).detach().requires_grad_()
-            velocity = counted(position, at_time(position, t), cond).velocity
+            velocity = counted(position, t, cond).velocity
             if trace == "exact":
                 flat = velocity.flatten(1)
                 divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -136,19 +138,22 @@ def flow_log_prob(
                     (row,) = torch.autograd.grad((velocity * vector).sum(), position, retain_graph=k + 1 < len(vectors))
                     products.append((row * vector).flatten(1).sum(1))
                 divergence = torch.stack(products).mean(0)
-        return torch.cat((velocity.detach().flatten(1), divergence[:, None]), dim=1)
+        return torch.cat((velocity.detach().flatten(1), divergence[:, None] / dimension), dim=1)
+
+    def norm(error: Tensor) -> Tensor:
+        # The tolerances hold for the state and for the nats a dimension, however many dimensions there are.
+        return torch.maximum(row_norm(error[:, :dimension]), error[:, -1].abs())
 
     begin = torch.cat((x.flatten(1).double(), torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)), dim=1)
-    start = denoiser.process.t_min if t_min is None else t_min
 
-    def on_accept(t: float, state: Tensor) -> None:
+    def on_step(t: float, state: Tensor) -> None:
         if on_time is not None:
             on_time(t)
 
-    end = integrate(denoiser.process, slope, begin, (start, 1.0), rtol, atol, on_accept)[-1]
-    x_1 = end[:, :dimension].view(shape)
+    end = integrate(denoiser.process, slope, begin, (start, 1.0), rtol, atol, on_step, norm)[-1]
+    x_1, divergence = end[:, :dimension].view(shape), dimension * end[:, -1]
     terminal = denoiser.process.prior_log_prob(x_1) if terminal_log_prob is None else terminal_log_prob(x_1)
-    return FlowLikelihood(terminal + end[:, -1], terminal, end[:, -1], x_1, counted.evaluations)
+    return FlowLikelihood(terminal + divergence, terminal, divergence, x_1, counted.evaluations)
 
 
 @dataclass(frozen=True)

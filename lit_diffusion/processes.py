@@ -143,7 +143,7 @@ class Process(nn.Module, ABC):
         """The time at which the noise-to-signal ratio ``sigma / alpha`` is the given one.
 
         Raises:
-            UserError: if the process never has that ratio in (0, 1].
+            UserError: if the process does not have that ratio from its smallest time to 1.
         """
 
         def ratio(t: float) -> float:
@@ -151,13 +151,31 @@ class Process(nn.Module, ABC):
 
         if sigma > 0.0:
             t = float(self.t_at_log_snr(torch.tensor(-2.0 * math.log(sigma), dtype=torch.float64)))
-            t = min(max(t, 1e-12), 1.0)  # Both ends belong to the process, whichever way they were rounded.
-            if abs(ratio(t) / sigma - 1.0) < 1e-6:
+            # Both ends belong to the process, whichever way they were rounded.
+            t = min(max(t, 1e-12 if self.levels is None else self.t_min), 1.0)
+            # In continuous time the smallest level may be the limit at 0, as good as that at the smallest time.
+            if abs(ratio(t) / sigma - 1.0) < 1e-6 and ratio(self.t_min) < 1.001 * sigma:
                 return t
         raise UserError(
             f"noise level {sigma:g} is outside this process, whose levels run from {ratio(self.t_min):g} "
             f"(at its smallest time) to {ratio(1.0):g}"
         )
+
+    def require_time(self, key: str, t: float) -> None:
+        """Refuse a time that no network learns on this process.
+
+        Args:
+            key: that gives the time, for the message.
+            t: the time.
+
+        Raises:
+            UserError: unless ``t_min <= t < 1``; on a grid t_min is the first grid point.
+        """
+        if not self.t_min * (1.0 - 1e-9) <= t < 1.0:
+            where = "" if self.levels is None else f", the first of its {self.levels} levels"
+            raise UserError(
+                f"{key} is {t:g}; this model knows the times from {self.t_min:g}{where}, to 1: give one of them below 1"
+            )
 
     def drift(self, t: Tensor) -> Tensor:
         """``f(t)`` of the SDE ``dx = f(t) x dt + g(t) dw``."""

@@ -372,8 +372,6 @@ class Evaluator(Drawing):
         )
         if method.num_classes is not None:
             result.protocol["labels"] = f"as in the {'training' if self.reference == 'train' else 'held-out'} data"
-        if caveat := walk.caveat():
-            result.protocol["caveat"] = caveat
         if self._datamodule(trainer).flip:
             result.protocol["reference_mirrored"] = False  # Half of what such a model learns to make is not in it.
         self._record(trainer, method, result, kept, time.perf_counter() - began)

@@ -28,12 +28,13 @@ from lit_diffusion.likelihood import (
 )
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics import Moments, frechet_distance
+from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
-from lit_diffusion.samplers.base import CountedDenoiser, Spacing, at_time
-from lit_diffusion.samplers.ode import TIGHT, integrate, refuse_grid_only
+from lit_diffusion.samplers.base import CountedDenoiser, Spacing
+from lit_diffusion.samplers.ode import integrate, refuse_grid_only
 
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
 
@@ -95,13 +96,14 @@ class Likelihood(pl.Callback):
         probes: how many of them an image.
         rtol: relative tolerance of the ODE's solver.
         atol: absolute tolerance of the ODE's solver.
-        t_min: the smallest time of the ODE; null: that of the process.
+        t_min: the smallest time of the ODE, no earlier than that of the process; null: that.
         bound_steps: steps of the chain that is bounded; null: those of the method's sampler where that is ancestral,
             else every level of the model, or 1000 in continuous time.
         bound_sampled: evaluate so many of its terms an image, at random; null: all.
         bound_variance: of its reverse steps: ``beta``, ``beta_tilde`` or ``learned``; null: of the method's sampler
             where that is ancestral, else of the method. The chain's ``clip_x0`` is the sampler's as well, or ``data``.
-        smallest_times: of the figure.
+        smallest_times: of the figure, none earlier than that of the process; null: those of 1e-1, 1e-2, ... 1e-5 that
+            are not.
         samples: generated for its Frechet distance.
     """
 
@@ -119,7 +121,7 @@ class Likelihood(pl.Callback):
         bound_steps: int | None = None,
         bound_sampled: int | None = None,
         bound_variance: ReverseVariance | None = None,
-        smallest_times: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+        smallest_times: tuple[float, ...] | None = None,
         samples: int = 1000,
     ) -> None:
         for metric in metrics or []:
@@ -131,7 +133,7 @@ class Likelihood(pl.Callback):
                 raise UserError(f"likelihood.{key} is {value}; give a positive number")
         if samples < 2:
             raise UserError(f"likelihood.samples is {samples}; a Frechet distance needs at least 2")
-        for time in (*smallest_times, *(() if t_min is None else (t_min,))):
+        for time in (*(smallest_times or ()), *(() if t_min is None else (t_min,))):
             if not 0.0 < time < 1.0:
                 raise UserError(f"likelihood: a smallest time of {time:g} is not between 0 and 1")
         self.metrics = metrics
@@ -146,11 +148,28 @@ class Likelihood(pl.Callback):
         self.bound_steps = bound_steps
         self.bound_sampled = bound_sampled
         self.bound_variance = bound_variance
-        self.smallest_times = tuple(sorted(set(smallest_times), reverse=True))
+        self.smallest_times = smallest_times
+        self._times_drawn: list[float] = []
         self.samples = samples
         self._applied = ExitStack()
 
     # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse times that the model does not know, in training, too."""
+        assert isinstance(pl_module, Method)
+        self.check_times(pl_module.denoiser.process)
+
+    def check_times(self, process: Process) -> None:
+        """Refuse times that the network of a model on this process does not learn.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if self.t_min is not None:
+            process.require_time("likelihood.t_min", self.t_min)
+        for time in self.smallest_times or ():
+            process.require_time("likelihood.smallest_times", time)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out what can be measured before measuring any of it, and give the model the weights."""
@@ -184,8 +203,8 @@ class Likelihood(pl.Callback):
                     require_chain(method.denoiser, metric)
                 else:
                     refuse_grid_only(method.denoiser, metric)
-                if metric == "smallest_time" and method.denoiser.process.levels is not None:
-                    raise UserError("smallest_time: this model's smallest time is that of its first level")
+                if metric == "smallest_time":
+                    self._times_drawn = self._times_to_draw(method.denoiser.process)
             except UserError as error:
                 if self.metrics is not None:
                     raise
@@ -194,11 +213,20 @@ class Likelihood(pl.Callback):
             chosen.append(metric)
         return chosen
 
+    def _times_to_draw(self, process: Process) -> list[float]:
+        """From the largest to the smallest."""
+        if process.levels is not None:
+            raise UserError("smallest_time: this model's smallest time is that of its first level")
+        given = self.smallest_times
+        if given is None:
+            return [time for time in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5) if time >= process.t_min]
+        return sorted(set(given), reverse=True)
+
     def _reset(self) -> None:
         self._ode, self._bound, self._prior, self._decoder, self._kl = (_Mean() for _ in range(5))
         self._by_step: Tensor | None = None
         self._times = torch.zeros(0)
-        self._by_time = [_Mean() for _ in self.smallest_times]
+        self._by_time = [_Mean() for _ in self._times_drawn]
         self._evaluations: list[int] = []
 
     def on_test_batch_end(
@@ -220,7 +248,7 @@ class Likelihood(pl.Callback):
         if "bpd_bound" in self._chosen:
             self._add_bound(trainer, pl_module, batch, f"{name}: bound")
         if "smallest_time" in self._chosen:
-            for time, mean in zip(self.smallest_times, self._by_time, strict=True):
+            for time, mean in zip(self._times_drawn, self._by_time, strict=True):
                 mean.add(self._bits_by_ode(trainer, pl_module, batch, time, f"{name}: ODE from {time:g}"))
 
     def _noise(self, method: Method, batch: Batch) -> SampleNoise:
@@ -332,9 +360,7 @@ class Likelihood(pl.Callback):
     @property
     def _ode_protocol(self) -> dict[str, Any]:
         trace = self.trace if self.trace == "exact" else f"hutchinson, {self.probes} {self.probe}"
-        tolerance = max(self.rtol, self.atol)
-        loose = {} if tolerance <= TIGHT else {"caveat": f"tolerance {tolerance:g}: batches may matter"}
-        return {**self._protocol, "trace": trace, "rtol": self.rtol, "atol": self.atol, **loose}
+        return {**self._protocol, "trace": trace, "rtol": self.rtol, "atol": self.atol}
 
     def _report_ode(self, trainer: pl.Trainer, run: RunLogger | None) -> float:
         mean, error, count = self._ode.result(trainer)
@@ -394,7 +420,7 @@ class Likelihood(pl.Callback):
         bits = [mean.result(trainer)[0] for mean in self._by_time]
         facts = method.require_facts()
         distances = self._frechet_by_time(trainer, method) if facts.is_image else None
-        times = list(self.smallest_times)
+        times = self._times_drawn
         for position, time in enumerate(times):
             distance = "" if distances is None else f", fd/pixels-{self.samples} {distances[position]:.4f}"
             print_note(f"  smallest time {time:<8g} bits/dim by the ODE {bits[position]:.4f}{distance}")
@@ -427,7 +453,7 @@ class Likelihood(pl.Callback):
         def pixels(x: Tensor) -> Tensor:
             return torch.from_numpy(to_uint8(x, facts)).flatten(1).double() / 255.0
 
-        made = [Moments(dimension) for _ in self.smallest_times]
+        made = [Moments(dimension) for _ in self._times_drawn]
         denoiser = CountedDenoiser(method.denoiser)
         mine = torch.arange(self.samples)[trainer.global_rank :: trainer.world_size]
         parts = mine.split(250)
@@ -436,11 +462,11 @@ class Likelihood(pl.Callback):
                 noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape)
                 cond = method.condition_by_counts(indices, self.seed, facts.class_counts)
 
-                def velocity(t: float, x: Tensor, cond: Any = cond) -> Tensor:
-                    return denoiser(x, at_time(x, t), cond).velocity
+                def velocity(t: Tensor, x: Tensor, cond: Any = cond) -> Tensor:
+                    return denoiser(x, t, cond).velocity
 
                 x = (process.prior_std * noise.normal()).double()
-                states = integrate(process, velocity, x, (1.0, *self.smallest_times), self.rtol, self.atol)[1:]
+                states = integrate(process, velocity, x, (1.0, *self._times_drawn), self.rtol, self.atol)[1:]
                 for moments, state in zip(made, states, strict=True):
                     moments.add(pixels(method.decode(state.float())))
                 bar.update(1)

@@ -136,8 +136,6 @@ class Samples(Drawing):
             "seed": self.seed,
             "network_evaluations": method.sampler.evaluations,
         }
-        if caveat := method.sampler.caveat():
-            values["caveat"] = caveat
         if method.sampler.strays.count:
             values["strays"] = asdict(method.sampler.strays)
         x = in_their_order([x for x, _ in shares])

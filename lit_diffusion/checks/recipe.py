@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor, nn
 
-from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, NoiseLevels, Samples, Telemetry
+from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
 from lit_diffusion.callbacks.ema import choose_average
 from lit_diffusion.checks import Finding, first_line, in_bytes, machine, note, ok, problem, warning
 from lit_diffusion.cli import CLI
@@ -443,6 +443,12 @@ def samplers(recipe: Recipe) -> Iterator[Finding]:
     yield ok(f"sampler {type(method.sampler).__name__} fits the model")
 
 
+def likelihoods(recipe: Recipe) -> Iterator[Finding]:
+    """Whether the model knows the times that `test` would measure at."""
+    recipe.callback(Likelihood).check_times(recipe.method.denoiser.process)
+    yield from ()
+
+
 def evaluation(recipe: Recipe) -> Iterator[Finding]:
     """Whether the figures that are asked for can be had."""
     evaluator, method, facts = recipe.callback(Evaluator), recipe.method, recipe.data.facts
@@ -630,6 +636,7 @@ CHECKS: tuple[Check, ...] = (
     cadences,
     batches,
     samplers,
+    likelihoods,
     evaluation,
     precision,
     compiling,

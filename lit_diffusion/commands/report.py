@@ -324,7 +324,7 @@ def _pictures(pictures: Sequence[tuple[Event, bytes]], wanted: Callable[[str], b
         name, caption = event["name"], str(event.get("caption", ""))
         if not wanted(name):
             continue
-        settings = {key: value for key, value in event.items() if key in ("network_evaluations", "caveat")}
+        settings = {key: value for key, value in event.items() if key == "network_evaluations"}
         about = "; ".join([caption, *(f"{key.replace('_', ' ')} {_text(value)}" for key, value in settings.items())])
         title = str({**SAMPLES, **FIGURES}.get(name, name))
         cards.append(

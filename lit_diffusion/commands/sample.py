@@ -107,8 +107,6 @@ def main(arguments: Sequence[str]) -> None:
             number = int(labels[0])
             said = f"all {number}" + (f" ({facts.class_names[number]})" if facts.class_names else "")
         sys.stdout.write(f"labels: {said}\n")
-    if caveat := sampler.caveat():
-        sys.stdout.write(f"note: {caveat}\n")
     if facts.is_image and out.suffix.lower() == ".png" and (shown := about_shown(facts.shape[0])):
         sys.stdout.write(f"note: {shown}\n")
 

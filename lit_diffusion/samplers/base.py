@@ -133,10 +133,6 @@ class Sampler(ABC):
             UserError: with the reason.
         """
 
-    def caveat(self) -> str | None:
-        """What the protocol of its samples has to say beyond the sampler's keys, None for nothing."""
-        return None
-
     def start(self, process: Process, noise: SampleNoise) -> Tensor:
         """The first state, by default from the prior ``N(0, prior_std^2 I)``."""
         return process.prior_std * noise.normal()

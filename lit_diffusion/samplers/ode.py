@@ -5,6 +5,7 @@ r"""The probability-flow ODE, whose solutions have the marginals of the SDE (Son
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,13 +14,10 @@ from torch import Tensor
 from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import ClipX0, Denoiser, require_clip
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import Process
+from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers.base import Move, OnStep, Progress, Sampler, at_time, denoised
-from lit_diffusion.samplers.sde import ToTheSmallestTime
-
-TIGHT = 1e-5
-"""Up to this tolerance samples made in different batches agree to a grey level."""
+from lit_diffusion.samplers.sde import LargeSteps, ToTheSmallestTime
 
 
 def flow_rate(process: Process, t: Tensor) -> Tensor:
@@ -36,10 +34,18 @@ class FixedSteps(ToTheSmallestTime):
         denoise: end with the posterior mean at the smallest time, one more evaluation.
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
+        large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
+            :class:`~lit_diffusion.samplers.sde.ToTheSmallestTime`.
     """
 
-    def __init__(self, steps: int | None = None, denoise: bool = False, clip_x0: ClipX0 = "data") -> None:
-        super().__init__(steps, denoise, clip_x0)
+    def __init__(
+        self,
+        steps: int | None = None,
+        denoise: bool = False,
+        clip_x0: ClipX0 = "data",
+        large_steps: LargeSteps = "refuse",
+    ) -> None:
+        super().__init__(steps, denoise, clip_x0, large_steps)
 
 
 class Euler(FixedSteps):
@@ -50,6 +56,8 @@ class Euler(FixedSteps):
         denoise: end with the posterior mean at the smallest time, one more evaluation.
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
+        large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
+            :class:`~lit_diffusion.samplers.sde.ToTheSmallestTime`.
     """
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
@@ -65,6 +73,8 @@ class Heun(FixedSteps):
         denoise: end with the posterior mean at the smallest time, one more evaluation.
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
+        large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
+            :class:`~lit_diffusion.samplers.sde.ToTheSmallestTime`.
     """
 
     def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
@@ -76,68 +86,138 @@ class Heun(FixedSteps):
         return x + (0.5 * (move.s - move.t)) * (first + second)
 
 
-def largest_row_norm(x: Tensor) -> Tensor:
-    """The largest root mean square of a row: with it a batch is solved as precisely as its hardest sample asks for."""
-    return x.flatten(1).square().mean(1).max().sqrt()
+def row_norm(x: Tensor) -> Tensor:
+    """Root mean square of each row of ``[B, ...]``: ``[B]``."""
+    return x.flatten(1).square().mean(1).sqrt()
+
+
+NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+"""``c_2 .. c_7`` of Dormand and Prince's method; ``c_1`` is 0."""
+
+STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+"""``a_ij`` of the same; the last row is also the solution of order 5."""
+
+ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+"""The solution of order 5 less the embedded one of order 4."""
 
 
 def integrate(
     process: Process,
-    velocity: Callable[[float, Tensor], Tensor],
+    velocity: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     times: Sequence[float],
     rtol: float,
     atol: float,
-    on_accept: Callable[[float, Tensor], None] | None = None,
+    on_step: Callable[[float, Tensor], None] | None = None,
+    norm: Callable[[Tensor], Tensor] = row_norm,
 ) -> Tensor:
     r"""The solution of ``dx/dt = velocity(t, x)`` at some times, by Dormand and Prince's method of order 5.
 
-    The solver's own variable is ``u = log(sigma / alpha)``, in which it sees ``velocity / (du/dt)``. In t the
+    .. math::
+        k_i &= F\Big(u + c_i h,\; y + h \sum_{j < i} a_{ij} k_j\Big), \quad i = 1 .. 7, \qquad
+        y' = y + h \sum_{j < 7} a_{7j} k_j, \\
+        e &= \Big\| \frac{h \sum_i \hat e_i k_i}{atol + rtol \max(|y|, |y'|)} \Big\|, \qquad
+        h' = h \min\big(10, \max(0.2,\, 0.9\, e^{-1/5})\big)
+
+    A step is accepted where ``e <= 1``, and its last slope is the first of the next one (Dormand and Prince 1980, "A
+    family of embedded Runge-Kutta formulae", https://doi.org/10.1016/0771-050X(80)90013-3; step sizes and the first of
+    them: Hairer, Norsett and Wanner 1993, "Solving Ordinary Differential Equations I", section II.4).
+
+    Every row is a problem of its own: it has its own time, step, error and verdict, so what becomes of it does not
+    depend on the batch. All rows are evaluated together, each at its own time; one that has arrived stays where it is
+    and is evaluated there until the last has arrived, so that the network sees one shape of batch throughout.
+
+    The solver's own variable is ``u = log(sigma / alpha)``, in which it sees ``F = velocity / (du/dt)``. In t the
     velocity of a process that is given by betas jumps at every level, which no error estimate foresees, and that of a
     variance-preserving one is singular at 0; in u both are smooth.
 
     Args:
         process: whose times they are.
-        velocity: of the time and the state.
+        velocity: of the times ``[B]`` and the state ``[B, ...]``.
         x: the state at the first of the times, ``[B, ...]`` in float64.
-        times: rising or falling.
+        times: rising or falling; every row steps onto each of them.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
-        on_accept: called with the time and the state at the beginning of every accepted step.
+        on_step: called after every step with the time of the row that has the farthest to go, and the state.
+        norm: of the rows of an error that is scaled by the tolerances, ``[B, ...]`` to ``[B]``.
 
     Returns:
         ``[len(times), B, ...]``.
 
     Raises:
-        UserError: if the solver's step vanishes: the model's output is not finite, or the problem too stiff.
+        UserError: if a row's step vanishes: the model's output is not finite, or the problem too stiff.
     """
-    from torchdiffeq import odeint
-
-    earliest, latest = min(times), max(times)
     wanted = -0.5 * process.log_snr(torch.tensor(times, dtype=torch.float64, device=x.device))
+    earliest, latest = min(times), max(times)
+    sign = 1.0 if times[-1] > times[0] else -1.0
 
     def time_of(u: Tensor) -> Tensor:
-        # The solver's first guess of a step may lie beyond the end, where the process need not be defined.
+        # The first guess of a step may lie beyond the end, where the process need not be defined.
         return process.t_at_log_snr(-2.0 * u).clamp(earliest, latest)
 
-    class Field(torch.nn.Module):
-        def forward(self, u: Tensor, y: Tensor) -> Tensor:
-            t = time_of(u)
-            return velocity(float(t), y) / flow_rate(process, t)
+    def slope(u: Tensor, y: Tensor) -> Tensor:
+        t = time_of(u)
+        return velocity(t, y) / expand_like(sign * flow_rate(process, t), y)  # Along the way: h is positive.
 
-        def callback_accept_step(self, u: Tensor, y: Tensor, du: Tensor) -> None:
-            if on_accept is not None:
-                on_accept(float(time_of(u)), y)
+    def scaled(difference: Tensor, *states: Tensor) -> Tensor:
+        largest = torch.stack([state.abs() for state in states]).amax(0)
+        return norm(difference / (atol + rtol * largest)).nan_to_num(nan=math.inf)
 
-    # It must step onto these times; otherwise it steps past them and interpolates.
-    options = {"norm": largest_row_norm, "step_t": wanted[1:]}
-    try:
-        return odeint(Field(), x, wanted, rtol=rtol, atol=atol, method="dopri5", options=options)
-    except AssertionError as error:
-        raise UserError(
-            f"the ODE solver gave up ({error}): the model's output is not finite, or the tolerances rtol {rtol:g} and "
-            f"atol {atol:g} are too tight for it; loosen them or use other weights"
-        ) from error
+    u, goal = wanted[:1].repeat(len(x)), torch.ones(len(x), dtype=torch.int64, device=x.device)
+    solution = torch.stack([x] * len(times))
+    first = slope(u, x)
+    size, steepness = scaled(x, x), scaled(first, x)
+    trial = torch.where((size < 1e-5) | (steepness < 1e-5), 1e-6, 0.01 * size / steepness)
+    trial = torch.minimum(trial, (wanted[1] - wanted[0]).abs())
+    bend = scaled(slope(u + sign * trial, x + expand_like(trial, x) * first) - first, x) / trial
+    hardest = torch.maximum(steepness, bend)
+    h = torch.where(hardest <= 1e-15, (1e-3 * trial).clamp(min=1e-6), (0.01 / hardest) ** 0.2)
+    h = torch.minimum(100.0 * trial, h)
+    while bool((goal < len(times)).any()):
+        underway = goal < len(times)
+        if bool((underway & ~(h > 1e-12)).any()):
+            raise UserError(
+                f"the ODE solver gave up at time {float(time_of(u)[underway & ~(h > 1e-12)][0]):.4g}, where its step "
+                f"vanishes: the model's output is not finite, or the tolerances rtol {rtol:g} and atol {atol:g} are "
+                f"too tight for it; loosen them or use other weights"
+            )
+        target = wanted[goal.clamp(max=len(times) - 1)]
+        left = (target - u).abs()
+        step = torch.minimum(h, left)  # 0 of a row that has arrived.
+        slopes, y = [first], x
+        for node, weights in zip(NODES, STAGES, strict=True):
+            y = x + expand_like(step, x) * _combined(weights, slopes)
+            slopes.append(slope(u + sign * node * step, y))
+        error = scaled(expand_like(step, x) * _combined(ERROR, slopes), x, y)
+        accepted, lands = underway & (error <= 1.0), step == left
+        factor = (0.9 * error**-0.2).clamp(0.2, 10.0)
+        # A step that was cut to land on a time says nothing against the longer one that was planned.
+        h = torch.where(accepted & lands, torch.maximum(h, step * factor), step * factor)
+        u = torch.where(accepted, torch.where(lands, target, u + sign * step), u)
+        wide = accepted.view(-1, *[1] * (x.ndim - 1))
+        x, first = torch.where(wide, y, x), torch.where(wide, slopes[-1], first)
+        arrived = (accepted & lands).nonzero()[:, 0]
+        solution[goal[arrived], arrived] = x[arrived]
+        goal[arrived] += 1
+        if on_step is not None:
+            on_step(float(time_of((u * sign).min() * sign)), x)
+    return solution
+
+
+def _combined(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """``sum_j w_j k_j``."""
+    total = weights[0] * slopes[0]
+    for weight, slope in zip(weights[1:], slopes[1:], strict=True):
+        if weight != 0.0:
+            total = total + weight * slope
+    return total
 
 
 def require_tolerances(rtol: float, atol: float) -> None:
@@ -166,16 +246,16 @@ def refuse_grid_only(denoiser: Denoiser, what: str) -> None:
 
 
 class ProbabilityFlow(Sampler):
-    """The probability-flow ODE by Dormand and Prince's adaptive method (torchdiffeq), in float64.
+    """The probability-flow ODE by Dormand and Prince's adaptive method in float64, see :func:`integrate`.
 
-    A batch takes the steps that its hardest sample needs, so a sample depends on its company within the tolerance:
-    not by a grey level at 1e-5 or tighter.
+    Every sample chooses its own steps, so it does not depend on the batch that it is made in; the evaluations that are
+    counted are those of the sample that needs the most.
 
     Args:
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
         denoise: end with the posterior mean at the smallest time, one more evaluation.
-        t_end: where to stop; null: the smallest sampling time of the process.
+        t_end: where to stop, a time that the model has learned; null: the smallest sampling time of the process.
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
     """
@@ -201,14 +281,10 @@ class ProbabilityFlow(Sampler):
         self.clip_x0 = clip_x0
 
     def check(self, denoiser: Denoiser) -> None:
-        """Refuse a network that knows no time between its levels."""
+        """Refuse a network that knows no time between its levels, and an end at a time that it has not learned."""
         refuse_grid_only(denoiser, "an adaptive solver")
-
-    def caveat(self) -> str | None:
-        """A loose tolerance lets samples depend on the batch that they were made in."""
-        if max(self.rtol, self.atol) <= TIGHT:
-            return None
-        return f"tolerances above {TIGHT:g}: samples may depend on their batch by more than a grey level"
+        if self.t_end is not None:
+            denoiser.process.require_time("t_end", self.t_end)
 
     def plan(self, process: Process) -> list[Move]:
         """One move: the solver chooses the steps inside it."""
@@ -221,19 +297,19 @@ class ProbabilityFlow(Sampler):
     def walk(
         self, denoiser: Denoiser, x: Tensor, noise: SampleNoise, cond: Condition | None, on_step: OnStep | None
     ) -> Tensor:
-        """Solve, reporting whenever another percent of the way is done."""
+        """Solve, reporting whenever the slowest sample has done another percent of the way."""
         (move,) = self.plan(denoiser.process)
         reported = 0
 
         def report(t: float, state: Tensor) -> None:
             nonlocal reported
-            percent = min(100, int(100.0 * (move.t - t) / (move.t - move.s)))
-            if on_step is not None and percent > reported:
+            percent = int(100.0 * (move.t - t) / (move.t - move.s))
+            if on_step is not None and reported < percent < 100:
                 reported = percent
                 on_step(Progress(percent, 100, t, state))
 
         x = self._solve(denoiser, x, move, cond, report)
-        if on_step is not None and reported < 100:
+        if on_step is not None:
             on_step(Progress(100, 100, move.s, x))
         return x
 
@@ -247,13 +323,13 @@ class ProbabilityFlow(Sampler):
         x: Tensor,
         move: Move,
         cond: Condition | None,
-        on_accept: Callable[[float, Tensor], None] | None,
+        on_step: Callable[[float, Tensor], None] | None,
     ) -> Tensor:
-        def velocity(t: float, state: Tensor) -> Tensor:
-            return denoiser(state, at_time(state, t), cond).velocity
+        def velocity(t: Tensor, state: Tensor) -> Tensor:
+            return denoiser(state, t, cond).velocity
 
         times = (move.t, move.s)
-        return integrate(denoiser.process, velocity, x.double(), times, self.rtol, self.atol, on_accept)[-1].to(x.dtype)
+        return integrate(denoiser.process, velocity, x.double(), times, self.rtol, self.atol, on_step)[-1].to(x.dtype)
 
     def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
         """The posterior mean, when ``denoise``."""

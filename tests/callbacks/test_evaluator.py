@@ -296,15 +296,6 @@ def test_points_are_their_own_features(tmp_path):
     assert np.array_equal(np.load(run.run_dir / event["samples_file"])["arr_0"], expected)
 
 
-def test_what_a_walk_has_to_say_is_in_the_protocol(tmp_path):
-    class Doubtful(Fixed):
-        def caveat(self):
-            return "doubtful"
-
-    run = evaluated(tmp_path, 64, sampler=Doubtful(), metrics=IMAGE)
-    assert run.events[0]["protocol"]["caveat"] == "doubtful"
-
-
 def test_samples_that_went_astray_are_said_and_recorded_beside_the_figures(tmp_path, capsys):
     class Astray(Fixed):
         def start(self, process, noise):

@@ -8,6 +8,7 @@ from laws import (
     MIXTURE,
     PAPERS,
     Gaussian,
+    Given,
     assert_law,
     assert_mixture,
     assert_moments,
@@ -92,29 +93,80 @@ def test_reverse_diffusion_is_that_of_song_et_al_where_the_variance_is_preserved
 @pytest.mark.parametrize("process", [VE(0.01, 50.0, levels=100), Betas(linear_betas(100))], ids=["VE", "Betas"])
 @pytest.mark.parametrize("predictor", [None, Ancestral(variance="beta_tilde"), Heun()])
 def test_the_corrector_is_algorithms_4_and_5_after_the_predictor(process, predictor):
-    """Of song et al.; each sample has the norms of its own."""
+    """Of Song et al., with the norms that are expected at the level."""
     move, r = Move(0.5, 0.49), 0.07
     z = noise_of(6, 9, dtype=torch.float64)
     denoiser = ExactDenoiser(MIXTURE, process)
     x = (ReverseDiffusion() if predictor is None else predictor).step(denoiser, X, move, z, None)
     kept = 1.0 if isinstance(process, VE) else 1 - float(linear_betas(100)[49])
     for _ in range(2):
-        score, fresh = score_of(x, process, 0.49), z.normal()
-        epsilon = 2 * kept * (r * fresh.norm(dim=1, keepdim=True) / score.norm(dim=1, keepdim=True)) ** 2
-        x = x + epsilon * score + (2 * epsilon).sqrt() * fresh
+        epsilon = 2 * kept * (r * float(process.sigma(wide(0.49)))) ** 2
+        x = x + epsilon * score_of(x, process, 0.49) + math.sqrt(2 * epsilon) * z.normal()
     moved = one_step(PredictorCorrector(predictor, snr=r, corrector_steps=2), process, X, move)
     torch.testing.assert_close(moved, x, rtol=1e-9, atol=1e-9)
 
 
-def test_a_corrector_at_a_vanishing_score_takes_no_longer_a_step_than_the_level_is_wide():
-    """At the maximum of the density the rule would ask for an endless step."""
+def test_the_corrector_s_step_is_the_same_for_every_state():
+    """Also at the maximum of the density, where the score is 0: x moves by the noise alone."""
     process, distribution = VE(0.01, 50.0), Gaussian(torch.zeros(3), torch.eye(3))
     x = torch.zeros(6, 3, dtype=torch.float64)
     stay = Ancestral()
     stay.step = lambda denoiser, x, move, noise, cond: x
-    moved = one_step(PredictorCorrector(stay), process, x, Move(0.5, 0.4), distribution)
+    moved = one_step(PredictorCorrector(stay, snr=0.1), process, x, Move(0.5, 0.4), distribution)
     sigma = 0.01 * 5000**0.4
-    torch.testing.assert_close(moved, math.sqrt(2) * sigma * Z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(moved, math.sqrt(2 * 2 * 0.1**2) * sigma * Z, rtol=1e-9, atol=1e-9)
+
+
+CENTRED = Gaussian(torch.zeros(1).double(), wide(0.25)[:, None])
+
+
+@torch.no_grad()
+def propagated_variance(sampler, process):
+    """Of samples of ``N(0, 0.25)``, without drawing a number: on its exact score every step is ``A x + noise``."""
+    denoiser, variance = ExactDenoiser(CENTRED, process), process.prior_std**2
+    unit, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+
+    class Once(Given):
+        """A single 1, at the k-th request."""
+
+        def __init__(self, k):
+            super().__init__(none)
+            self.k = k
+
+        def normal(self):
+            self.k -= 1
+            return unit if self.k == -1 else none
+
+    for move in sampler.plan(process):
+        gains = [sampler.step(denoiser, unit, move, Once(-1), None)]
+        gains += [sampler.step(denoiser, none, move, Once(k), None) for k in range(2)]
+        kept, *added = (float(gain) ** 2 for gain in gains)
+        variance = kept * variance + sum(added)
+    return variance * float(sampler.finish(denoiser, unit, None)) ** 2
+
+
+@pytest.mark.parametrize("name", ["VE", "VP", "SubVP"])
+def test_the_predictor_corrector_of_the_papers_has_the_variance_of_the_data(name):
+    """The corrector's step is constant at a level, so the variance is that of one dimension, however many there are."""
+    process = PAPERS[name]
+    expected = propagated_variance(PredictorCorrector(ReverseDiffusion(1000), snr=0.16), process)
+    assert 0.24 < expected < 0.265
+    few = PredictorCorrector(ReverseDiffusion(50), snr=0.16)
+    alone = propagated_variance(few, process)
+    for dimension in (1, 2, 8, 64):
+        count = 20_000 // dimension
+        data = Gaussian(torch.zeros(dimension).double(), 0.25 * torch.eye(dimension).double())
+        x = few.sample(ExactDenoiser(data, process), noise_of(count, shape=(dimension,)))
+        assert float(x.double().square().mean()) == pytest.approx(alone, rel=4 * math.sqrt(2 / (count * dimension)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimension", [1, 2, 8, 64])
+def test_twenty_thousand_samples_of_the_predictor_corrector_have_the_variance_of_the_data(dimension):
+    data = Gaussian(torch.zeros(dimension).double(), 0.25 * torch.eye(dimension).double())
+    sampler = PredictorCorrector(ReverseDiffusion(1000), snr=0.16)
+    x = sampler.sample(ExactDenoiser(data, VP()), noise_of(20_000, shape=(dimension,)))
+    assert 0.24 < float(x.double().square().mean()) < 0.265
 
 
 def test_at_0_there_is_nothing_to_correct():
@@ -129,8 +181,8 @@ def test_at_0_there_is_nothing_to_correct():
 def test_the_last_noise_is_taken_off_by_tweedies_formula(process, walker):
     denoiser = ExactDenoiser(GAUSSIAN, process)
     noises = [noise_of(20, dtype=torch.float64) for _ in range(2)]
-    noisy = walker(20, denoise=False).sample(denoiser, noises[0])
-    clean = walker(20).sample(denoiser, noises[1])
+    noisy = walker(25, denoise=False).sample(denoiser, noises[0])
+    clean = walker(25).sample(denoiser, noises[1])
     expected = GAUSSIAN.posterior_mean(process, noisy, process.t_min_sampling)
     torch.testing.assert_close(clean, expected, rtol=1e-9, atol=1e-9)
     assert float((clean - noisy).abs().max()) > 1e-4
@@ -165,7 +217,7 @@ def test_the_law_converges_with_order_1(process, walker):
 @each_walker
 @each_paper
 def test_samples_have_the_law_of_their_steps(process, walker):
-    assert_law(walker(20), process)
+    assert_law(walker(25), process)
 
 
 @each_walker
@@ -177,7 +229,7 @@ def test_samples_of_a_mixture(process, walker):
 # The corrector
 
 WIDE = Gaussian(torch.linspace(-1.0, 1.0, 128), torch.diag(torch.linspace(0.3, 1.5, 128)))
-"""In D dimensions the step's dependence on its own noise and score adds 4/D to the variance, here 3 %."""
+"""128 axes: the variance averaged over them is precise with few samples."""
 
 
 def relative_variance(sampler, process, count=64):
@@ -192,7 +244,7 @@ def relative_variance(sampler, process, count=64):
 def test_the_corrector_repairs_a_predictor_that_is_too_coarse(process):
     predictor = Ancestral(25, "beta_tilde")
     assert relative_variance(predictor, process) < 0.8
-    corrected = PredictorCorrector(predictor, snr=0.16, corrector_steps=20)
+    corrected = PredictorCorrector(predictor, snr=0.7, corrector_steps=20)
     assert relative_variance(corrected, process) == pytest.approx(1.0, abs=0.07)
 
 
@@ -229,6 +281,8 @@ def test_annealed_langevin_on_ddpms_levels():
         (lambda: ReverseDiffusion(-3), ["steps is -3"]),
         (lambda: PredictorCorrector(snr=0.0), ["snr is 0", "0.16"]),
         (lambda: PredictorCorrector(snr=float("nan")), ["snr is nan"]),
+        (lambda: PredictorCorrector(snr=1.0), ["snr is 1", "diverges"]),
+        (lambda: EulerMaruyama(large_steps="warn"), ["large_steps is 'warn'", "allow"]),
         (lambda: PredictorCorrector(corrector_steps=0), ["corrector_steps is 0"]),
         (lambda: PredictorCorrector(PredictorCorrector()), ["predictor", "inside it"]),
     ],
