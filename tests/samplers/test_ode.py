@@ -16,13 +16,14 @@ from laws import (
     weak_error,
     wide,
 )
+from scipy.integrate import RK45, solve_ivp
 
 from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import Denoiser, Prediction
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.samplers import DDIM, Euler, Heun, Move, ProbabilityFlow
-from lit_diffusion.samplers.ode import integrate
+from lit_diffusion.samplers.ode import ERROR, NODES, STAGES, integrate
 
 WALKERS = {"euler": Euler, "heun": Heun}
 each_walker = pytest.mark.parametrize("walker", WALKERS.values(), ids=WALKERS)
@@ -184,6 +185,57 @@ def test_the_solver_asks_for_no_time_beyond_its_ends(process, times):
     integrate(process, velocity, torch.ones(1, 1, dtype=torch.float64), times, 1e-3, 1e-3)
     assert min(asked) >= 0.01
     assert max(asked) <= 1.0
+
+
+@pytest.mark.parametrize("process", [VE(0.01, 50.0), VP(), SubVP()], ids=["VE", "VP", "SubVP"])
+def test_each_row_is_solved_as_scipy_solves_it_alone(process):
+    """A pendulum: at the same tolerance two methods of order 5 of one family are about as far from the truth."""
+
+    def velocity(t, y):
+        return torch.stack((y[:, 1], -((4 + 3 * t) ** 2) * torch.sin(y[:, 0])), dim=1)
+
+    start, times = wide(3.1, 0.0, 0.02, 0.0, -1.0, 2.0).view(3, 2), (0.05, 0.4, 1.0)
+    found = integrate(process, velocity, start, times, 1e-8, 1e-8)
+    alone = torch.cat([integrate(process, velocity, row[None], times, 1e-8, 1e-8) for row in start], dim=1)
+    torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[0], start)
+    for k, row in enumerate(start):
+        exact = solve_ivp(
+            lambda t, y: velocity(t, torch.from_numpy(y)[None])[0].numpy(),
+            (times[0], times[-1]),
+            row.numpy(),
+            t_eval=times,
+            rtol=1e-12,
+            atol=1e-12,
+        )
+        torch.testing.assert_close(found[:, k], torch.from_numpy(exact.y.T.copy()), rtol=0, atol=2e-6)
+
+
+def test_the_method_is_the_published_one():
+    """Dormand and Prince's, as scipy has it, with its conditions of order 5 for quadrature."""
+    for mine, theirs in zip(STAGES[:5], RK45.A[1:], strict=True):
+        assert list(mine) == pytest.approx(theirs[: len(mine)].tolist(), rel=1e-15)
+    assert list(NODES) == pytest.approx([*RK45.C[1:], 1.0], rel=1e-15)
+    assert list(STAGES[5]) == pytest.approx(RK45.B.tolist(), rel=1e-15)
+    assert list(ERROR) == pytest.approx((-RK45.E).tolist(), rel=1e-12)
+    for power in range(5):
+        moments = [w * node**power for w, node in zip(STAGES[5], (0.0, *NODES[:-1]), strict=True)]
+        assert sum(moments) == pytest.approx(1 / (power + 1), rel=1e-14)
+
+
+def test_an_easy_row_arrives_early_and_stays_where_it_is():
+    seen, process = [], VP()
+
+    def velocity(t, x):
+        seen.append(t.clone())
+        return torch.where(torch.tensor([[True], [False]]), -x, 60 * torch.sin(60 * t)[:, None])
+
+    start = torch.ones(2, 1, dtype=torch.float64)
+    found = integrate(process, velocity, start, (0.1, 1.0), 1e-6, 1e-6)[-1]
+    assert float(found[0]) == pytest.approx(math.exp(-0.9), rel=1e-6)
+    assert float(found[1]) == pytest.approx(1 + math.cos(6) - math.cos(60), abs=1e-4)
+    assert torch.equal(found[:1], integrate(process, lambda t, x: -x, start[:1], (0.1, 1.0), 1e-6, 1e-6)[-1])
+    assert len([t for t in seen if float(t[0]) > 1.0 - 1e-9]) > len(seen) / 2
 
 
 class Broken(Denoiser):

@@ -8,7 +8,6 @@ from laws import (
     MIXTURE,
     PAPERS,
     Gaussian,
-    Given,
     assert_law,
     assert_mixture,
     assert_moments,
@@ -33,6 +32,7 @@ from lit_diffusion.samplers import (
     PredictorCorrector,
     ReverseDiffusion,
 )
+from lit_diffusion.samplers.base import to_the_smallest_time
 
 WALKERS = {"euler_maruyama": EulerMaruyama, "reverse_diffusion": ReverseDiffusion}
 each_walker = pytest.mark.parametrize("walker", WALKERS.values(), ids=WALKERS)
@@ -117,55 +117,44 @@ def test_the_corrector_s_step_is_the_same_for_every_state():
     torch.testing.assert_close(moved, math.sqrt(2 * 2 * 0.1**2) * sigma * Z, rtol=1e-9, atol=1e-9)
 
 
-CENTRED = Gaussian(torch.zeros(1).double(), wide(0.25)[:, None])
+def centred(dimension):
+    """N(0, 0.25 I)."""
+    return Gaussian(torch.zeros(dimension).double(), 0.25 * torch.eye(dimension).double())
 
 
-@torch.no_grad()
-def propagated_variance(sampler, process):
-    """Of samples of ``N(0, 0.25)``, without drawing a number: on its exact score every step is ``A x + noise``."""
-    denoiser, variance = ExactDenoiser(CENTRED, process), process.prior_std**2
-    unit, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-
-    class Once(Given):
-        """A single 1, at the k-th request."""
-
-        def __init__(self, k):
-            super().__init__(none)
-            self.k = k
-
-        def normal(self):
-            self.k -= 1
-            return unit if self.k == -1 else none
-
-    for move in sampler.plan(process):
-        gains = [sampler.step(denoiser, unit, move, Once(-1), None)]
-        gains += [sampler.step(denoiser, none, move, Once(k), None) for k in range(2)]
-        kept, *added = (float(gain) ** 2 for gain in gains)
-        variance = kept * variance + sum(added)
-    return variance * float(sampler.finish(denoiser, unit, None)) ** 2
+def propagated_variance(process, steps, r, c=0.25):
+    """Of a predictor-corrector's samples of N(0, c) by reverse diffusion, without drawing a number."""
+    times = torch.tensor(to_the_smallest_time(process, steps), dtype=torch.float64)
+    t, s = times[:-1], times[1:]
+    wide_t, wide_s = (process.alpha(u) ** 2 * c + process.sigma(u) ** 2 for u in (t, s))
+    scale = process.alpha(t) / process.alpha(s)
+    beta = process.sigma(t) ** 2 - scale**2 * process.sigma(s) ** 2
+    epsilon = 2 * (scale * r * process.sigma(s)) ** 2
+    variance = process.prior_std**2
+    for row in torch.stack((2 - scale - beta / wide_t, beta, 1 - epsilon / wide_s, 2 * epsilon), dim=1).tolist():
+        variance = row[0] ** 2 * variance + row[1]
+        variance = row[2] ** 2 * variance + row[3]
+    return variance * float(process.alpha(s[-1]) * c / wide_s[-1]) ** 2
 
 
 @pytest.mark.parametrize("name", ["VE", "VP", "SubVP"])
 def test_the_predictor_corrector_of_the_papers_has_the_variance_of_the_data(name):
     """The corrector's step is constant at a level, so the variance is that of one dimension, however many there are."""
     process = PAPERS[name]
-    expected = propagated_variance(PredictorCorrector(ReverseDiffusion(1000), snr=0.16), process)
-    assert 0.24 < expected < 0.265
-    few = PredictorCorrector(ReverseDiffusion(50), snr=0.16)
-    alone = propagated_variance(few, process)
+    assert 0.24 < propagated_variance(process, 1000, 0.16) < 0.265
+    sampler = PredictorCorrector(ReverseDiffusion(40), snr=0.3)
+    expected = propagated_variance(process, 40, 0.3)
     for dimension in (1, 2, 8, 64):
-        count = 20_000 // dimension
-        data = Gaussian(torch.zeros(dimension).double(), 0.25 * torch.eye(dimension).double())
-        x = few.sample(ExactDenoiser(data, process), noise_of(count, shape=(dimension,)))
-        assert float(x.double().square().mean()) == pytest.approx(alone, rel=4 * math.sqrt(2 / (count * dimension)))
+        rows = 6400 // dimension
+        x = sampler.sample(ExactDenoiser(centred(dimension), process), noise_of(rows, shape=(dimension,)))
+        assert float(x.double().square().mean()) == pytest.approx(expected, rel=4.5 * math.sqrt(2 / 6400))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dimension", [1, 2, 8, 64])
 def test_twenty_thousand_samples_of_the_predictor_corrector_have_the_variance_of_the_data(dimension):
-    data = Gaussian(torch.zeros(dimension).double(), 0.25 * torch.eye(dimension).double())
     sampler = PredictorCorrector(ReverseDiffusion(1000), snr=0.16)
-    x = sampler.sample(ExactDenoiser(data, VP()), noise_of(20_000, shape=(dimension,)))
+    x = sampler.sample(ExactDenoiser(centred(dimension), VP()), noise_of(20_000, shape=(dimension,)))
     assert 0.24 < float(x.double().square().mean()) < 0.265
 
 
