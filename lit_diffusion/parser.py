@@ -233,7 +233,7 @@ def _no_class(parser: Parser, key: str, match: re.Match[str], message: str) -> _
         return _wrong_value(parser, key, match, message)
     if _names_a_file(value):
         return _Refusal(key, f"<key> is {value!r}; there is no such file here")
-    near = _nearest(value.rpartition(".")[2], names)
+    near = nearest(value.rpartition(".")[2], names)
     guess = f"; did you mean {near!r}?" if near else ""
     if "abstract" in match[0]:
         said = f"<key>: {value!r} is what its kind have in common, and cannot be used itself"
@@ -425,7 +425,7 @@ def _owners(owner: type, key: str) -> str:
     return f" ({', '.join(have)} {'has' if len(have) == 1 else 'have'} it)" if have else ""
 
 
-def _nearest(typed: str, known: Iterable[str]) -> str | None:
+def nearest(typed: str, known: Iterable[str]) -> str | None:
     """What may have been meant; never what was typed."""
 
     def likeness(name: str) -> float:
@@ -443,7 +443,7 @@ def _guess(typed: str, own: Sequence[str], elsewhere: Sequence[str] = ()) -> str
     """The key that may have been meant: one of this name further inside, or one that is written nearly so."""
     inside = [key for key in (*own, *elsewhere) if key.endswith(f".{typed}")]
     own, elsewhere = ([key for key in keys if not typed.startswith(f"{key}.")] for keys in (own, elsewhere))
-    near = inside[0] if inside else (_nearest(typed, own) or _nearest(typed, elsewhere))
+    near = inside[0] if inside else (nearest(typed, own) or nearest(typed, elsewhere))
     return f"; did you mean {near!r}?" if near else ""
 
 

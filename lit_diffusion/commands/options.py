@@ -14,7 +14,7 @@ from lit_diffusion.checkpoints import load
 from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
-from lit_diffusion.parser import Parser, users_own_errors
+from lit_diffusion.parser import Parser, nearest, users_own_errors
 from lit_diffusion.precision import PrecisionName, autocast_dtype
 from lit_diffusion.samplers import SAMPLERS, Sampler
 from lit_diffusion.samplers.base import described
@@ -181,4 +181,6 @@ def _class_path(name: str) -> str:
         return f"{SAMPLERS[name].__module__}.{SAMPLERS[name].__qualname__}"
     if "." in name:
         return name
-    raise UserError(f"there is no sampler {name!r}; choose one of {', '.join(SAMPLERS)}, or give a class path")
+    near = nearest(name, SAMPLERS)
+    guess = f"; did you mean {near!r}? Choose" if near else "; choose"
+    raise UserError(f"there is no sampler {name!r}{guess} one of {', '.join(SAMPLERS)}, or give a class path")

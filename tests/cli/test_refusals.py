@@ -11,8 +11,10 @@ from tiny import TINY
 import lit_diffusion.parser
 from lit_diffusion.__main__ import as_one_line, dispatch
 from lit_diffusion.arguments import in_order
+from lit_diffusion.commands.options import choose_sampler
 from lit_diffusion.errors import UserError
 from lit_diffusion.parser import REPORTS, takes_of
+from lit_diffusion.samplers import Heun
 
 MACHINERY = ("Union", "subtype", "ubclass", "Namespace", "NestedArg", "jsonargparse", "<class", "Literal", "None")
 
@@ -219,3 +221,18 @@ def test_every_command_says_what_is_wrong_with_its_arguments(typed, said, workdi
     for words in said:
         assert words in line
     assert [path.name for path in workdir.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "said"),
+    [
+        ("heunn", {}, ["there is no sampler 'heunn'; did you mean 'heun'? Choose one of"]),
+        ("heun", {"eta": "0.5"}, ["sampler: Heun has no key 'eta'", "DDIM", "it has steps"]),
+        ("heun", {"stepz": "5"}, ["sampler: Heun has no key 'stepz'; did you mean 'steps'?"]),
+        ("heun", {"steps": "many"}, ["sampler.steps is 'many'; it must be a whole number"]),
+    ],
+)
+def test_a_wrong_sampler(name, keys, said):
+    line = refusal(choose_sampler, Heun(), name, keys)
+    for words in said:
+        assert words in line
