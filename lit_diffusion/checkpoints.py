@@ -113,7 +113,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str,
     if config is None:
         raise UserError(
             f"checkpoint {path} holds no configuration (its run was not started by `python -m lit_diffusion fit`): "
-            f"build the model in Python and load its state_dict"
+            f"build the model in Python as it was and give it: lit_diffusion.load(path, method=...)"
         )
     config = dict(config)
     if "trace" in config.get("eval", {}):  # Written before the likelihood had a key of its own.
@@ -128,7 +128,7 @@ def _instantiated(parser: Parser, key: str, section: dict[str, Any]) -> object:
 
 
 def build_method(model: dict[str, Any]) -> Method:
-    """Instantiate a method from the ``model`` section of a resolved configuration.
+    """Instantiate a method from the ``model`` section of a resolved configuration; its checkpoints carry that section.
 
     Raises:
         UserError: if the section does not fit the classes of this version.
@@ -139,6 +139,7 @@ def build_method(model: dict[str, Any]) -> Method:
     parser.add_subclass_arguments(Method, "model")
     method = _instantiated(parser, "model", model)
     assert isinstance(method, Method)
+    method.run_config = {"model": model}
     return method
 
 
@@ -176,7 +177,12 @@ def require_fitting_weights(method: Method, state_dict: dict[str, Tensor], path:
             )
 
 
-def load(path: str | Path, weights: str | None = None, device: str | torch.device = "cpu") -> Method:
+def load(
+    path: str | Path,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    method: Method | None = None,
+) -> Method:
     """The method of a checkpoint, rebuilt from the file alone, in evaluation mode: ready for a notebook.
 
     >>> method = lit_diffusion.load("runs/ncsn/<id>")
@@ -186,17 +192,20 @@ def load(path: str | Path, weights: str | None = None, device: str | torch.devic
         path: of the checkpoint, or a run's directory, whose newest it is.
         weights: ``raw``, ``ema`` or ``ema:HALF_LIFE``; None: the average if one is kept.
         device: where to put it.
+        method: to take the weights, for a checkpoint of one that was built in Python, which holds no configuration;
+            None: it is built from the checkpoint's.
 
     Raises:
         UserError: if the file or the weights asked for cannot be used.
     """
     path, checkpoint = open_checkpoint(path)
-    method = build_method(checkpoint_config(checkpoint, path)["model"])
+    method = build_method(checkpoint_config(checkpoint, path)["model"]) if method is None else method
     require_fitting_weights(method, checkpoint["state_dict"], path)
     method.load_state_dict(checkpoint["state_dict"])
     state = checkpoint[CHECKPOINT_KEY]
-    method.facts = DataFacts.from_plain(state["facts"])
-    method.require_fitting_classes()
+    if state["facts"] is not None:
+        method.facts = DataFacts.from_plain(state["facts"])
+        method.require_fitting_classes()
     method.clock.images, method.clock.steps = state["images_seen"], state["steps"]
     method.run_config = state["config"]
     ema = checkpoint.get("callbacks", {}).get("EMA")

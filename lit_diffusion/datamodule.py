@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as IndexSampler
 
 from lit_diffusion.backbones.base import Condition
+from lit_diffusion.clock import Clock
 from lit_diffusion.data.facts import DataFacts, in_brief
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
@@ -21,6 +24,7 @@ from lit_diffusion.images import about_shown
 from lit_diffusion.interrupts import leave_it_to_the_main_process
 from lit_diffusion.randomness import keyed_permutation, keyed_uniform
 from lit_diffusion.run import print_note
+from lit_diffusion.trainer import Trainer
 
 SPLIT_SEED = 0
 """The held-out images do not depend on a run's seed, so that runs can be compared on them."""
@@ -170,6 +174,25 @@ class TrainingOrder(IndexSampler[list[tuple[int, int]]]):
             first += self.batch
 
 
+class _Epoch(TrainingOrder):
+    """The same batches for Lightning's own Trainer, which counts in epochs: so many as hold every image, then more.
+
+    Args:
+        clock: of the run: each epoch begins at the images seen.
+    """
+
+    def __init__(self, clock: Clock, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.clock = clock
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.start = self.clock.images
+        return islice(super().__iter__(), len(self))
+
+
 class DataModule(pl.LightningDataModule):
     """Images (or points) of one source, split, ordered, flipped and normalised exactly once.
 
@@ -284,6 +307,10 @@ class DataModule(pl.LightningDataModule):
             UserError: if the global batch cannot be shared equally, or a process would have nothing to evaluate.
         """
         _, processes = self._place
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        shares_out = connector is not None and connector.use_distributed_sampler
+        if processes > 1 and shares_out:
+            raise UserError("give the Trainer use_distributed_sampler=False: the DataModule shares its data out itself")
         if self.global_batch_size % processes != 0:
             raise UserError(
                 f"data.global_batch_size {self.global_batch_size} is not a multiple of the "
@@ -315,7 +342,11 @@ class DataModule(pl.LightningDataModule):
         rank, world_size = self._place
         clock = None if self.trainer is None else getattr(self.trainer.lightning_module, "clock", None)
         seen = 0 if clock is None else clock.images
-        order = TrainingOrder(self.train_indices, self.seed, seen, self.global_batch_size, rank, world_size)
+        which = (self.train_indices, self.seed, seen, self.global_batch_size, rank, world_size)
+        if clock is None or isinstance(self.trainer, Trainer):
+            order = TrainingOrder(*which)
+        else:
+            order = _Epoch(clock, *which)
         return self._loader(self.source, self.labels, order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -30,6 +30,9 @@ class Drawing(pl.Callback, ABC):
         cadence: how often.
     """
 
+    writes_to_run = True
+    """Into the run's directory, that is: without a RunLogger there is nothing to do."""
+
     name: str
     """Of what is drawn: the event ``failed`` has it."""
 

@@ -84,6 +84,10 @@ class EMA(pl.Callback):
         assert isinstance(pl_module, Method)
         images, steps = self._given
         if images is None and steps is not None:
+            if getattr(trainer, "datamodule", None) is None:
+                raise UserError(
+                    "ema.half_lives_steps: the batch of a DataLoader of one's own is not known; give half_lives_images"
+                )
             # The method learns its batch from the data only after the callbacks are set up.
             batch = getattr(getattr(trainer, "datamodule", None), "global_batch_size", pl_module.clock.batch)
             self.half_lives = [in_images("ema", "half_life", None, n, batch) for n in steps]

@@ -102,6 +102,8 @@ class Telemetry(pl.Callback):
         every_n_steps: how often, in steps; null: not by steps. With both, when either is due.
     """
 
+    writes_to_run = True
+
     @property
     def state_key(self) -> str:
         """Under which a checkpoint keeps the state."""

@@ -42,6 +42,8 @@ def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
 class _AtEnd(pl.Callback, ABC):
     """Draws with the averaged weights once the training is over; what would fail then is refused in ``setup``."""
 
+    writes_to_run = True
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse data without a known score before the work, not after it."""
         mixture_of(trainer)

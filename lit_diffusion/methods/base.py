@@ -30,6 +30,7 @@ from lit_diffusion.flops import forward_flops
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.own_loaders import assumed_facts, batch_of, indices_to_predict, require_fitting_trainer
 from lit_diffusion.randomness import SampleNoise, keyed_choice, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import print_note, run_logger_of, survived
@@ -37,7 +38,7 @@ from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import OnStep, Sampler
 from lit_diffusion.sharding import ShardedStrategy, gradients_kept_back, shard, whole
 from lit_diffusion.stopwatch import Stopwatch
-from lit_diffusion.trainer import callbacks_of
+from lit_diffusion.trainer import Trainer, callbacks_of
 
 NON_FINITE_IN_A_ROW = 3
 """Consecutive steps whose loss or gradient is not finite after which a run is given up."""
@@ -111,6 +112,11 @@ class Method(pl.LightningModule):
         self._configured: list[dict[str, Any]] = []
         self._held_out: list[Tensor] = []
         self._held_out_trouble: Exception | None = None
+        self._full_batch = 0
+        """The largest batch of a DataLoader of one's own; warm-up in steps goes by it."""
+        self._numbered = 0
+        """Held-out images of such a loader that have their number."""
+        self._looked_at: set[tuple[str, int]] = set()
 
     # ---- what a paper says -------------------------------------------------------------------------------------
 
@@ -319,6 +325,12 @@ class Method(pl.LightningModule):
             self.facts = datamodule.facts
             self.clock.batch = datamodule.global_batch_size
             self.require_fitting_classes(datamodule)
+        else:
+            self._take_facts_of_own_loaders(stage)
+        require_fitting_trainer(self.trainer)
+        if (run := run_logger_of(self.trainer)) is not None:
+            run.clock = self.clock
+        self._looked_at.clear()
         self.interrupted = False
         if stage == "fit" and getattr(self.trainer, "endless", False):
             raise UserError("a run needs an end: give trainer.max_images, trainer.max_steps or trainer.max_time")
@@ -341,6 +353,43 @@ class Method(pl.LightningModule):
             if self.trainer.strategy.root_device.type != "cuda":
                 raise UserError("trainer.cuda_graphs needs a CUDA device; leave it out")
             self.denoiser.recorded = RecordedBackbone(self.denoiser.backbone)
+
+    def _take_facts_of_own_loaders(self, stage: str) -> None:
+        if self.facts is None:
+            self.facts = assumed_facts(self.denoiser.backbone)
+            if stage == "fit" and self.facts.value_range is not None:
+                print_note(
+                    "data: a DataLoader's images are taken to be in [0, 1] with 256 grey levels; if they are not, set "
+                    "method.facts"
+                )
+        self.require_fitting_classes()
+        if stage == "fit" and self.trainer.world_size > 1 and isinstance(self.trainer, Trainer):
+            raise UserError(
+                f"a DataLoader of one's own is not shared out over {self.trainer.world_size} processes here: take "
+                f"lit_diffusion's DataModule, or Lightning's own Trainer, which does it"
+            )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Take the batch of a DataLoader that is not of lit_diffusion's DataModule, which prepares its own.
+
+        Raises:
+            UserError: if it cannot be taken, see :mod:`lit_diffusion.own_loaders`.
+        """
+        trainer = self.trainer
+        if isinstance(batch, Batch) or isinstance(getattr(trainer, "datamodule", None), DataModule):
+            return batch
+        if trainer.predicting:
+            return indices_to_predict(batch)
+        place = (str(trainer.state.stage), dataloader_idx)
+        taken = batch_of(batch, self.require_facts(), self.denoiser.backbone.num_classes, place not in self._looked_at)
+        self._looked_at.add(place)
+        rank, processes = trainer.global_rank, trainer.world_size
+        if trainer.training:
+            self.clock.batch = processes * len(taken)  # The last of an epoch may be smaller.
+            self._full_batch = max(self._full_batch, self.clock.batch)
+            return Batch(taken.x, taken.index + self.clock.images + rank * len(taken), taken.cond)
+        first, self._numbered = self._numbered, self._numbered + len(taken)
+        return Batch(taken.x, (taken.index + first) * processes + rank, taken.cond)
 
     def configure_model(self) -> None:
         """Share the backbone's weights out, where the strategy asks for it."""
@@ -385,6 +434,16 @@ class Method(pl.LightningModule):
         self._configured = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
         return optimizer
 
+    def on_fit_start(self) -> None:
+        """Say what will not be there without a run's logger."""
+        if run_logger_of(self.trainer) is None and not getattr(self.trainer, "fast_dev_run", False):
+            writers = [type(each).__name__ for each in callbacks_of(self.trainer) if hasattr(each, "writes_to_run")]
+            if writers:
+                print_note(
+                    f"{', '.join(writers)}: nothing is drawn or written, since the Trainer has no RunLogger: "
+                    f"Trainer(logger=lit_diffusion.run.RunLogger('name'))"
+                )
+
     def on_train_start(self) -> None:
         """Let the configuration have the last word on learning rates and the like, over a checkpoint's optimiser state.
 
@@ -420,7 +479,7 @@ class Method(pl.LightningModule):
         """One optimiser step on this process's share of the global batch, in as many parts as its memory asks for."""
         # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
         torch.manual_seed(stream_key(self.seed, f"dropout/{self.global_rank}/{self.clock.images}") >> 1)
-        parts = batch.split(self._datamodule.micro_batch_size)
+        parts = batch.split(getattr(getattr(self.trainer, "datamodule", None), "micro_batch_size", None))
         times: list[Tensor] = []
         at_levels: list[Tensor] = []
         trained_on: list[Tensor] = []
@@ -434,6 +493,8 @@ class Method(pl.LightningModule):
                 yield loss.per_sample.sum() / len(batch)
 
         self.optimise(losses(), len(parts))
+        if not isinstance(self.trainer, Trainer):  # Whose loggers and bars are Lightning's.
+            self.log("train/loss", self.last_loss, prog_bar=True)
         self.last_times, self.last_losses = torch.cat(times), torch.cat(at_levels)
         if self.stepped:
             if self.learns_from_losses:
@@ -561,23 +622,21 @@ class Method(pl.LightningModule):
 
     def _set_learning_rate(self, optimizer: Optimizer, images: int) -> None:
         """That of the step with which so many images are seen."""
-        warmup = in_images("model", "warmup", *self.warmup, batch=self.clock.batch)
+        warmup = in_images("model", "warmup", *self.warmup, batch=max(self._full_batch, self.clock.batch))
         factor = 1.0 if warmup == 0 else min(1.0, images / warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-
-    @property
-    def _datamodule(self) -> DataModule:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, DataModule):
-            raise UserError("methods train on a lit_diffusion DataModule: trainer.fit(method, datamodule=...)")
-        return datamodule
 
     # ---- held-out loss -----------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
         """Validation is no part of a step."""
         self._validation_began = time.perf_counter()
+        self._numbered = 0
+
+    def on_test_start(self) -> None:
+        """Number the images of a DataLoader of one's own anew."""
+        self._numbered = 0
 
     def on_validation_end(self) -> None:
         """Do not count it."""
@@ -626,7 +685,7 @@ class Method(pl.LightningModule):
         agree()
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         if count:
-            self.log(name, total / count, rank_zero_only=True)
+            self.log(name, total / count, sync_dist=True)  # On all processes: callbacks look for it on each.
 
     def predict_step(self, indices: Tensor, batch_idx: int) -> Tensor:
         """Samples number ``indices`` of the run's seed, their classes as often as in the training data."""

@@ -344,9 +344,10 @@ def test_a_sampler_that_would_diverge_is_refused_before_the_training(tmp_path):
     assert method.clock.images == 0
 
 
-def test_other_data_modules_are_refused(tmp_path):
-    loader = torch.utils.data.DataLoader(torch.zeros(8, 1, 8, 8), batch_size=4)
-    with pytest.raises(UserError, match="lit_diffusion DataModule"):
+def test_other_data_are_taken_or_refused(tmp_path):
+    """A DataLoader's images train, see test_own_loaders.py; what no method can read does not."""
+    loader = torch.utils.data.DataLoader([{"image": torch.zeros(1, 8, 8)}] * 8, batch_size=4)
+    with pytest.raises(UserError, match="gives a dict with the keys image; give batches of images"):
         trainer(tmp_path).fit(ncsn(), loader)
 
 
