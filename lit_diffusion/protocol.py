@@ -14,7 +14,7 @@ from lit_diffusion.errors import UserError
 FREE = frozenset(
     {
         *("seed", "seeds", "stage", "samples", "samples_fingerprint", "labels"),
-        *("sampler", "network_evaluations", "weights", "backbone_precision", "bootstrap", "bootstrap_of"),
+        *("sampler", "network_evaluations", "weights", "backbone_precision", "caveat", "bootstrap", "bootstrap_of"),
     }
 )
 """What says whose samples were judged, not how, or only how sure a figure is: figures of different models and walks are

@@ -168,7 +168,7 @@ def score_sde(process: Process, network: dict[str, Any] | None = None, seed: int
     torch.manual_seed(seed)
     keys = {
         "noise_input": "time",
-        "sampler": PredictorCorrector(ReverseDiffusion(steps=4)),
+        "sampler": PredictorCorrector(ReverseDiffusion(steps=4, large_steps="allow")),
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
         **keys,
     }

@@ -243,13 +243,6 @@ def test_a_predicted_image_is_kept_in_the_range_that_is_asked_for(sample):
         assert np.array_equal(sample("b.npz", *walk, "--sampler.clip_x0", given), default) is alike
 
 
-def test_a_loose_tolerance_is_said(sample, capsys):
-    sample("a.npz", "--num_samples", 4, "--sampler", "ode", "--sampler.rtol", "1e-3", "--sampler.atol", "1e-3")
-    assert "note: tolerances above 1e-05" in capsys.readouterr().out
-    sample("a.npz", "--num_samples", 4, "--sampler", "ode")
-    assert "note" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

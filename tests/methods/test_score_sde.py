@@ -249,7 +249,7 @@ def run(tmp_path, monkeypatch):
     def call(process, **init_args):
         config = copy.deepcopy(CONFIG)
         unet = config["model"]["init_args"]["backbone"]
-        sampler = {"class_path": "EulerMaruyama", "init_args": {"steps": 2}}
+        sampler = {"class_path": "EulerMaruyama", "init_args": {"steps": 2, "large_steps": "allow"}}
         init_args = {"process": process, "backbone": unet, "sampler": sampler, **init_args}
         config["model"] = {"class_path": "ScoreSDE", "init_args": init_args}
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
