@@ -151,7 +151,7 @@ def test_the_predictor_corrector_of_the_papers_has_the_variance_of_the_data(name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dimension", [1, 2, 8, 64])
+@pytest.mark.parametrize("dimension", [1, 2, 8])
 def test_twenty_thousand_samples_of_the_predictor_corrector_have_the_variance_of_the_data(dimension):
     sampler = PredictorCorrector(ReverseDiffusion(1000), snr=0.16)
     x = sampler.sample(ExactDenoiser(centred(dimension), VP()), noise_of(20_000, shape=(dimension,)))
