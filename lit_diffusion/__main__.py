@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lit_diffusion import __version__, interrupts
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, nearest
 
 COMMANDS = {
     "fit": "train a method: fit --config experiments/ncsn.yaml",
@@ -67,10 +67,8 @@ def dispatch(arguments: Sequence[str]) -> None:
         return
     command, *rest = arguments
     if command not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        near = nearest(command, COMMANDS)
+        hint = f"did you mean {near!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
         raise UserError(f"there is no command {command!r}; {hint}")
     wait_passively()
     # Each command imports what it needs only once it is asked for.

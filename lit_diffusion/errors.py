@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Iterable
 
 
 class UserError(Exception):
@@ -26,8 +27,24 @@ def require_choice(owner: str, key: str, value: str, choices: Collection[str]) -
     """Refuse a word that is not among the choices; ``owner`` is named in front of the key, unless it is empty.
 
     Raises:
-        UserError: naming the key, the value and the choices.
+        UserError: naming the key, the value, the choices and the one that may have been meant.
     """
     if value not in choices:
         where = f"{owner}: " if owner else ""
-        raise UserError(f"{where}{key} is {value!r}; choose one of {', '.join(choices)}")
+        near = nearest(value, choices)
+        meant = f" (did you mean {near!r}?)" if near else ""
+        raise UserError(f"{where}{key} is {value!r}; choose one of {', '.join(choices)}{meant}")
+
+
+def nearest(typed: str, known: Iterable[str]) -> str | None:
+    """What may have been meant; never what was typed."""
+
+    def likeness(name: str) -> float:
+        same = typed.rpartition(".")[0] == name.rpartition(".")[0]
+        one, other = (key.rpartition(".")[2] if same else key for key in (typed.lower(), name.lower()))
+        if one and other.startswith(one):  # Cut short.
+            return 0.99
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((one, other), (other, one)))
+
+    best = max((name for name in known if name != typed), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None

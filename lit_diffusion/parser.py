@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import inspect
 import json
 import os
@@ -24,7 +23,7 @@ from urllib.parse import quote, unquote
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, nearest
 from lit_diffusion.yaml_files import being_read  # Importing it also makes its loader jsonargparse's.
 
 ALLOWED = ("lit_diffusion", "torch.optim", "lightning.pytorch")
@@ -423,20 +422,6 @@ def _owners(owner: type, key: str) -> str:
     name = key.partition(".")[0]
     have = sorted({child.__name__ for child in relatives if name in inspect.signature(child).parameters})
     return f" ({', '.join(have)} {'has' if len(have) == 1 else 'have'} it)" if have else ""
-
-
-def nearest(typed: str, known: Iterable[str]) -> str | None:
-    """What may have been meant; never what was typed."""
-
-    def likeness(name: str) -> float:
-        same = typed.rpartition(".")[0] == name.rpartition(".")[0]
-        one, other = (key.rpartition(".")[2] if same else key for key in (typed.lower(), name.lower()))
-        if one and other.startswith(one):  # Cut short.
-            return 0.99
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((one, other), (other, one)))
-
-    best = max((name for name in known if name != typed), key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.6 else None
 
 
 def _guess(typed: str, own: Sequence[str], elsewhere: Sequence[str] = ()) -> str:

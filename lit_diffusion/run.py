@@ -6,6 +6,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -239,6 +240,9 @@ class RunLogger(Logger):
         self.failed: Counter[str] = Counter()
         """How often each thing beside the training failed, in the whole run."""
         self._told: set[tuple[str, str, str]] = set()
+        self._has_begun = False
+        """Whether anything was recorded beyond that the run started."""
+        self._folders_made: list[Path] = []
         if dashboard is not None:
             dashboard.on_trouble = lambda: self.failed.update(["dashboard"])
         self.weights = "raw"
@@ -296,6 +300,22 @@ class RunLogger(Logger):
             self.record("end", end)
             if self.lock is not None:  # What is recorded later takes it again.
                 self.lock.release()
+
+    def withdraw(self) -> None:
+        """Leave nothing of a new run that was refused before anything happened in it: its name is free again."""
+        if self._run_dir is None or self._has_begun or self.continues:
+            return
+        directory, self._run_dir = self._run_dir, None
+        if self.dashboard is not None:
+            self.dashboard.close(failed=True)
+        if not self._is_writer:
+            return
+        for name in RUN_DIR_FILES:
+            (directory / name).unlink(missing_ok=True)
+        for folder in self._folders_made:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.lock is not None:
+            self.lock.release()
 
     # ---- the directory -----------------------------------------------------------------------------------------
 
@@ -370,6 +390,8 @@ class RunLogger(Logger):
         try:
             if self.continues:
                 run_id = (directory / "run_id").read_text().strip()
+            folders = [directory / name for name in ("samples", "checkpoints", "wandb")]
+            self._folders_made = [folder for folder in folders if not folder.exists()]
             (directory / "samples").mkdir(parents=True, exist_ok=True)
             (directory / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
@@ -407,6 +429,7 @@ class RunLogger(Logger):
     def record(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one event to metrics.jsonl, with step, images seen and time, and show its numbers on the dashboard."""
         self.open()
+        self._has_begun = self._has_begun or event != "start"
         if not self._is_writer:
             return
         self._require_own()

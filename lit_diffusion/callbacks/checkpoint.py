@@ -64,6 +64,13 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self.save(trainer, pl_module)
         self._stop_if_asked(trainer, pl_module)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A run that is refused before its first step leaves nothing behind."""
+        run = run_logger_of(trainer)
+        refused = isinstance(exception, UserError) and not isinstance(exception, Interrupted)
+        if run is not None and refused and self.saved_at < 0:
+            run.withdraw()
+
     def _stop_if_asked(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
         assert isinstance(method, Method)
         if not method.interrupted:

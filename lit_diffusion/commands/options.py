@@ -12,9 +12,9 @@ from jsonargparse import Namespace
 from lit_diffusion import threads
 from lit_diffusion.checkpoints import load
 from lit_diffusion.cuda_graphs import RecordedBackbone
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, nearest
 from lit_diffusion.methods.base import Method
-from lit_diffusion.parser import Parser, nearest, users_own_errors
+from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.precision import PrecisionName, autocast_dtype
 from lit_diffusion.samplers import SAMPLERS, Sampler
 from lit_diffusion.samplers.base import described

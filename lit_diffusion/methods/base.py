@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +40,9 @@ from lit_diffusion.samplers.base import OnStep, Sampler
 from lit_diffusion.sharding import ShardedStrategy, gradients_kept_back, shard, whole
 from lit_diffusion.stopwatch import Stopwatch
 from lit_diffusion.trainer import Trainer, callbacks_of
+
+# Both have a say in it by design: the DataModule prepares its own batches, the method those of other loaders.
+warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule` but")
 
 NON_FINITE_IN_A_ROW = 3
 """Consecutive steps whose loss or gradient is not finite after which a run is given up."""

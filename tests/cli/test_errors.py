@@ -177,6 +177,20 @@ def test_a_corrupt_image_is_named_whoever_loads_it(workdir):
         assert "07.png" in refusal(arguments)
 
 
+@pytest.mark.parametrize("before", [(), ("notes.txt", "samples/mine.png")])
+def test_what_is_refused_once_the_run_has_its_directory_leaves_nothing_in_it(workdir, before):
+    for name in before:
+        (workdir / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / "r" / name).write_text("mine")
+    asked = ["--eval.every_n_steps", 1, "--eval.extractor", "vgg16", "--eval.weights_path", "nowhere.pth"]
+    line = refusal(["fit", "--config", "tiny.yaml", "--run_dir", "r", *asked])
+    assert "nowhere.pth" in line
+    assert sorted(path.relative_to(workdir / "r").as_posix() for path in (workdir / "r").rglob("*.*")) == list(before)
+    assert (workdir / "r").exists() == bool(before)
+    assert "nowhere.pth" in refusal(["fit", "--config", "tiny.yaml", *asked])
+    assert not (workdir / "runs").exists()
+
+
 def test_a_nan_loss_three_times_stops_with_the_last_checkpoint_intact(workdir, run):
     with pytest.raises(UserError, match=r"diverged.*3 times in a row") as caught:
         run(

@@ -228,6 +228,7 @@ def test_moments_alone_are_enough_for_the_frechet_distance_alone(evaluate):
         ("images.npz", "torn.npz", (), "torn.npz"),
         ("floats.npz", "others.npz", (), "is float64, images must be uint8"),
         ("images.npz", "floats.npz", (), "is float64, images must be uint8"),
+        ("images.npz", "Digitz", (), "(did you mean 'Digits'?)"),
         ("images.npz", "large.npz", (), "the samples are 8 x 8, the reference is 16 x 16"),
         ("images.npz", "wrong_moments.npz", (), "this extractor's features have 64 dimensions"),
         ("large.npz", "large.npz", ("--extractor", "digits"), "extractor digits sees 8 x 8 grey images"),

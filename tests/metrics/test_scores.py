@@ -161,7 +161,7 @@ def test_what_cannot_be_had_is_refused_in_a_line(metric, keys, words):
 
 
 def test_nothing_and_the_unknown_are_refused():
-    with pytest.raises(UserError, match="metrics is 'fdi'; choose one of fid"):
+    with pytest.raises(UserError, match=r"metrics is 'fdi'; choose one of fid, .*\(did you mean 'fid'\?\)$"):
         choose(["fid", "fdi"])
     with pytest.raises(UserError, match="no metric can be had of 1 samples and 1 real data"):
         choose(None, count=1, real=1)
