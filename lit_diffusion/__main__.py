@@ -136,6 +136,9 @@ def main() -> int:
     except UserError as error:
         sys.stderr.write(f"lit_diffusion: error: {as_one_line(error)}\n")
         return 2
+    except PermissionError as error:  # Of a path that may not even be looked at, wherever it was given.
+        sys.stderr.write(f"lit_diffusion: error: {error.filename}: {error.strerror}; give another place\n")
+        return 2
     finally:
         interrupts.forget()
     return 0

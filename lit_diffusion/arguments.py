@@ -60,9 +60,9 @@ def in_order(arguments: Sequence[str]) -> list[str]:
 
 
 def last_value(arguments: Sequence[str], key: str) -> str | None:
-    """The value of the last ``--key VALUE`` or ``--key=VALUE``."""
+    """The value of the last ``--key VALUE`` or ``--key=VALUE``; None where there is none, or the last says null."""
     values = [given.value for given in _options(arguments) if given.key == key and given.value is not None]
-    return values[-1] if values else None
+    return values[-1] if values and values[-1] != "null" else None
 
 
 def _options(arguments: Sequence[str]) -> list[_Given]:

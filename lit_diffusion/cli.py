@@ -361,7 +361,7 @@ class CLI(LightningCLI):
         )
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:
-        if self.lock is not None and not self.lock.held:  # Refused, which the logger will say.
+        if self.lock is None or not self.lock.held:  # Another's business, or refused, as the logger will say.
             return
         seen, again = -1, set[str]()  # Killed before its first checkpoint: all events are made again.
         if self.checkpoint is not None:

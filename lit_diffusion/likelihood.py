@@ -236,6 +236,7 @@ def variational_bound(
     times = torch.tensor(subsequence(process, steps, spacing), dtype=torch.float64, device=x0.device)
     count = len(times)
     ends = torch.cat((times.new_zeros(1), times[:-1]))
+    before_last = float(times[min(1, count - 1)])
     one = at_time(x0, 1.0)
     alpha, sigma = expand_like(process.alpha(one), x0.double()), expand_like(process.sigma(one), x0.double())
     prior_log_variance = torch.tensor(2.0 * math.log(process.prior_std), dtype=torch.float64, device=x0.device)
@@ -253,7 +254,7 @@ def variational_bound(
             weight = (count - 1) / draws
         t = times[index]
         x_t = process.perturb(x0, t, noise.normal().to(x0.dtype))
-        term = bound_term(denoiser(x_t, t, cond), denoiser, x0, ends[index], chain, grey_levels)
+        term = bound_term(denoiser(x_t, t, cond), denoiser, x0, ends[index], chain, grey_levels, before_last)
         terms[rows, index] += weight * term
         if on_step is not None:
             on_step(draw + 1, draws + 1)

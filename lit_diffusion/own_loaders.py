@@ -80,7 +80,7 @@ def batch_of(given: Any, facts: DataFacts, classes: int | None, check: bool) -> 
         given: images or points ``[B, *shape]``, alone or with labels ``[B]``.
         facts: what is known of the data.
         classes: of the backbone, None if it is told none: then labels are left aside.
-        check: look at the values, too; the shapes are always looked at.
+        check: look at the values, too; shapes and labels are always looked at.
 
     Raises:
         UserError: saying what is wrong with it, and what to give.
@@ -98,7 +98,7 @@ def batch_of(given: Any, facts: DataFacts, classes: int | None, check: bool) -> 
             f"the DataLoader gives a batch of shape {list(x.shape)}; the model takes [B, "
             f"{', '.join(map(str, facts.shape))}]"
         )
-    return Batch(_values(x, facts, check), torch.arange(len(x), device=x.device), _labels(parts, classes, check))
+    return Batch(_values(x, facts, check), torch.arange(len(x), device=x.device), _labels(parts, classes))
 
 
 def _values(x: Tensor, facts: DataFacts, check: bool) -> Tensor:
@@ -128,7 +128,7 @@ def _values(x: Tensor, facts: DataFacts, check: bool) -> Tensor:
     return x.float()
 
 
-def _labels(parts: list[Tensor], classes: int | None, check: bool) -> Condition | None:
+def _labels(parts: list[Tensor], classes: int | None) -> Condition | None:
     if classes is None:
         return None
     if len(parts) == 1:
@@ -141,7 +141,8 @@ def _labels(parts: list[Tensor], classes: int | None, check: bool) -> Condition 
         raise UserError(
             f"the DataLoader gives labels of shape {list(label.shape)}, {label.dtype}; give class numbers [B], int64"
         )
-    if check and not 0 <= int(label.min()) <= int(label.max()) < classes:
+    # Of every batch: the row after the last class is the network's own for no class.
+    if not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise UserError(
             f"the DataLoader gives labels from {int(label.min())} to {int(label.max())}; the backbone's classes are 0 "
             f"to {classes - 1}: give it num_classes={max(int(label.max()) + 1, classes)}, or other labels"

@@ -86,7 +86,8 @@ class Process(nn.Module, ABC):
         levels: the number of grid points of a discrete method, None for continuous time.
         t_min: the smallest time of training and of likelihoods in continuous time; on a grid it is the first grid
             point. At t = 0 itself the score of data on a grid of grey levels is unbounded.
-        t_min_sampling: the smallest time that SDE and ODE samplers visit; on a grid it is the first grid point.
+        t_min_sampling: the smallest time that SDE and ODE samplers visit, ``t_min`` if that is larger: below it nothing
+            was learned; on a grid it is the first grid point.
     """
 
     def __init__(self, levels: int | None = None, t_min: float = 1e-5, t_min_sampling: float = 1e-5) -> None:
@@ -98,7 +99,7 @@ class Process(nn.Module, ABC):
                 raise UserError(f"{key} is {value:g}; it must lie strictly between 0 and 1, where the score is finite")
         self.levels = levels
         self.t_min = t_min if levels is None else 1.0 / levels
-        self.t_min_sampling = t_min_sampling if levels is None else 1.0 / levels
+        self.t_min_sampling = max(t_min, t_min_sampling) if levels is None else 1.0 / levels
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:

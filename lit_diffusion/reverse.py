@@ -29,7 +29,7 @@ ReverseVariance = Literal["beta", "beta_tilde", "learned"]
 class ReverseChain:
     """The reverse chain of a denoiser, down to its last step.
 
-    The last step, to s = 0, is the decoder, whose own beta~ is 0: the one of the step before it, from 2t to t, stands
+    The last step, to s = 0, is the decoder, whose own beta~ is 0: that of the step before it, which ends at t, stands
     in. So it does for ``beta`` where the decoder's probability is of grey levels, as in the code of Ho et al. 2020
     (``posterior_variance[1:2]``); a density of points, of which no paper has one, keeps beta. In a chain of one step,
     which has none before it, beta stands in for both. Sampling adds no noise in that step.
@@ -75,7 +75,13 @@ class ReverseChain:
         return posterior_mean(clipped(prediction.x0, self.clip_x0, denoiser), prediction.x_t, step)
 
     def log_variance(
-        self, prediction: Prediction, denoiser: Denoiser, step: Transition, s: Tensor, of_grey_levels: bool = False
+        self,
+        prediction: Prediction,
+        denoiser: Denoiser,
+        step: Transition,
+        s: Tensor,
+        of_grey_levels: bool = False,
+        before_last: float | None = None,
     ) -> Tensor:
         """``log v``, in nats: ``[B, 1, ...]``, or ``[B, ...]`` where it is learned; float64.
 
@@ -85,13 +91,15 @@ class ReverseChain:
             step: to s.
             s: times ``[B]`` of the ends of the steps.
             of_grey_levels: whether a last step's probability is of grey levels.
+            before_last: the time at which the step before the last one begins; None: 2t, as on a whole grid.
         """
         variance, process = self.variance_of(denoiser), denoiser.process
         t, last = prediction.level.t, s == 0.0
         beta, beta_tilde = step.beta, step.beta_tilde
         if bool(last.any()):
-            above = process.transition(torch.where(last, t, s), torch.where(last, (2.0 * t).clamp(max=1.0), t))
-            stand_in = torch.where(t < 1.0, above.beta_tilde, beta)
+            begin = (2.0 * t).clamp(max=1.0) if before_last is None else torch.full_like(t, before_last)
+            above = process.transition(torch.where(last, t, s), torch.where(last, begin, t))
+            stand_in = torch.where(t < begin, above.beta_tilde, beta)
             beta_tilde = torch.where(last, stand_in, beta_tilde)
             if variance == "beta" and of_grey_levels:
                 beta = beta_tilde.where(last, beta)
@@ -164,6 +172,7 @@ def bound_term(
     s: Tensor,
     chain: ReverseChain,
     grey_levels: GreyLevels | None,
+    before_last: float | None = None,
 ) -> Tensor:
     """What the step from t to s adds to ``-log p(x_0)``, in nats: float64 ``[B]``.
 
@@ -177,10 +186,11 @@ def bound_term(
         s: times ``[B]`` of the ends of the steps.
         chain: whose steps they are.
         grey_levels: of the data, None for points.
+        before_last: the time at which the step before the decoder's begins; None: 2t, as on a whole grid.
     """
     step = denoiser.process.transition(s, prediction.level.t)
     mean = chain.mean(prediction, denoiser, step).to(torch.float64)
-    log_variance = chain.log_variance(prediction, denoiser, step, s, grey_levels is not None)
+    log_variance = chain.log_variance(prediction, denoiser, step, s, grey_levels is not None, before_last)
     last = s == 0.0
     wide = (-1, *[1] * (x0.ndim - 1))
     true_mean = posterior_mean(x0, prediction.x_t, step).to(torch.float64)

@@ -308,14 +308,13 @@ class RunLogger(Logger):
         directory, self._run_dir = self._run_dir, None
         if self.dashboard is not None:
             self.dashboard.close(failed=True)
-        if not self._is_writer:
-            return
+        if not self._is_writer or self.lock is None or not self.lock.held or self.lock.lost() is not None:
+            return  # What is there may be another's by now.
         for name in RUN_DIR_FILES:
             (directory / name).unlink(missing_ok=True)
         for folder in self._folders_made:
             shutil.rmtree(folder, ignore_errors=True)
-        if self.lock is not None:
-            self.lock.release()
+        self.lock.release()
 
     # ---- the directory -----------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def generate_in_batches(
     size = max(1, min(batch_size, len(indices)))
     length = sampler.length(method.denoiser.process)
     name = f"sampling {len(indices)}"
-    begun, sampler.strays = 0, Strays()
+    begun, most, sampler.strays = 0, 0, Strays()
     with tqdm(total=length * batches, unit=" steps", desc=name, leave=None, disable=not show_progress) as bar:
 
         def stepped(progress: Progress) -> None:
@@ -111,6 +111,7 @@ def generate_in_batches(
                 cond = method.condition_by_counts(filled, seed, class_counts, label)
                 x = method.generate(filled, seed, cond, sampler, stepped)[: len(part)].cpu()
                 strays = Strays.among(sampler.farthest[: len(part)])
+                sampler.evaluations = most = max(most, sampler.evaluations)
                 if not torch.isfinite(x).all():
                     trouble = DivergedError(
                         f"the sampler diverged (NaN or infinity among samples {int(part[0])} to {int(part[-1])}): "

@@ -12,6 +12,7 @@ from lit_diffusion.likelihood import bits_per_dimension, dequantised, flow_log_p
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain
+from lit_diffusion.samplers.base import subsequence
 
 PROCESSES = {"VE": VE(0.01, 20.0), "VP": VP(), "SubVP": SubVP(), "DDPM": Betas(linear_betas())}
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -176,6 +177,23 @@ def test_the_bound_of_the_exact_model_is_its_closed_form(process, variance):
     error = float(bound.total.std()) / math.sqrt(count)
     assert abs(float(bound.total.mean()) - expected_bound(process, c, steps, variance)) < 4 * error
     torch.testing.assert_close(bound.prior + bound.kl + bound.decoder, bound.total)
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
+def test_the_decoder_has_the_variance_of_its_own_chains_second_step(spacing):
+    process, c, count = Betas(linear_betas(1000)), 0.7, 2000
+    distribution = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.tensor([[[c]]]))
+    x, denoiser = draws(distribution, count), ExactDenoiser(distribution, process)
+    chain = ReverseChain("beta_tilde")
+    bound = variational_bound(denoiser, x, noise_of(count, 1, seed=1), chain, steps=10, spacing=spacing)
+    first, second = (torch.tensor([t], dtype=torch.float64) for t in subsequence(process, 10, spacing)[:2])
+    assert float(second / first) == (2.0 if spacing == "uniform" else 4.0)
+    variance = float(process.transition(first, second).beta_tilde)
+    noise, signal = float(process.sigma(first) ** 2), float(process.alpha(first) ** 2) * c
+    uncertain = c * noise / (signal + noise)
+    expected = 0.5 * (math.log(2 * math.pi * variance) + uncertain / variance)
+    error = float(bound.decoder.std()) / math.sqrt(count)
+    assert abs(float(bound.decoder.mean()) - expected) < 4 * error < 0.1
 
 
 @pytest.mark.parametrize("name", ["VP", "SubVP", "DDPM"])

@@ -100,6 +100,14 @@ def test_a_loader_says_the_classes(tmp_path):
     assert method.condition(torch.arange(3)).label.tolist() == [0, 1, 2]
 
 
+def test_labels_of_every_batch_are_looked_at(tmp_path):
+    late = LABELS.clone().clamp(max=9)
+    late[-1] = 10  # The network's own row for no class.
+    made = plain(tmp_path, max_epochs=1)
+    batches = DataLoader(TensorDataset(IMAGES, late), batch_size=8)
+    assert "labels from" in refusal(lambda: made.fit(ncsn({"num_classes": 10}), batches))
+
+
 @pytest.mark.parametrize(
     ("given", "classes", "line"),
     [
@@ -157,6 +165,16 @@ def test_predict_takes_the_numbers_of_samples(tmp_path):
     found = torch.cat(made.predict(method, DataLoader(torch.arange(6), batch_size=4)))
     assert torch.equal(found, method.generate(torch.arange(6), method.seed))
     assert "predict takes the numbers of the samples" in refusal(lambda: made.predict(method, loader()))
+
+
+def test_predicted_samples_have_the_classes_that_they_were_made_of(tmp_path):
+    method = ncsn({"num_classes": 10})
+    method.facts = DataFacts("mine", (1, 8, 8), 17, (0.0, 1.0), 10, class_counts=(1,) * 10)
+    method.clock.batch = 16
+    made = plain(tmp_path, [Samples(count=0), EMA([64])], logger=RunLogger("mine", run_dir=tmp_path / "run"))
+    made.predict(method, DataLoader(torch.arange(5, 11), batch_size=4))
+    expected = method.condition_by_counts(torch.arange(5, 11), method.seed, method.facts.class_counts)
+    assert np.load(tmp_path / "run/samples/predict.npz")["labels"].tolist() == expected.label.tolist()
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class EMA(pl.Callback):
         assert isinstance(pl_module, Method)
         images, steps = self._given
         if images is None and steps is not None:
-            if getattr(trainer, "datamodule", None) is None:
+            if getattr(trainer, "datamodule", None) is None and trainer.state.fn is not None:  # Not as doctor asks.
                 raise UserError(
                     "ema.half_lives_steps: the batch of a DataLoader of one's own is not known; give half_lives_images"
                 )

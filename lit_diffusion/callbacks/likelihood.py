@@ -33,7 +33,7 @@ from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
-from lit_diffusion.samplers.base import CountedDenoiser, Spacing
+from lit_diffusion.samplers.base import CountedDenoiser, Spacing, subsequence
 from lit_diffusion.samplers.ode import integrate, refuse_grid_only
 
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
@@ -196,6 +196,9 @@ class Likelihood(pl.Callback):
     def _fitting(self, method: Method) -> list[Metric]:
         """Those asked for, each checked; by default those that fit, with a note for one that does not."""
         wanted: list[Metric] = ["bpd_ode", "bpd_bound"] if self.metrics is None else list(self.metrics)
+        if "bpd_bound" in wanted:  # A key that is given wrongly is a mistake, not a metric that does not fit.
+            self._chain(method).check(method.denoiser)
+            subsequence(method.denoiser.process, self.bound_steps)
         chosen: list[Metric] = []
         for metric in wanted:
             try:
@@ -219,7 +222,7 @@ class Likelihood(pl.Callback):
             raise UserError("smallest_time: this model's smallest time is that of its first level")
         given = self.smallest_times
         if given is None:
-            return [time for time in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5) if time >= process.t_min]
+            return [time for time in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5) if time >= process.t_min] or [process.t_min]
         return sorted(set(given), reverse=True)
 
     def _reset(self) -> None:

@@ -55,8 +55,8 @@ class _Film:
 
 
 def in_their_order(shares: Sequence[Tensor]) -> Tensor:
-    """The samples of all processes, of which process r made number r, r + world_size, ...: ``[N, ...]``."""
-    x = torch.empty(sum(len(share) for share in shares), *shares[0].shape[1:])
+    """What all processes have of samples, of which process r made number r, r + world_size, ...: ``[N, ...]``."""
+    x = torch.empty(sum(len(share) for share in shares), *shares[0].shape[1:], dtype=shares[0].dtype)
     for rank, share in enumerate(shares):
         x[rank :: len(shares)] = share
     return x
@@ -97,6 +97,7 @@ class Samples(Drawing):
         self.last: Path | None = None
         self._applied = ExitStack()
         self._farthest: list[Tensor] = []
+        self._numbers: list[Tensor] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse weights that are not kept before the work, not at the first picture."""
@@ -150,7 +151,7 @@ class Samples(Drawing):
         """Give the model the weights that its samples are made with."""
         assert isinstance(pl_module, Method)
         self._applied.enter_context(averages_of(trainer).applied(pl_module, self._weights(trainer)))
-        self._farthest = []
+        self._farthest, self._numbers = [], []
 
     def on_predict_batch_end(
         self,
@@ -161,9 +162,10 @@ class Samples(Drawing):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep how far its samples went astray."""
+        """Keep which its samples are, and how far they went astray."""
         assert isinstance(pl_module, Method)
         self._farthest.append(pl_module.sampler.farthest.cpu())
+        self._numbers.append(batch.cpu())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give it back its own."""
@@ -180,21 +182,23 @@ class Samples(Drawing):
         made = [x.cpu() for x in trainer.predict_loop.predictions if isinstance(x, Tensor)]
         mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
         farthest = torch.cat([torch.zeros(0), *self._farthest])
+        numbers = torch.cat([torch.zeros(0, dtype=torch.int64), *self._numbers])
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, DataModule):  # Without what was made for the other processes' sake.
             count = len(range(trainer.global_rank, data.predict_samples, trainer.world_size))
-            mine, farthest = mine[:count], farthest[:count]
-        shares = shares_of_all((mine, Strays.among(farthest)))
+            mine, farthest, numbers = mine[:count], farthest[:count], numbers[:count]
+        shares = shares_of_all((mine, Strays.among(farthest), numbers))
         if run is None or not trainer.is_global_zero:
             return
-        x = in_their_order([x for x, _ in shares])
-        if (strays := sum((share for _, share in shares), Strays())).count:
+        x = in_their_order([x for x, _, _ in shares])
+        if (strays := sum((share for _, share, _ in shares), Strays())).count:
             print_note(str(strays))
         if not torch.isfinite(x).all():
             raise UserError("the sampler diverged (NaN or infinity): choose smaller steps or other weights")
         array = x.numpy() if facts.value_range is None else to_uint8(x, facts)
         path = run.run_dir / "samples" / "predict.npz"
-        cond = pl_module.condition_by_counts(torch.arange(len(array)), pl_module.seed, facts.class_counts)
+        numbers = in_their_order([share for _, _, share in shares])
+        cond = pl_module.condition_by_counts(numbers, pl_module.seed, facts.class_counts)
         labels = None if cond is None else cond.label
         with atomic_write(path) as file:
             np.savez_compressed(file, allow_pickle=False, arr_0=array, **label_arrays(labels, facts.class_names))

@@ -68,10 +68,10 @@ def fast_bf16_on_cpu() -> bool | None:
 
 
 def processor() -> Iterator[Finding]:
-    """CPU cores and the threads that torch would use on them."""
-    import torch
+    """CPU cores and the threads that a run would use on them."""
+    from lit_diffusion.threads import suggested
 
-    threads, mine = torch.get_num_threads(), cores()
+    threads, mine = suggested(), cores()
     given = os.environ.get("OMP_NUM_THREADS")
     said = f"{mine} CPU cores, threads of torch: {threads} (OMP_NUM_THREADS {given or 'not set'})"
     if threads > mine:

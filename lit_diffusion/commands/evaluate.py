@@ -196,9 +196,12 @@ def other_shares(samples: Sequence[str] | None, real: Sequence[str] | None) -> s
     """What is to be said where samples have their classes less or more often than the real data; None for nothing.
 
     The part of the samples that would have to be of other classes, half the sum of the differences of the shares, is
-    compared with what it comes to by chance: below ``sqrt(K / n)`` for K classes and n of the fewer data.
+    compared with what it comes to by chance: below ``sqrt(K / n)`` for K classes and n of the fewer data. Of names on
+    one side and numbers on the other nothing is known.
     """
     if samples is None or real is None:
+        return None
+    if all(map(str.isdecimal, samples)) != all(map(str.isdecimal, real)):  # Numbers here, names there.
         return None
     mine, theirs = Counter(samples), Counter(real)
     gaps = {name: mine[name] / len(samples) - theirs[name] / len(real) for name in mine | theirs}

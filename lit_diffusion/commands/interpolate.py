@@ -110,8 +110,12 @@ def _held_out(method: Method, count: int, label: str | None) -> tuple[Tensor, Te
     Returns:
         Normalised ``[count, ...]``, and their classes ``[count]`` where the model is told them.
     """
-    assert method.run_config is not None  # Of a checkpoint without one there is no model either.
-    data = build_datamodule(method.run_config["data"])
+    config = method.run_config or {}
+    if "data" not in config:
+        raise UserError(
+            "--between images: the checkpoint does not say its data, which were a DataLoader of one's own; leave it out"
+        )
+    data = build_datamodule(config["data"])
     chosen, labels = torch.arange(len(data.held_out_indices)), None
     if method.num_classes is not None:
         method.require_fitting_classes(data)

@@ -481,6 +481,10 @@ class Scores:
                     errors[key] = error
                 else:
                     left_out["clip_score error"] = "one image has no spread"
+        if self.options.bootstrap:
+            for metric in ("fid_infinity", "kid", "clip_score"):
+                if metric in self.metrics and metric not in failed:
+                    left_out[f"{metric} interval"] = "it is not resampled; its error is given where there is one"
         protocol = {**self.protocol(total), **self._of_fewer_or_others()}
         return Result(values, errors, intervals, protocol, pairs, flagged, left_out, failed)
 

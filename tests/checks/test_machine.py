@@ -36,9 +36,9 @@ def usage(monkeypatch):
 
 def test_threads_beyond_the_cores_are_a_warning(monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 4)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert next(machine.processor()).level == "ok"
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
     found = next(machine.processor())
     assert (found.level, found.mend) == ("warning", "export OMP_NUM_THREADS=4")
 
