@@ -20,7 +20,6 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 import lit_diffusion.data
@@ -183,7 +182,8 @@ class CLI(LightningCLI):
 
         Where they were started together, a refusal waits until they are connected and hear of it from the run's logger.
         """
-        first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+        ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # Of whichever launcher there is.
+        first = all(os.environ.get(name, "0") == "0" for name in ranks)
         if run_dir is None or self.lock is not None or not first:
             return
         self.lock = RunLock(Path(run_dir), print_note)

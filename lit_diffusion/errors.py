@@ -31,7 +31,7 @@ def require_choice(owner: str, key: str, value: str, choices: Collection[str]) -
     """
     if value not in choices:
         where = f"{owner}: " if owner else ""
-        near = nearest(value, choices)
+        near = nearest(str(value), choices)
         meant = f" (did you mean {near!r}?)" if near else ""
         raise UserError(f"{where}{key} is {value!r}; choose one of {', '.join(choices)}{meant}")
 

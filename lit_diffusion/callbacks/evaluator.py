@@ -200,6 +200,7 @@ class Evaluator(Drawing):
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
         count = self._choose_count(trainer, method)
+        save_after_drawing(trainer, method)  # Pictures of the same moment, which a kill from here on shall not cost.
         save_before_drawing(trainer, method)
         result = self._evaluate(trainer, method, count, self.seed, "fit")
         if result is None:

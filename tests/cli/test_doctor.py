@@ -87,11 +87,14 @@ def test_overrides_count_as_for_fit(doctor):
     ("arguments", "words"),
     [
         (["--config", "nowhere.yaml"], "configuration file nowhere.yaml does not exist"),
-        (["--config", "tiny.yaml", "--model.levelz", "3"], "there is no key"),
+        (["--config", "tiny.yaml", "--model.levelz", "3"], "NCSN has no key 'levelz'; did you mean 'levels'?"),
         (["--config", "tiny.yaml", "--data.source", "Npz", "--data.source.path", "none.npz"], "none.npz"),
         (["--config", "tiny.yaml", "--model.sigma_max", "-1"], "sigma_max -1"),
         (["--config", "tiny.yaml", "--trainer.max_images", "null"], "a run needs an end"),
-        (["--config", "tiny.yaml", "--trainer.accelerator", "nonsense"], "the recipe cannot be built"),
+        (
+            ["--config", "tiny.yaml", "--trainer.accelerator", "nonsense"],
+            "Lightning refuses the keys of trainer: ",
+        ),
         (["--config", "tiny.yaml", "--eval.every_n_images", "64", "--eval.extractor", "vgg16"], "fetch weights vgg16"),
         (["--config", "tiny.yaml", "--run_dir", "tiny.yaml"], "tiny.yaml is a file"),
         (["--config", "tiny.yaml", "--model.backbone.num_classes", "5"], "has 5 classes and the data digits have 10"),
