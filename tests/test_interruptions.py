@@ -442,7 +442,9 @@ def short(tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name == "ncsn" else pytest.mark.slow) for name in METHODS]
+)
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, short, method):
     straight = short if method == "ncsn" else tmp_path / "straight" / "run"
     if method != "ncsn":

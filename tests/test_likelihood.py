@@ -219,6 +219,7 @@ def test_a_few_terms_at_random_have_the_same_expectation():
     assert float(few.total.var()) > float(whole.total.var())
 
 
+@pytest.mark.slow
 def test_grey_levels_cost_at_least_their_entropy_and_hardly_more_with_many_steps():
     """Data on 17 levels and the exact model of them: the bound is one of probabilities."""
     levels, count = 17, 600

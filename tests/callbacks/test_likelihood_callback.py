@@ -84,6 +84,7 @@ def test_one_datum_has_no_standard_error(measure, ddpm, capsys):
     assert "+-" not in said
 
 
+@pytest.mark.slow
 def test_the_batch_changes_nothing(measure, ddpm):
     tight = ("--likelihood.rtol", "1e-5", "--likelihood.atol", "1e-5")
     many = events(measure(ddpm, *tight), "test")

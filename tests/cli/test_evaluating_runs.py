@@ -240,6 +240,7 @@ def chosen(run_dir):
     ]
 
 
+@pytest.mark.slow
 def test_what_auto_chose_is_written_down_and_kept(run, workdir, monkeypatch, capsys):
     monkeypatch.setattr(module, "COUNTS", (30, 10**9))
     fit_it = changed(workdir, eval={"samples": "auto", "metrics": ["fid"]})

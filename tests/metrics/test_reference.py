@@ -241,6 +241,7 @@ for _ in range(60):
 """
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_leave_one_whole_file(small, tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)]) for _ in range(2)]
     assert [writer.wait(60) for writer in writers] == [0, 0]
