@@ -171,7 +171,9 @@ def test_predicted_samples_have_the_classes_that_they_were_made_of(tmp_path):
     method = ncsn({"num_classes": 10})
     method.facts = DataFacts("mine", (1, 8, 8), 17, (0.0, 1.0), 10, class_counts=(1,) * 10)
     method.clock.batch = 16
-    made = plain(tmp_path, [Samples(count=0), EMA([64])], logger=RunLogger("mine", run_dir=tmp_path / "run"))
+    made = plain(
+        tmp_path, [Samples(count=0, weights="raw"), EMA([64])], logger=RunLogger("mine", run_dir=tmp_path / "run")
+    )
     made.predict(method, DataLoader(torch.arange(5, 11), batch_size=4))
     expected = method.condition_by_counts(torch.arange(5, 11), method.seed, method.facts.class_counts)
     assert np.load(tmp_path / "run/samples/predict.npz")["labels"].tolist() == expected.label.tolist()

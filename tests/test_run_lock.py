@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tiny import CONFIG, events
 
 import lit_diffusion
@@ -506,13 +505,11 @@ def test_of_processes_started_together_all_hear_of_a_refusal(tmp_path, monkeypat
 
 def test_only_the_first_process_takes_it(tmp_path, monkeypatch):
     cli = CLI.__new__(CLI)
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    cli._hold(str(tmp_path))
-    monkeypatch.setattr(rank_zero_only, "rank", 0)
-    monkeypatch.setenv("NODE_RANK", "1")
-    cli._hold(str(tmp_path))
-    assert os.listdir(tmp_path) == []
-    monkeypatch.setenv("NODE_RANK", "0")
+    for launchers in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(launchers, "1")
+        cli._hold(str(tmp_path))
+        assert os.listdir(tmp_path) == []
+        monkeypatch.setenv(launchers, "0")
     cli._hold(str(tmp_path))
     assert os.listdir(tmp_path) == [LOCK]
     cli.lock.release()

@@ -106,11 +106,17 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.saved_at, self.outdated = method.clock.images, False
 
 
-def save_before_drawing(trainer: pl.Trainer, method: Method) -> None:
-    """Save the run's state, unless that is done; all processes come. What is drawn then can cost nothing but itself."""
+def save_before_drawing(trainer: pl.Trainer, method: Method, drawn_too: bool = False) -> None:
+    """Save the run's state, unless that is done; all processes come. What is drawn then can cost nothing but itself.
+
+    Args:
+        trainer: of the run.
+        method: that is trained.
+        drawn_too: save it again where something was drawn since.
+    """
     for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoint):
-            if callback.saved_at != method.clock.images:
+            if callback.saved_at != method.clock.images or (drawn_too and callback.outdated):
                 callback.save(trainer, method)
             callback.outdated = True
 

@@ -200,8 +200,8 @@ class Evaluator(Drawing):
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
         count = self._choose_count(trainer, method)
-        save_after_drawing(trainer, method)  # Pictures of the same moment, which a kill from here on shall not cost.
-        save_before_drawing(trainer, method)
+        # An evaluation takes long: a kill in it shall cost no picture of the same moment.
+        save_before_drawing(trainer, method, drawn_too=True)
         result = self._evaluate(trainer, method, count, self.seed, "fit")
         if result is None:
             return

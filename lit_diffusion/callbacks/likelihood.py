@@ -196,7 +196,8 @@ class Likelihood(pl.Callback):
     def _fitting(self, method: Method) -> list[Metric]:
         """Those asked for, each checked; by default those that fit, with a note for one that does not."""
         wanted: list[Metric] = ["bpd_ode", "bpd_bound"] if self.metrics is None else list(self.metrics)
-        if "bpd_bound" in wanted:  # A key that is given wrongly is a mistake, not a metric that does not fit.
+        if "bpd_bound" in wanted and method.denoiser.process.levels != 1:
+            # A key that is given wrongly is a mistake, not a metric that does not fit.
             self._chain(method).check(method.denoiser)
             subsequence(method.denoiser.process, self.bound_steps)
         chosen: list[Metric] = []
