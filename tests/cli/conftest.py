@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from tiny import TINY
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.cli import CLI
 from lit_diffusion.cli import main as run_cli
+from lit_diffusion.parser import Parser
 
 
 @pytest.fixture
@@ -74,8 +77,8 @@ def of_cats_and_dogs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def fit_parser(tmp_path_factory):
-    """The parser of fit, validate, test and predict; made once."""
+def parser_of(tmp_path_factory):
+    """The parser of fit, validate, test or predict; each made once."""
 
     class Parsed(CLI):
         def instantiate_classes(self) -> None:
@@ -86,4 +89,15 @@ def fit_parser(tmp_path_factory):
 
     config = tmp_path_factory.mktemp("parser") / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
-    return run_cli(["fit", "--config", str(config)], Parsed).parser
+
+    @cache
+    def made(command: str) -> Parser:
+        return run_cli([command, "--config", str(config)], Parsed).parser
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def fit_parser(parser_of):
+    """That of fit."""
+    return parser_of("fit")

@@ -12,10 +12,10 @@ from lit_diffusion.checks.recipe import prepare
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_a_value_before_its_file_counts(command, workdir, fit_parser):
+def test_a_value_before_its_file_counts(command, workdir, parser_of):
     (workdir / "more.yaml").write_text(yaml.safe_dump({"trainer": {"max_images": 99}, "seed_everything": 9}))
     arguments = ["--trainer.max_images", "640", "--config", "tiny.yaml", "--seed_everything=7", "--config=more.yaml"]
-    section = fit_parser.parse_args(in_order([command, *arguments]))[command]
+    section = parser_of(command).parse_args(in_order([command, *arguments]))[command]
     assert (section.trainer.max_images, section.seed_everything) == (640, 7)
 
 
