@@ -31,9 +31,13 @@ def require_choice(owner: str, key: str, value: str, choices: Collection[str]) -
     """
     if value not in choices:
         where = f"{owner}: " if owner else ""
-        near = nearest(str(value), choices)
-        meant = f" (did you mean {near!r}?)" if near else ""
-        raise UserError(f"{where}{key} is {value!r}; choose one of {', '.join(choices)}{meant}")
+        raise UserError(f"{where}{key} is {value!r}; choose one of {', '.join(choices)}{meant(value, choices)}")
+
+
+def meant(value: str, choices: Collection[str]) -> str:
+    """The choice that may have been meant, to be put behind the list of them; empty where none is near."""
+    near = nearest(str(value), choices)
+    return f" (did you mean {near!r}?)" if near else ""
 
 
 def nearest(typed: str, known: Iterable[str]) -> str | None:

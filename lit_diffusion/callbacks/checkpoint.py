@@ -60,8 +60,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end."""
         assert isinstance(pl_module, Method)
-        if self.outdated or self.saved_at != pl_module.clock.images:
-            self.save(trainer, pl_module)
+        self._save_if_behind(trainer, pl_module)
         self._stop_if_asked(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -75,8 +74,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         assert isinstance(method, Method)
         if not method.interrupted:
             return
-        if self.outdated or self.saved_at != method.clock.images:
-            self.save(trainer, method)
+        self._save_if_behind(trainer, method)
         if (run := run_logger_of(trainer)) is not None:
             run.interrupted = True
         by = interrupts.asked() or "another process's signal"
@@ -88,6 +86,10 @@ class Checkpoint(pl.callbacks.Checkpoint):
             exit_code=0 if child else interrupts.EXIT_CODE,
             quiet=not trainer.is_global_zero,
         )
+
+    def _save_if_behind(self, trainer: pl.Trainer, method: Method) -> None:
+        if self.outdated or self.saved_at != method.clock.images:
+            self.save(trainer, method)
 
     def save(self, trainer: pl.Trainer, method: Method) -> None:
         """Write last.ckpt; all processes come.

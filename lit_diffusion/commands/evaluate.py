@@ -19,7 +19,7 @@ from lit_diffusion.commands.options import add_threads_option, choose_device, re
 from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.data.as_given import classes_as_given, images_as_given
 from lit_diffusion.data.source import Source
-from lit_diffusion.errors import UserError, nearest, require_choice
+from lit_diffusion.errors import UserError, meant, require_choice
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
 from lit_diffusion.metrics.features import (
@@ -261,11 +261,9 @@ def _source(name: str) -> Source:
     classes = {key: getattr(lit_diffusion.data, key) for key in lit_diffusion.data.__all__}
     known = {key: found for key, found in classes.items() if isinstance(found, type) and issubclass(found, Source)}
     if name not in known:
-        near = nearest(name, known)
-        meant = f" (did you mean {near!r}?)" if near else ""
         raise UserError(
             f"--reference {name}: there is no such file, folder or data source; give images, or one of "
-            f"{', '.join(sorted(known))}{meant}"
+            f"{', '.join(sorted(known))}{meant(name, known)}"
         )
     try:
         found = known[name]()
