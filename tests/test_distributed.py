@@ -1,6 +1,6 @@
 """Two processes compute what one computes: the same losses, weights, averages and samples.
 
-The file is its own worker: two of it make up one group of gloo processes that runs every case.
+Two processes that import this file make up one group of gloo processes that runs every case.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import json
 import math
 import os
 import pkgutil
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import command_line, group, start
 from tiny import CONFIG, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
 
 import lit_diffusion
@@ -376,7 +374,6 @@ def everything(folder: Path, many: dict) -> dict:
 
 def work(folder: Path) -> None:
     """One of two processes."""
-    torch.set_num_threads(1)
     results = everything(folder, {"devices": 2, "strategy": "ddp"})
     rank = int(os.environ["RANK"])
     results |= {
@@ -391,11 +388,6 @@ def work(folder: Path) -> None:
     results["fsdp continued"] = of_a_unet(folder, "fsdp_continued", fsdp, ckpt_path=folder / "begun_unet.ckpt")
     results["fsdp refused"] = refused_with_fsdp(folder, fsdp)
     torch.save(results, folder / f"rank{os.environ['RANK']}.pt")
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
-    sys.exit()
 
 
 @pytest.fixture(scope="module")
@@ -415,37 +407,8 @@ def two(tmp_path_factory, one):
     folder = tmp_path_factory.mktemp("two")
     for name in ("begun.ckpt", "begun_unet.ckpt"):
         (folder / name).write_bytes((one[0] / name).read_bytes())
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    found_in = [str(Path(__file__).parent), str(Path(lit_diffusion.__file__).parent.parent)]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*found_in, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": "1",
-        "LIT_DIFFUSION_CACHE": str(folder / "cache"),  # The statistics of the real data are theirs too.
-        "TORCHELASTIC_RUN_ID": "test",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-4000:]
+    # The statistics of the real data are theirs too.
+    group(2, work, folder, folder=folder, LIT_DIFFUSION_CACHE=str(folder / "cache"))
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -735,20 +698,24 @@ def test_a_refusal_of_the_first_process_reaches_the_other(one, two):
     assert ["already holds a run" in results["refused"] for results in two[1]] == [True, True]
 
 
-def test_the_command_line_with_two_devices(tmp_path):
-    """It starts its second process itself; both agree on one directory."""
+def test_the_command_line_with_two_devices(tmp_path, monkeypatch):
+    """It starts its second process itself, with ``python -m``; both agree on one directory."""
     config = {**CONFIG, "trainer": {**CONFIG["trainer"], "devices": 2, "strategy": "ddp"}}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_diffusion", "fit", "--config", "two.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lit_diffusion.__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    said = tmp_path / "said.txt"
+    paths = [str(Path(lit_diffusion.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.chdir(tmp_path)
+    first = start(
+        *(command_line, "fit", "--config", "two.yaml"),
+        log=said,
+        environment={"PYTHONPATH": os.pathsep.join(paths)},
     )
-    assert done.returncode == 0, done.stderr
+    try:
+        first.join(120)
+    finally:
+        first.kill()
+    assert first.exitcode == 0, said.read_text()
     (run_dir,) = (tmp_path / "runs" / "two").iterdir()
     assert [event["event"] for event in events(run_dir)] == ["start", "metrics", "noise_levels", "picture", "end"]
     assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["lit_diffusion"]["images_seen"] == 64
-    assert done.stdout.count("done: 64 images in 2 steps") == 1
+    assert said.read_text().count("done: 64 images in 2 steps") == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import multiprocessing.util
 import os
 import random
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import FORKED, begin
 from tiny import events
 
 from lit_diffusion.__main__ import main
@@ -64,9 +64,6 @@ def command(method: str, run_dir: Path, steps: int, *more: str) -> list[str]:
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------
-
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["lit_diffusion.cli", "matplotlib.figure", "sklearn.datasets"])
 
 
 def note_what_is_seen(path: Path) -> None:
@@ -168,14 +165,7 @@ def here(place: str, count: int, *signals: int) -> None:
 
 def work(arguments: list[str], log: Path, environment: dict[str, str], place: tuple[Any, ...] | None) -> None:
     """A forked process: the command line, from the first thing that it does."""
-    os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+    begin(log, environment)
     if place is not None:
         here(*place)
     sys.argv = ["lit_diffusion", *arguments]

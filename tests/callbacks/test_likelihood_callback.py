@@ -16,6 +16,7 @@ SMALL = {
     **TINY,
     "data": {**TINY["data"], "value_range": [-1.0, 1.0]},
     "trainer": {**TINY["trainer"], "max_images": 320},
+    "samples": {"count": 0},
 }
 
 

@@ -1,22 +1,16 @@
 """Several processes with unequal shares, one of them empty, find the figures of one.
 
-The file is its own worker: two and three of it make up groups of gloo processes that run every case.
+Two and three processes that import this file make up groups of gloo processes that run every case.
 """
 
 from __future__ import annotations
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forked import group
 
-import lit_diffusion
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.metrics import (
     CLIPScore,
@@ -143,13 +137,12 @@ def everything(rank, world_size, folder):
     return results
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def work(folder):
+    """One of several processes."""
     dist.init_process_group("gloo")
-    made = everything(dist.get_rank(), dist.get_world_size(), Path(sys.argv[1]))
-    torch.save(made, Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
+    made = everything(dist.get_rank(), dist.get_world_size(), folder)
+    torch.save(made, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
-    sys.exit()
 
 
 @pytest.fixture(scope="module")
@@ -161,33 +154,7 @@ def one(tmp_path_factory):
 def many(request, tmp_path_factory):
     """What each of the processes found."""
     folder, size = tmp_path_factory.mktemp("many"), request.param
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": str(Path(lit_diffusion.__file__).parent.parent),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(outputs)[-4000:]
+    group(size, work, folder, folder=folder, timeout=60.0)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 
 
