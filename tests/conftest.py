@@ -12,16 +12,20 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 LONGEST = (
     "test_interruptions.py",
-    "test_distributed.py",
     "test_evaluating_runs.py",
+    "test_distributed.py",
     "test_errors.py",
     "test_likelihood_callback.py",
-    "test_against_torch_fidelity.py",
-    "test_drawing.py",
-    "test_recipe.py",
-    "test_containers.py",
-    "test_compiling.py",
+    "test_fit.py",
+    "test_gallery.py",
+    "test_sde.py",
+    "test_sampler_base.py",
+    "test_evaluator.py",
+    "test_ddpm.py",
+    "test_sample.py",
+    "test_report.py",
     "test_many_processes.py",
+    "test_against_torch_fidelity.py",
 )
 """Files that take longest: they come first, so that of two test processes neither waits for the other at the end."""
 
