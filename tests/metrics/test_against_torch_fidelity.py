@@ -79,9 +79,9 @@ def assert_alike(count, weights, options, folder):
 
 def test_a_few_images_in_full_size(inception_file, tmp_path):
     assert_alike(
-        20,
+        12,
         inception_file,
-        ScoreOptions(is_splits=3, kid_subsets=5, kid_subset_size=12, precision_neighbours=1),
+        ScoreOptions(is_splits=3, kid_subsets=5, kid_subset_size=8, precision_neighbours=1),
         tmp_path,
     )
 
