@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,18 @@ ROOT = Path(__file__).parent.parent / "experiments"
 SHIPPED = sorted(path for path in ROOT.rglob("*.yaml") if "fragments" not in path.parts)
 
 
-@pytest.fixture
-def instantiate(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.CLI, "_run_subcommand", lambda self, subcommand: None)
+@pytest.fixture(scope="module")
+def instantiate(tmp_path_factory):
+    """Each configuration is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("instantiated"))
+        patch.setattr(cli.CLI, "_run_subcommand", lambda self, subcommand: None)
 
-    def call(path, *arguments):
-        return cli.main(["fit", "--config", str(path), *arguments])
+        @cache
+        def call(path, *arguments):
+            return cli.main(["fit", "--config", str(path), *arguments])
 
-    return call
+        yield call
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -73,7 +77,7 @@ def test_a_packaged_experiment_is_found_from_anywhere(instantiate):
     assert made.model.denoiser.process.levels == 7
 
 
-def test_ncsnv2_finds_its_numbers_and_a_continued_run_keeps_them(instantiate, tmp_path):
+def test_ncsnv2_finds_its_numbers_and_a_continued_run_keeps_them(instantiate):
     made = instantiate(ROOT / "ncsnv2.yaml")
     found = yaml.safe_load(made.run_logger.config_text)["model"]["init_args"]
     assert 4.0 < found["sigma_max"] < 8.0
@@ -82,7 +86,7 @@ def test_ncsnv2_finds_its_numbers_and_a_continued_run_keeps_them(instantiate, tm
     assert made.model.sampler.eta == found["eta"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def resolved(instantiate):
     return lambda name: yaml.safe_load(instantiate(ROOT / f"{name}.yaml").run_logger.config_text)
 
