@@ -19,7 +19,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from tiny import TINY, events
+from tiny import LEVELS, TINY, events
 
 from lit_diffusion.metrics.weights import weights_folder
 
@@ -420,6 +420,7 @@ def test_the_sandbox_is_what_the_contract_says(contained):
 
 CONTAINED = {
     **TINY,
+    **LEVELS,
     "trainer": {**TINY["trainer"], "max_images": 64},
     "eval": {"every_n_images": 64, "samples": 16, "batch_size": 16},
     "wandb": {"mode": "offline"},

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from forked import command_line, group, start
-from tiny import CONFIG, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
+from tiny import CONFIG, LEVELS, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
 
 import lit_diffusion
 from lit_diffusion import interrupts
@@ -700,7 +700,7 @@ def test_a_refusal_of_the_first_process_reaches_the_other(one, two):
 
 def test_the_command_line_with_two_devices(tmp_path, monkeypatch):
     """It starts its second process itself, with ``python -m``; both agree on one directory."""
-    config = {**CONFIG, "trainer": {**CONFIG["trainer"], "devices": 2, "strategy": "ddp"}}
+    config = {**CONFIG, **LEVELS, "trainer": {**CONFIG["trainer"], "devices": 2, "strategy": "ddp"}}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
     said = tmp_path / "said.txt"
     paths = [str(Path(lit_diffusion.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

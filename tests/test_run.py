@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import CONFIG, digits_data, events, fit, ncsn, run_logger, trainer
+from tiny import CONFIG, LEVELS, digits_data, events, fit, ncsn, run_logger, trainer
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Telemetry
@@ -469,7 +469,7 @@ def test_what_the_documentation_says_is_what_a_run_logs(wandb, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     backbone = CONFIG["model"]["init_args"]["backbone"]
     method = {"class_path": "DDPM", "init_args": {"levels": 20, "beta_T": 0.4, "backbone": backbone}}
-    config = {**CONFIG, "model": method, "samples": {"count": 4}, "telemetry": {"every_n_steps": 1}}
+    config = {**CONFIG, **LEVELS, "model": method, "samples": {"count": 4}, "telemetry": {"every_n_steps": 1}}
     config["wandb"] = {"mode": "offline"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     dispatch(["fit", "--config", "tiny.yaml", "--run_dir", "run"])

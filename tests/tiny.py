@@ -54,9 +54,10 @@ CONFIG: dict[str, Any] = {
     "data": {"source": {"class_path": "Digits"}, "global_batch_size": 32, "held_out_fraction": 0.02},
     "trainer": {"max_images": 64, "accelerator": "cpu", "devices": 1},
     "samples": {"count": 0},
+    "noise_levels": {"levels": 0},
     "wandb": {"mode": "disabled"},
 }
-"""For the command line."""
+"""For the command line; without pictures, of which that of the levels takes longer than the training."""
 
 TINY = {
     "model": {
@@ -82,9 +83,12 @@ TINY = {
     "trainer": {"max_images": 128, "accelerator": "cpu", "devices": 1},
     "ema": {"half_lives_images": [500, 2000]},
     "samples": {"count": 4, "film_columns": 2},
+    "noise_levels": {"levels": 0},
     "wandb": {"mode": "disabled"},
 }
-"""A run of seconds through the command line."""
+"""A run of seconds through the command line; without the picture of the levels, that takes longer than the rest."""
+LEVELS = {"noise_levels": {"levels": 2, "images": 8}}
+"""That picture."""
 
 WALKS: dict[str, Sampler] = {
     "ancestral": Ancestral(steps=3),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny import TINY
+from tiny import LEVELS, TINY
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.cli import CLI
@@ -36,10 +36,10 @@ def run(workdir):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The directory of one tiny finished run."""
+    """The directory of one tiny finished run, with all pictures."""
     folder = tmp_path_factory.mktemp("trained")
     config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(TINY))
+    config.write_text(yaml.safe_dump({**TINY, **LEVELS}))
     dispatch(["fit", "--config", str(config), "--run_dir", str(folder / "run")])
     return folder / "run"
 

@@ -200,7 +200,7 @@ def test_load_gives_a_method_ready_for_a_notebook(trained):
 def test_wandb_offline_changes_nothing_else_and_shows_the_same_pixels(run, workdir, trained, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run("fit", "--config", "tiny.yaml", "--run_dir", "offline", "--wandb.mode", "offline")
+    run("fit", "--config", trained / "config.yaml", "--run_dir", "offline", "--wandb.mode", "offline")
     first, second = state(trained)["state_dict"], state(workdir / "offline")["state_dict"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     kinds = [event["event"] for event in events(trained)]

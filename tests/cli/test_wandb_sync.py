@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny import TINY, events
+from tiny import LEVELS, TINY, events
 
 from lit_diffusion.__main__ import as_one_line, dispatch
 from lit_diffusion.errors import UserError
@@ -58,7 +58,7 @@ def history(records: list) -> list[dict]:
 def interrupted(tmp_path_factory):
     """A run of three parts; the second was killed after its last checkpoint, so that some events are lost."""
     folder = tmp_path_factory.mktemp("interrupted")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "telemetry": {"every_n_steps": 1}}))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **LEVELS, "telemetry": {"every_n_steps": 1}}))
     run = folder / "run"
     always = ["fit", "--config", str(folder / "tiny.yaml"), "--run_dir", str(run), "--eval.metrics", "[]"]
     dispatch([*always, "--trainer.max_images", str(PARTS[0])])
