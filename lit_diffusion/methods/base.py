@@ -30,7 +30,7 @@ from lit_diffusion.failures import agree
 from lit_diffusion.flops import forward_flops
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.metrics.gathering import shares_of_all
-from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives import DenoisingScoreMatching, Loss
 from lit_diffusion.own_loaders import assumed_facts, batch_of, indices_to_predict, require_fitting_trainer
 from lit_diffusion.randomness import SampleNoise, keyed_choice, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
@@ -125,10 +125,10 @@ class Method(pl.LightningModule):
     # ---- what a paper says -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+    def loss(self, batch: Batch, seed: int) -> Loss:
         """The loss of each image of a batch; its randomness is keyed by ``seed`` and ``batch.index``."""
 
-    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> DenoisingLoss:
+    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The loss of each image at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
         objective = cast(DenoisingScoreMatching, self.objective)
         return objective.at(self.denoiser, batch.x, t, eps, batch.cond)
@@ -491,8 +491,9 @@ class Method(pl.LightningModule):
         def losses() -> Iterator[Tensor]:
             for part in parts:
                 loss = self.loss(part, self.seed)
+                assert loss.t is not None
                 times.append(loss.t)
-                at_levels.append(loss.at_level)
+                at_levels.append(loss.shown)
                 trained_on.append(loss.per_sample.detach())
                 yield loss.per_sample.sum() / len(batch)
 

@@ -19,7 +19,7 @@ from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingLoss, DiffusionObjective
+from lit_diffusion.objectives import DiffusionObjective, Loss
 from lit_diffusion.objectives.diffusion import LevelLaw, LossName
 from lit_diffusion.processes import Betas, cosine_betas, linear_betas
 from lit_diffusion.reverse import ReverseVariance
@@ -91,12 +91,12 @@ class DDPM(Method):
             found["backbone.init_args.out_channels"] = 2 * data.facts.shape[0]
         return found
 
-    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+    def loss(self, batch: Batch, seed: int) -> Loss:
         """The chosen loss of each image at a level of its own."""
         facts = self.require_facts()
         return self.objective(self.denoiser, batch.x, seed, batch.index, facts.grey_levels, batch.cond)
 
-    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> DenoisingLoss:
+    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The same at given times, which are those of the grid's levels, and noise."""
         level = self.denoiser.process.level_index(t)
         facts = self.require_facts()

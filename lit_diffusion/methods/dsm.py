@@ -16,7 +16,7 @@ from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import NetworkDenoiser, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives import DenoisingScoreMatching, Loss
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import Langevin, Sampler
 
@@ -47,6 +47,6 @@ class DSM(Method):
         )
         self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
 
-    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+    def loss(self, batch: Batch, seed: int) -> Loss:
         """``sigma^2/2 |s + eps/sigma|^2`` of each datum."""
         return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

@@ -118,7 +118,7 @@ def test_held_out_losses_are_of_one_law_whatever_was_learned(tmp_path):
     assert not torch.equal(learning.loss(batch, 0).t, fixed.loss(batch, 0).t)
     held_out = learning.eval().loss(batch, 0)
     assert torch.equal(held_out.t, fixed.loss(batch, 0).t)
-    assert torch.equal(held_out.per_sample, held_out.at_level)
+    assert torch.equal(held_out.per_sample, held_out.shown)
     # The Trainer's validation is in evaluation mode.
     losses = [
         trainer(tmp_path, limit_val_batches=1.0).validate(method, datamodule=centred(), verbose=False)[0]["val/loss"]
@@ -366,7 +366,7 @@ def test_a_step_that_is_not_finite_is_not_remembered(tmp_path):
     def spoilt(batch, seed):
         result = loss(batch, seed)
         factor = float("nan") if method.clock.steps == 1 else 1.0
-        return replace(result, per_sample=result.per_sample * factor, at_level=result.at_level * factor)
+        return replace(result, per_sample=result.per_sample * factor, unweighted=result.shown * factor)
 
     method.loss = spoilt
     fit(method, centred(), tmp_path, 96)

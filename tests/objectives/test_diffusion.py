@@ -89,7 +89,7 @@ def test_the_simple_loss_is_the_mean_square_of_the_networks_own_error(parametriz
         expected = (raw - target(parametrization, x0, eps, level)).flatten(1).square().mean(1)
         torch.testing.assert_close(loss.per_sample, expected, rtol=1e-9, atol=1e-12)
         assert torch.equal(loss.t, t)
-        assert torch.equal(loss.at_level, loss.per_sample)
+        assert torch.equal(loss.shown, loss.per_sample)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde", "learned"])
@@ -126,7 +126,7 @@ def test_a_drawn_level_gives_all_of_them_on_average(loss, time_law):
     assert abs(float(drawn.per_sample.mean() - everything.mean())) < 4 * error
     assert error < 0.05 * float(everything.mean())
     # Without the factor that makes up for it, an uneven law shows.
-    uneven = abs(float(drawn.at_level.mean() - everything.mean())) > 4 * error
+    uneven = abs(float(drawn.shown.mean() - everything.mean())) > 4 * error
     assert uneven == (time_law == "second_moment")
 
 
@@ -367,7 +367,7 @@ def test_it_is_told_the_loss_of_the_level_without_its_weight():
     loss = objective(Told(wavy), x0, 0, torch.arange(64), GREY)
     level = (loss.t * T).round().long() - 1
     weight = (1.0 / (T * objective.second_moments.probabilities()))[level]
-    torch.testing.assert_close(loss.per_sample, loss.at_level * weight, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.per_sample, loss.shown * weight, rtol=1e-12, atol=0)
     assert len(set(level.tolist())) == T
 
 
@@ -404,4 +404,4 @@ def test_the_loss_has_the_images_type_and_reaches_the_network():
     loss = objective(Told(lambda x, t: scale * x, lambda x, t: scale * x), x0.float(), 0, torch.arange(8), GREY)
     assert (loss.per_sample.shape, loss.per_sample.dtype, loss.t.dtype) == ((8,), torch.float32, torch.float64)
     assert loss.per_sample.requires_grad
-    assert not loss.at_level.requires_grad
+    assert not loss.shown.requires_grad
