@@ -89,7 +89,7 @@ class ExactDenoiser(Denoiser):
         self.distribution = distribution
         self.process = process
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`; x_t is ``[B, D]`` (or any shape that flattens to it)."""
         level = self.process.level(t)
         log_prob, score = self.distribution.log_prob_and_score(x_t.flatten(1), level.alpha, level.sigma)

@@ -149,8 +149,16 @@ class Denoiser(nn.Module, ABC):
     """The least and the largest value of what it denoises, None where there are none: points, exact densities."""
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        """Predict from ``x_t`` ``[B, ...]`` at times ``t`` ``[B]`` in (0, 1]."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
+        """Predict from ``x_t`` ``[B, ...]`` at times ``t`` ``[B]`` in (0, 1].
+
+        Args:
+            x_t: noisy data.
+            t: their times.
+            cond: the condition, ``[B]`` rows.
+            began: times ``[B]`` at which the step of a sampler began that asks: what is on at some noise levels only,
+                such as guidance in an interval, is on or off for whole steps by it; None: t itself.
+        """
 
 
 def require_clip(clip: ClipX0) -> None:
@@ -270,7 +278,7 @@ class NetworkDenoiser(Denoiser):
         parts = [backbone(x[part], c_noise[part], None if cond is None else cond[part]) for part in number.split(rows)]
         return torch.cat(parts)[:given]
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`."""
         level = self.process.level(t)
         u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, self.sigma_data)

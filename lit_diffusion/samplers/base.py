@@ -101,10 +101,10 @@ class CountedDenoiser(Denoiser):
         self.data_range = denoiser.data_range
         self.evaluations = 0
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """Evaluate and count."""
         self.evaluations += 1
-        return self.denoiser(x_t, t, cond)
+        return self.denoiser(x_t, t, cond, began)
 
 
 class Sampler(ABC):

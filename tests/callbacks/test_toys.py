@@ -71,7 +71,7 @@ def test_the_exact_score_has_no_error(tmp_path):
 class Off(ExactDenoiser):
     """Scores that are too long by a tenth."""
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         prediction = super().forward(x_t, t, cond)
         return type(prediction)(x_t, 1.1 * prediction.raw, prediction.level, prediction.u, prediction.v)
 
@@ -95,7 +95,7 @@ def test_the_expectation_is_over_the_smoothed_data(tmp_path):
     made, method = exact_model(tmp_path, VE(1.0, 1.0, levels=1))
 
     class Shifted(ExactDenoiser):
-        def forward(self, x_t, t, cond=None):
+        def forward(self, x_t, t, cond=None, began=None):
             prediction = super().forward(x_t, t, cond)
             return type(prediction)(x_t, prediction.raw - 0.3, prediction.level, prediction.u, prediction.v)
 
@@ -110,7 +110,7 @@ def test_the_error_is_taken_where_the_smoothed_data_are(tmp_path):
     made, method = exact_model(tmp_path, VE(0.5, 0.5, levels=1))
 
     class Local(ExactDenoiser):
-        def forward(self, x_t, t, cond=None):
+        def forward(self, x_t, t, cond=None, began=None):
             prediction = super().forward(x_t, t, cond)
             nearest = torch.cdist(x_t.double(), self.distribution.means).amin(1)
             raw = torch.where(nearest[:, None] < 5.5, prediction.raw, 0.0)  # five deviations

@@ -26,7 +26,7 @@ class FunctionDenoiser(Denoiser):
         self.process = process
         self.function = function
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         level = self.process.level(t)
         u, v = PARAMETRIZATIONS["eps"](level, self.process, 1.0)
         return Prediction(x_t, self.function(x_t, t), level, u, v)

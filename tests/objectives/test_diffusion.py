@@ -38,7 +38,7 @@ class Told(Denoiser):
         self.raw, self.share, self.parametrization = raw, share, parametrization
         self.learned_variance = share is not None
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         level = self.process.level(t)
         u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, 0.5)
         share = None if self.share is None else self.share(x_t, t)
@@ -216,7 +216,7 @@ class Perturbed(Denoiser):
         self.exact, self.process = ExactDenoiser(distribution, process), process
         self.parametrization, self.away, self.step = parametrization, away, step
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         best = self.exact(x_t, t)
         u, v = PARAMETRIZATIONS[self.parametrization](best.level, self.process, 0.5)
         raw = u[:, None] * best.x0 + v[:, None] * best.eps

@@ -104,7 +104,7 @@ class Share(Denoiser):
         super().__init__()
         self.process, self.share, self.exact = process, share, ExactDenoiser(MIXTURE, process)
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         return replace(self.exact(x_t, t), variance_share=torch.full_like(x_t, self.share))
 
 

@@ -57,7 +57,7 @@ class Imperfect(ExactDenoiser):
 
     calls = 0
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         self.calls += 1
         exact = super().forward(x_t, t, cond)
         scale = (1.0 + exact.level.sigma**2).rsqrt()

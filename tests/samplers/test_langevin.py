@@ -203,7 +203,7 @@ class Counting(Denoiser):
         super().__init__()
         self.denoiser, self.process, self.calls = denoiser, denoiser.process, 0
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         self.calls += 1
         self.cond = cond
         assert t.shape == (len(x_t),)
@@ -350,7 +350,7 @@ class OnlyScore(Denoiser):
         super().__init__()
         self.denoiser, self.process = denoiser, denoiser.process
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         p = self.denoiser(x_t, t, cond)
         return Prediction(p.x_t, p.raw, p.level, p.u, p.v)
 

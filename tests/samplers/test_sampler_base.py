@@ -155,7 +155,7 @@ class Observed(Denoiser):
         self.on_grid_only = on_grid_only
         self.calls, self.times, self.conditions = 0, [], set()
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         assert t.shape == (len(x_t),)
         assert t.dtype == torch.float64
         assert not torch.is_grad_enabled()
