@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, Prediction
 from lit_diffusion.processes import Process
 

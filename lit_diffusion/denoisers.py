@@ -25,7 +25,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
 from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Level, Process, expand_like

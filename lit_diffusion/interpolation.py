@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.methods.base import Method
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise

@@ -10,8 +10,8 @@ from tiny import digits_data, fit, ncsn, same, weights
 from torch._dynamo.testing import CompileCounter
 
 from lit_diffusion.backbones import UNet
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.callbacks import EMA
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.methods import NCSN
 from lit_diffusion.processes import VE

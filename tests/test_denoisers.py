@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import NOISE_INPUTS, PARAMETRIZATIONS, NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, SubVP, cosine_betas, linear_betas

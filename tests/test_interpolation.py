@@ -3,7 +3,7 @@ import math
 import torch
 from tiny import Convolutions, digits_data
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.interpolation import interpolate, slerp
 from lit_diffusion.methods import DDIM
 from lit_diffusion.randomness import SampleNoise

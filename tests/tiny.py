@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.backbones import MLP
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.callbacks import Checkpoint, ProgressBar
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data import Digits, GaussianMixturePoints
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.methods import DDPM, DSM, NCSN, Method, ScoreSDE

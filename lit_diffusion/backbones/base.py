@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 
 Shape = tuple[int, ...]
 """Of one datum without the batch: ``(C, H, W)`` for images, ``(D,)`` for points."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a sample is conditioned on; fields that a model does not use are None.
-
-    Attributes:
-        label: int64 ``[B]``, class indices.
-    """
-
-    label: Tensor | None = None
-
-    def __getitem__(self, rows: slice | Tensor) -> Condition:
-        return Condition(label=None if self.label is None else self.label[rows])
-
-    def to(self, device: torch.device | str) -> Condition:
-        """The same on a device."""
-        return Condition(label=None if self.label is None else self.label.to(device))
 
 
 class Backbone(nn.Module, ABC):

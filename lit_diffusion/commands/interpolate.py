@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.checkpoints import build_datamodule
 from lit_diffusion.commands.options import (
     add_model_options,
@@ -19,6 +18,7 @@ from lit_diffusion.commands.options import (
     require_positive,
 )
 from lit_diffusion.commands.outputs import RULE, output_path
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
 from lit_diffusion.interpolation import interpolate

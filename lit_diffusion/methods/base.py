@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lit_diffusion import interrupts
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.clock import Clock, in_images
+from lit_diffusion.conditions import Condition
 from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.data.facts import DataFacts, class_number
 from lit_diffusion.datamodule import NOBODYS, Batch, DataModule

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import ClipX0, Denoiser
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain, ReverseVariance

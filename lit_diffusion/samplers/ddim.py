@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clipped
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import expand_like

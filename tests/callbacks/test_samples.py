@@ -143,7 +143,7 @@ def test_a_bare_trainer_has_nowhere_to_draw(tmp_path):
 
 def test_each_class_in_turn_where_there_are_classes(tmp_path):
     method, run_dir = drawn(tmp_path, [Samples(count=12, film_columns=0)], network={"num_classes": 10})
-    from lit_diffusion.backbones.base import Condition
+    from lit_diffusion.conditions import Condition
 
     expected = method.generate(torch.arange(12), 0, Condition(label=torch.arange(12) % 10))
     assert np.array_equal(*pictures(run_dir).values(), grid(expected))

@@ -13,7 +13,7 @@ from tiny import CONFIG, WALKS, Convolutions, ddpm, digits, digits_data, fit, nc
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.backbones import MLP
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import PARAMETRIZATIONS

@@ -7,7 +7,7 @@ import torch
 from tiny import Convolutions, digits_data, fit, ncsn
 
 from lit_diffusion.backbones import MLP
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSN

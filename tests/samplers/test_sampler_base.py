@@ -10,8 +10,9 @@ from laws import MIXTURE, PAPERS, noise_of, wide
 from tiny import Convolutions
 from torch import nn
 
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.closed_form import ExactDenoiser
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import Denoiser, NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
