@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion import interrupts
+from lit_diffusion.distributed import many_processes, shares_of_all
 from lit_diffusion.errors import UserError
 from lit_diffusion.failures import AloneError, Failure, agree
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import many_processes, shares_of_all
 from lit_diffusion.run import print_note
 from lit_diffusion.samplers.base import OnStep, Progress, Sampler, Strays
 

@@ -13,11 +13,11 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lit_diffusion import interrupts
 from lit_diffusion.clock import Cadence
+from lit_diffusion.distributed import summed
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import sync_folder
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import summed
 from lit_diffusion.run import run_logger_of
 from lit_diffusion.sharding import local
 from lit_diffusion.trainer import callbacks_of

@@ -24,6 +24,7 @@ from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
+from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.failures import Failure, agree
 from lit_diffusion.files import atomic_write
@@ -31,7 +32,6 @@ from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.families import HIGHER_IS_BETTER
 from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
-from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of
 from lit_diffusion.metrics.scores import (
     MetricName,

@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
 from lit_diffusion.clock import Cadence
+from lit_diffusion.distributed import many_processes, summed
 from lit_diffusion.failures import agree
 from lit_diffusion.flops import TRAINING
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import many_processes, summed
 from lit_diffusion.run import run_logger_of, survived
 
 

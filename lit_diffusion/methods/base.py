@@ -25,11 +25,11 @@ from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.data.facts import DataFacts, class_number
 from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError
 from lit_diffusion.failures import agree
 from lit_diffusion.flops import forward_flops
 from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
-from lit_diffusion.metrics.gathering import shares_of_all
 from lit_diffusion.objectives import DenoisingScoreMatching, Loss
 from lit_diffusion.own_loaders import assumed_facts, batch_of, indices_to_predict, require_fitting_trainer
 from lit_diffusion.randomness import SampleNoise, keyed_choice, stream_key

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_diffusion.distributed import summed
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode, summed
+from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode
 
 
 class CLIPScore(SumsMetric):

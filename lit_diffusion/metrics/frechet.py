@@ -17,8 +17,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lit_diffusion.distributed import summed
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode, summed
+from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode
 
 INFINITY_GROUPS = 10
 """Of samples, whose sums are kept apart for FD-infinity; each is left out once for its error."""

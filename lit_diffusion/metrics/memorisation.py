@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.metrics.gathering import RowsMetric, shares_of_all
+from lit_diffusion.distributed import shares_of_all
+from lit_diffusion.metrics.gathering import RowsMetric
 from lit_diffusion.metrics.neighbours import Neighbourhood, nearest_exactly
 
 MEMORISED_BELOW = 1.0 / 3.0

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from lit_diffusion.cache import cache_folder
 from lit_diffusion.data.source import Source
+from lit_diffusion.distributed import gathered, summed
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import to_uint8
 from lit_diffusion.metrics.features import Extractor
 from lit_diffusion.metrics.frechet import Gaussian, Moments
-from lit_diffusion.metrics.gathering import gathered, summed
 from lit_diffusion.randomness import keyed_permutation
 
 CACHE_FORMAT = 1

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_diffusion.distributed import summed
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.failures import Attempt, Failure
 from lit_diffusion.metrics.bootstrap import bootstrap_interval, unanimous_interval
@@ -19,7 +20,7 @@ from lit_diffusion.metrics.clip_score import CLIPScore
 from lit_diffusion.metrics.families import HIGHER_IS_BETTER
 from lit_diffusion.metrics.features import CLIP, Extractor
 from lit_diffusion.metrics.frechet import FrechetDistance, frechet_distance, gaussian_of, require_enough_for_infinity
-from lit_diffusion.metrics.gathering import RowsMetric, summed
+from lit_diffusion.metrics.gathering import RowsMetric
 from lit_diffusion.metrics.inception_score import InceptionScore, scores_of_parts
 from lit_diffusion.metrics.kernel import KernelDistance
 from lit_diffusion.metrics.manifolds import ManifoldMetrics

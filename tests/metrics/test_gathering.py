@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.distributed import gathered, summed
 from lit_diffusion.metrics import (
     CLIPScore,
     FrechetDistance,
@@ -24,7 +25,7 @@ from lit_diffusion.metrics import (
     load_extractor,
     reference_of,
 )
-from lit_diffusion.metrics.gathering import RowsMetric, gathered, summed
+from lit_diffusion.metrics.gathering import RowsMetric
 
 
 def rows(count, seed=0, dimension=3):
