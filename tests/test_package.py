@@ -32,8 +32,8 @@ def imported(path: Path) -> set[str]:
 CORE_FOLDERS = ("backbones", "objectives", "samplers", "data", "metrics")
 CORE = [
     *(PACKAGE / f"{name}.py" for name in ("processes", "denoisers", "closed_form", "randomness", "images", "figures")),
-    *(PACKAGE / f"{name}.py" for name in ("protocol", "likelihood", "reverse")),
-    *(path for path in PACKAGE.glob("*/*.py") if path.parent.name in CORE_FOLDERS),
+    *(PACKAGE / f"{name}.py" for name in ("distributed", "likelihood", "reverse")),
+    *(path for folder in CORE_FOLDERS for path in (PACKAGE / folder).rglob("*.py")),
 ]
 
 

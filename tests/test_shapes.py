@@ -21,7 +21,7 @@ from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.figures import scatter
 from lit_diffusion.methods import NCSN
-from lit_diffusion.metrics.features import default_extractor, load_extractor
+from lit_diffusion.metrics.extractors import default_extractor, load_extractor
 from lit_diffusion.metrics.reference import RealData
 from lit_diffusion.samplers import AnnealedLangevin
 

@@ -30,8 +30,9 @@ from lit_diffusion.failures import Failure, agree
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics.extractors import Extractor, ExtractorName, default_extractor, load_extractor
 from lit_diffusion.metrics.families import HIGHER_IS_BETTER
-from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
+from lit_diffusion.metrics.protocol import differing_keys
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of
 from lit_diffusion.metrics.scores import (
     MetricName,
@@ -45,7 +46,6 @@ from lit_diffusion.metrics.scores import (
     metrics_left_out,
 )
 from lit_diffusion.precision import precision_name
-from lit_diffusion.protocol import differing_keys
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived, tell_of
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.samplers.base import in_words

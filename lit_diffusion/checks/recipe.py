@@ -28,7 +28,7 @@ from lit_diffusion.data.facts import in_brief
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.features import default_extractor, load_extractor
+from lit_diffusion.metrics.extractors import default_extractor, load_extractor
 from lit_diffusion.metrics.scores import bias_caveat, choose_metrics, left_out_line, metrics_left_out
 from lit_diffusion.metrics.weights import WEIGHTS
 from lit_diffusion.precision import precision_name

@@ -22,7 +22,7 @@ from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, meant, require_choice
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
-from lit_diffusion.metrics.features import (
+from lit_diffusion.metrics.extractors import (
     CLIP,
     Extractor,
     default_extractor,

@@ -5,7 +5,7 @@ Free of Lightning: :class:`Scores` is all that the evaluating callback and the c
 
 from lit_diffusion.metrics.bootstrap import bootstrap_interval
 from lit_diffusion.metrics.clip_score import CLIPScore
-from lit_diffusion.metrics.features import Extractor, ExtractorName, Features, load_extractor
+from lit_diffusion.metrics.extractors import Extractor, ExtractorName, Features, load_extractor
 from lit_diffusion.metrics.frechet import (
     FrechetDistance,
     Gaussian,

@@ -26,7 +26,7 @@ from lit_diffusion.distributed import gathered, summed
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import to_uint8
-from lit_diffusion.metrics.features import Extractor
+from lit_diffusion.metrics.extractors import Extractor
 from lit_diffusion.metrics.frechet import Gaussian, Moments
 from lit_diffusion.randomness import keyed_permutation
 

@@ -17,8 +17,8 @@ from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.failures import Attempt, Failure
 from lit_diffusion.metrics.bootstrap import bootstrap_interval, unanimous_interval
 from lit_diffusion.metrics.clip_score import CLIPScore
+from lit_diffusion.metrics.extractors import CLIP, Extractor
 from lit_diffusion.metrics.families import HIGHER_IS_BETTER
-from lit_diffusion.metrics.features import CLIP, Extractor
 from lit_diffusion.metrics.frechet import FrechetDistance, frechet_distance, gaussian_of, require_enough_for_infinity
 from lit_diffusion.metrics.gathering import RowsMetric
 from lit_diffusion.metrics.inception_score import InceptionScore, scores_of_parts

@@ -20,8 +20,8 @@ from lit_diffusion.metrics import (
     gaussian_of,
     load_extractor,
 )
+from lit_diffusion.metrics.extractors import CLIP, Extractor, Features
 from lit_diffusion.metrics.families import HIGHER_IS_BETTER
-from lit_diffusion.metrics.features import CLIP, Extractor, Features
 from lit_diffusion.metrics.memorisation import FLAGGED_ABOVE
 from lit_diffusion.metrics.scores import (
     DEFAULT_METRICS,

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_diffusion.errors import UserError
-
 FREE = frozenset(
     {
         *("seed", "seeds", "stage", "samples", "samples_fingerprint", "labels"),
@@ -25,15 +23,3 @@ def differing_keys(protocols: Sequence[Mapping[str, Any]], but: frozenset[str] =
     """The keys in which protocols are not all the same, a missing one included; some keys may differ."""
     keys = dict.fromkeys(key for protocol in protocols for key in protocol if key not in but)
     return [key for key in keys if any(p.get(key, ...) != protocols[0].get(key, ...) for p in protocols)]
-
-
-def require_comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    """Refuse to compare figures that were not measured alike; what was measured may differ.
-
-    Raises:
-        UserError: naming the keys and both values.
-    """
-    differing = differing_keys([first, second])
-    if differing:
-        said = ", ".join(f"{key} {first.get(key)!r} and {second.get(key)!r}" for key in differing)
-        raise UserError(f"these figures cannot be compared, their protocols differ: {said}; measure both alike")

@@ -11,8 +11,8 @@ import torch
 from toy_images import smooth_images
 
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics import Features, Gaussian, Reference, ScoreOptions, Scores, features, load_extractor
-from lit_diffusion.metrics.features import CLIP, DINOv2, Points, default_extractor, full_precision
+from lit_diffusion.metrics import Features, Gaussian, Reference, ScoreOptions, Scores, load_extractor
+from lit_diffusion.metrics.extractors import CLIP, VGG16, DINOv2, Points, default_extractor, dinov2, full_precision
 from lit_diffusion.metrics.scores import DEFAULT_METRICS
 
 
@@ -149,8 +149,8 @@ def test_points_are_their_own_features():
 
 
 def test_dinov2_sees_normalised_images_of_224(tmp_path, monkeypatch):
-    made = features.DINOv2Transformer
-    monkeypatch.setattr(features, "DINOv2Transformer", lambda: made(32, 1, 2))
+    made = dinov2.DINOv2Transformer
+    monkeypatch.setattr(dinov2, "DINOv2Transformer", lambda: made(32, 1, 2))
     torch.save(made(32, 1, 2).state_dict(), tmp_path / "w.pth")
     extractor, seen = DINOv2(tmp_path / "w.pth"), []
     extractor.network.register_forward_hook(lambda module, given, out: seen.append(given[0]))
@@ -201,7 +201,7 @@ def test_vgg16_is_torchvisions_second_hidden_layer(tmp_path):
     network = torchvision.models.vgg16().eval()
     torch.save(network.state_dict(), tmp_path / "vgg16.pth")
     x = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
-    found = features.VGG16(tmp_path / "vgg16.pth")(x)
+    found = VGG16(tmp_path / "vgg16.pth")(x)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     seen = ((torch.from_numpy(x) / 255.0 - mean) / deviation).permute(0, 3, 1, 2)
     with torch.no_grad():

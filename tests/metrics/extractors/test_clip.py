@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics.features import CLIP
+from lit_diffusion.metrics.extractors import CLIP
 from lit_diffusion.metrics.weights import sha256_of
 
 CAPTIONS = ["a cat", "two dogs on a sofa", "noise", "the sea at night"]

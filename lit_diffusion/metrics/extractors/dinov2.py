@@ -7,9 +7,14 @@ published model does: bicubic, not antialiased, by a factor of (16 + 0.1) / 37.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lit_diffusion.metrics.extractors.base import Features, NetworkExtractor, readable, require_plain_weights
+from lit_diffusion.metrics.weights import find_weights
 
 PATCH = 14
 _TRAINED_SIDE = 37
@@ -105,3 +110,36 @@ class DINOv2Transformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)[:, 0]
+
+
+class DINOv2(NetworkExtractor):
+    """DINOv2's class token, ViT-L/14: the features of FD-DINOv2 (Stein et al. 2023).
+
+    Args:
+        weights_path: of the weights; None for the fetched ones.
+    """
+
+    name = "dinov2"
+    model = "dinov2-vit-l-14"
+    dimension = 1024
+    resize = "tensorflow-bilinear-224"
+    side = 224
+
+    def __init__(self, weights_path: str | Path | None = None) -> None:
+        path, self.sha256 = find_weights("dinov2", weights_path)
+        state = require_plain_weights(path)
+        network = DINOv2Transformer()
+        with readable(path):
+            network.load_state_dict(state)
+        super().__init__(network)
+
+    def _features(self, images: Tensor) -> Features:
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        x = interpolate_bilinear_2d_like_tensorflow1x(
+            images.expand(-1, 3, -1, -1).float(), size=(self.side, self.side), align_corners=False
+        )
+        # ImageNet's mean and deviation of each colour.
+        mean = x.new_tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+        deviation = x.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+        return Features(self.network((x / 255.0 - mean) / deviation))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lit_diffusion.metrics.dinov2 import DINOv2Transformer
+from lit_diffusion.metrics.extractors.dinov2 import DINOv2Transformer
 
 WIDTH, DEPTH, HEADS = 48, 2, 3
 

@@ -6,7 +6,7 @@ from tiny import digits
 
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.metrics import RealData, load_extractor
-from lit_diffusion.metrics.digits import WEIGHTS_FILE, DigitsClassifier
+from lit_diffusion.metrics.extractors.digits import WEIGHTS_FILE, DigitsClassifier
 
 
 def test_the_weights_are_small_and_only_tensors():
