@@ -150,7 +150,7 @@ def flow_log_prob(
         if on_time is not None:
             on_time(t)
 
-    end = integrate(denoiser.process, slope, begin, (start, 1.0), rtol, atol, on_step, norm)[-1]
+    end = integrate(denoiser.process, slope, begin, (start, denoiser.process.t_max), rtol, atol, on_step, norm)[-1]
     x_1, divergence = end[:, :dimension].view(shape), dimension * end[:, -1]
     terminal = denoiser.process.prior_log_prob(x_1) if terminal_log_prob is None else terminal_log_prob(x_1)
     return FlowLikelihood(terminal + divergence, terminal, divergence, x_1, counted.evaluations)
@@ -237,10 +237,12 @@ def variational_bound(
     count = len(times)
     ends = torch.cat((times.new_zeros(1), times[:-1]))
     before_last = float(times[min(1, count - 1)])
-    one = at_time(x0, 1.0)
-    alpha, sigma = expand_like(process.alpha(one), x0.double()), expand_like(process.sigma(one), x0.double())
-    prior_log_variance = torch.tensor(2.0 * math.log(process.prior_std), dtype=torch.float64, device=x0.device)
-    prior = gaussian_kl(alpha * x0.double(), 2.0 * sigma.log(), prior_log_variance.new_zeros(()), prior_log_variance)
+    end = at_time(x0, process.t_max)
+    alpha, sigma = expand_like(process.alpha(end), x0.double()), expand_like(process.sigma(end), x0.double())
+    prior_log_variance = 2.0 * torch.as_tensor(process.prior_std, dtype=torch.float64, device=x0.device).log()
+    prior = gaussian_kl(
+        alpha * x0.double(), 2.0 * sigma.log(), torch.zeros_like(prior_log_variance), prior_log_variance
+    )
     terms = torch.zeros(len(x0), count, dtype=torch.float64, device=x0.device)
     whole = sampled is None or sampled >= count - 1
     draws = count - 1 if whole or sampled is None else sampled

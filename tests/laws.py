@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.processes import VE, VP, Betas, Process, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers import Predictor, Sampler

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.processes import VE, VP, Betas, cosine_betas
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data.facts import DataFacts, GreyLevels
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import bits_per_dimension, dequantised, flow_log_prob, variational_bound
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas

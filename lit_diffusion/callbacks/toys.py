@@ -16,8 +16,8 @@ from torch import Tensor
 from lit_diffusion.callbacks.checkpoint import save_before_drawing
 from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.callbacks.noise_levels import known_mixture, score_error
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.figures import field_panel, new_figure, points_panel, render
 from lit_diffusion.methods.base import Method

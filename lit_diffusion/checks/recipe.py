@@ -266,12 +266,12 @@ def prior_mismatch(recipe: Recipe) -> Iterator[Finding]:
     process = recipe.method.denoiser.process
     if isinstance(process, VE):
         return
-    end = process.level(torch.ones(1, dtype=torch.float64))
+    end = process.level(torch.tensor([process.t_max], dtype=torch.float64))
     alpha, ratio = float(end.alpha), (float(end.sigma) / process.prior_std) ** 2
     power = float(recipe.first.double().square().mean()) / process.prior_std**2
     # Of N(alpha x, sigma^2) from N(0, prior^2), averaged over the data.
     gap = 0.5 * (alpha**2 * power + ratio - 1.0 - math.log(ratio)) / math.log(2.0)
-    said = f"at t = 1 the data weigh alpha = {alpha:.2g}, {gap:.2g} bits a dimension from the prior"
+    said = f"at t = {process.t_max:g} the data weigh alpha = {alpha:.2g}, {gap:.2g} bits a dimension from the prior"
     if gap > PRIOR_GAP:
         yield warning(
             f"{said}: samples start from noise that training never saw",

@@ -13,9 +13,9 @@ from tiny import digits_data, events, fit, ncsn, points_data, run_logger, toy_ds
 from lit_diffusion.backbones import MLP
 from lit_diffusion.callbacks import EMA, ModeWeights, ScoreField
 from lit_diffusion.callbacks.toys import mixture_of, score_error
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data import GaussianMixturePoints, Rings
 from lit_diffusion.datamodule import DataModule
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSN
 from lit_diffusion.processes import VE

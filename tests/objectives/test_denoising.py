@@ -8,8 +8,8 @@ from scipy import stats
 from scipy.integrate import cumulative_simpson, quad
 from torch import nn
 
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import DenoisingScoreMatching
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas

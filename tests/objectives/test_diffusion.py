@@ -11,9 +11,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data.facts import GreyLevels
-from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, Prediction
+from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, InterpolatedVariance, Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import DiffusionObjective, SecondMoments
 from lit_diffusion.processes import Betas, cosine_betas, expand_like
@@ -41,8 +41,8 @@ class Told(Denoiser):
     def forward(self, x_t, t, cond=None, began=None):
         level = self.process.level(t)
         u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, 0.5)
-        share = None if self.share is None else self.share(x_t, t)
-        return Prediction(x_t, self.raw(x_t, t), level, u, v, variance_share=share)
+        variance = None if self.share is None else InterpolatedVariance(self.share(x_t, t))
+        return Prediction(x_t, self.raw(x_t, t), level, u, v, reverse_log_variance=variance)
 
 
 def images(count, pixels=4):

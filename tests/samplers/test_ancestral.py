@@ -22,8 +22,8 @@ from laws import (
     wide,
 )
 
-from lit_diffusion.closed_form import ExactDenoiser
-from lit_diffusion.denoisers import Denoiser, NetworkDenoiser
+from lit_diffusion.denoisers import Denoiser, InterpolatedVariance, NetworkDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
 from lit_diffusion.samplers import Ancestral, Move
@@ -105,7 +105,7 @@ class Share(Denoiser):
         self.process, self.share, self.exact = process, share, ExactDenoiser(MIXTURE, process)
 
     def forward(self, x_t, t, cond=None, began=None):
-        return replace(self.exact(x_t, t), variance_share=torch.full_like(x_t, self.share))
+        return replace(self.exact(x_t, t), reverse_log_variance=InterpolatedVariance(torch.full_like(x_t, self.share)))
 
 
 def test_a_learned_variance_lies_between_the_two_in_its_logarithm():

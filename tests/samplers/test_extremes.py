@@ -10,8 +10,8 @@ from tiny import CONFIG
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Likelihood
-from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import NOISE_INPUTS
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import flow_log_prob
 from lit_diffusion.processes import VE, VP, Betas, SubVP, cosine_betas, expand_like, linear_betas

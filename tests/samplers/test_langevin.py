@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.denoisers import Denoiser, NetworkDenoiser, Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
 from lit_diffusion.randomness import SampleNoise

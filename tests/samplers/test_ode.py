@@ -18,8 +18,8 @@ from laws import (
 )
 from scipy.integrate import RK45, solve_ivp
 
-from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import Denoiser, Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.samplers import DDIM, Euler, Heun, Move, ProbabilityFlow

@@ -11,9 +11,9 @@ from tiny import Convolutions
 from torch import nn
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.conditions import Condition
-from lit_diffusion.denoisers import Denoiser, NetworkDenoiser
+from lit_diffusion.denoisers import Denoiser, InterpolatedVariance, NetworkDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
@@ -163,7 +163,7 @@ class Observed(Denoiser):
         self.calls += 1
         self.times += t.tolist()
         self.conditions.add(cond)
-        return replace(self.exact(x_t, t), variance_share=torch.full_like(x_t, 0.3))
+        return replace(self.exact(x_t, t), reverse_log_variance=InterpolatedVariance(torch.full_like(x_t, 0.3)))
 
 
 @each_sampler

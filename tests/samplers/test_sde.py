@@ -19,7 +19,7 @@ from laws import (
     wide,
 )
 
-from lit_diffusion.closed_form import ExactDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.samplers import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, Prediction
+from lit_diffusion.denoisers.base import Denoiser, Prediction
 from lit_diffusion.processes import Process
 
 
@@ -60,6 +60,16 @@ class GaussianMixture:
 
     def log_prob_and_score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Log-density ``[B]`` and score ``[B, D]`` of ``alpha x_0 + sigma eps`` at ``[B, D]``; alpha, sigma ``[B]``."""
+        log_prob, score, _ = self.posterior(x, alpha, sigma)
+        return log_prob, score
+
+    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is known of ``x_0`` where ``alpha x_0 + sigma eps`` is ``[B, D]``; alpha, sigma ``[B]``.
+
+        Returns:
+            Log-density ``[B]``, score ``[B, D]``, and the posterior mean ``E[x_0 | x]`` ``[B, D]``, each by its own
+            closed form: right where sigma is small and where alpha is 0.
+        """
         weights, means, eigenvalues, eigenvectors = self._parts(x)
         x = x.to(torch.float64)
         offset = x[:, None] - alpha[:, None, None] * means
@@ -68,9 +78,11 @@ class GaussianMixture:
         log_component = -0.5 * (rotated**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
         log_joint = log_component + weights.log()
         log_prob = torch.logsumexp(log_joint, dim=1)
-        responsibility = torch.softmax(log_joint, dim=1)
+        responsibility = torch.softmax(log_joint, dim=1)[..., None]
         pull = torch.einsum("kij,bkj->bki", eigenvectors, -rotated / variance)
-        return log_prob, (responsibility[..., None] * pull).sum(1)
+        gain = alpha[:, None, None] * eigenvalues / variance
+        mean = means + torch.einsum("kij,bkj->bki", eigenvectors, gain * rotated)
+        return log_prob, (responsibility * pull).sum(1), (responsibility * mean).sum(1)
 
     def component_of(self, x: Tensor) -> Tensor:
         """The likeliest component of each row of x: int64 ``[B]``."""
@@ -84,6 +96,8 @@ class GaussianMixture:
 class ExactDenoiser(Denoiser):
     """The best denoiser there is for data from a Gaussian mixture, by closed form; it also knows its energy."""
 
+    has_energy = True
+
     def __init__(self, distribution: GaussianMixture, process: Process) -> None:
         super().__init__()
         self.distribution = distribution
@@ -92,7 +106,6 @@ class ExactDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`; x_t is ``[B, D]`` (or any shape that flattens to it)."""
         level = self.process.level(t)
-        log_prob, score = self.distribution.log_prob_and_score(x_t.flatten(1), level.alpha, level.sigma)
-        eps = (-level.sigma[:, None] * score).view_as(x_t).to(x_t.dtype)
-        u, v = PARAMETRIZATIONS["eps"](level, self.process, 1.0)
-        return Prediction(x_t, eps, level, u, v, energy=-log_prob)
+        log_prob, score, mean = self.distribution.posterior(x_t.flatten(1), level.alpha, level.sigma)
+        eps = -level.sigma[:, None] * score
+        return Prediction.from_x0_and_eps(x_t, level, mean.view_as(x_t), eps.view_as(x_t), energy=-log_prob)
