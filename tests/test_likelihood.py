@@ -9,7 +9,7 @@ from lit_diffusion.data.facts import DataFacts, GreyLevels
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import bits_per_dimension, dequantised, flow_log_prob, variational_bound
-from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain
 from lit_diffusion.samplers.base import subsequence
@@ -166,7 +166,7 @@ def expected_bound(process, c, steps, variance):
     return float(prior + kl[1:].sum() + decoder)
 
 
-@every_process
+@pytest.mark.parametrize("process", [*PROCESSES.values(), Flow()], ids=[*PROCESSES, "Flow"])
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_the_bound_of_the_exact_model_is_its_closed_form(process, variance):
     c, count, steps = 0.7, 1500, 100

@@ -176,7 +176,8 @@ class Process(nn.Module, ABC):
             # Both ends belong to the process, whichever way they were rounded.
             t = min(max(t, 1e-12 if self.levels is None else self.t_min), self.t_max)
             # In continuous time the smallest level may be the limit at 0, as good as that at the smallest time.
-            if abs(ratio(t) / sigma - 1.0) < 1e-6 and ratio(self.t_min) < 1.001 * sigma:
+            same = ratio(t) == sigma or abs(ratio(t) / sigma - 1.0) < 1e-6  # Equal, too, where both are infinite.
+            if same and ratio(self.t_min) < 1.001 * sigma:
                 return t
         raise UserError(
             f"noise level {sigma:g} is outside this process, whose levels run from {ratio(self.t_min):g} "
@@ -219,9 +220,11 @@ class Process(nn.Module, ABC):
         s, t = s.to(torch.float64), t.to(torch.float64)
         alpha_s, alpha_t = self.alpha(s), self.alpha(t)
         variance_s, variance_t = self.sigma(s) ** 2, self.sigma(t) ** 2
-        # SNR_t / SNR_s; the share of noise that is new is 1 minus it, taken without cancellation.
-        log_ratio = self.log_snr(t) - self.log_snr(s)
-        fresh = -torch.expm1(log_ratio)
+        # SNR_t / SNR_s; the share of noise that is new is 1 minus it, taken without cancellation. All of it is new from
+        # s without noise and to t without signal: left out, since the logarithms have no gradient there.
+        inside = (variance_s > 0.0) & (alpha_t > 0.0)
+        log_ratio = self.log_snr(torch.where(inside, t, self.t_min)) - self.log_snr(torch.where(inside, s, self.t_min))
+        fresh = torch.where(inside, -torch.expm1(log_ratio), 1.0)
         return Transition(
             scale=alpha_t / alpha_s,
             beta=variance_t * fresh,

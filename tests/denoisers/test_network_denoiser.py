@@ -9,7 +9,7 @@ from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import NOISE_INPUTS, PARAMETRIZATIONS, NetworkDenoiser
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import VE, VP, Betas, SubVP, cosine_betas, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, cosine_betas, linear_betas
 
 PROCESSES = {
     "VE": VE(0.01, 50.0),
@@ -58,7 +58,9 @@ def mean_row(betas):
     return -np.sqrt(alphas) * (1 - before) / (np.sqrt(before) * betas), (1 - abar) / (np.sqrt(before) * betas)
 
 
-CASES = [(name, process) for name in TABLE for process in PROCESSES] + [("mean", "linear"), ("mean", "cosine")]
+CASES = [(name, PROCESSES[process]) for name in TABLE for process in PROCESSES]
+CASES += [("mean", PROCESSES["linear"]), ("mean", PROCESSES["cosine"])]
+CASES += [(name, Flow()) for name in ("x0", "v", "velocity", "edm")]  # At t = 1, where alpha is 0, too.
 
 
 def situation(name, process):
@@ -73,7 +75,7 @@ def situation(name, process):
     x0, eps = torch.randn(2, len(t), 6, generator=generator, dtype=torch.float64).numpy()
     x0 = SIGMA_DATA * x0
     a, s = process.alpha(t).numpy()[:, None], process.sigma(t).numpy()[:, None]
-    da, ds = a * process.dlog_alpha(t).numpy()[:, None], process.dsigma(t).numpy()[:, None]
+    da, ds = process.dalpha(t).numpy()[:, None], process.dsigma(t).numpy()[:, None]
     x_t = a * x0 + s * eps
     if name == "mean":
         betas = (linear_betas() if process is PROCESSES["linear"] else cosine_betas()).numpy()
@@ -101,7 +103,6 @@ def denoiser_for(answer, process, name, **options):
 
 @pytest.mark.parametrize(("name", "process"), CASES)
 def test_every_view_is_the_truth_at_every_level(name, process):
-    process = PROCESSES[process]
     t, x_t, raw, truth, (a, s) = situation(name, process)
     prediction = denoiser_for(torch.from_numpy(raw), process, name)(torch.from_numpy(x_t), t)
     for view, value in truth.items():
@@ -110,6 +111,31 @@ def test_every_view_is_the_truth_at_every_level(name, process):
     # What is predicted explains what was seen.
     assert worst(a * prediction.x0.numpy() + s * prediction.eps.numpy(), x_t) < 1e-9
     assert prediction.energy is None
+
+
+@pytest.mark.parametrize(("name", "process"), CASES)
+def test_c_skip_and_c_out_are_those_of_the_design(name, process):
+    t, x_t, raw, _, (a, s) = situation(name, process)
+    prediction = denoiser_for(torch.from_numpy(raw), process, name)(torch.from_numpy(x_t), t)
+    if name == "mean":
+        c_skip, c_out = mean_row((linear_betas() if process is PROCESSES["linear"] else cosine_betas()).numpy())
+    else:
+        da, ds = process.dalpha(t).numpy(), process.dsigma(t).numpy()
+        c_skip, c_out = TABLE[name](a[:, 0], s[:, 0], da, ds)
+    np.testing.assert_allclose(prediction.c_skip, c_skip, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(prediction.c_out, c_out, rtol=1e-6, atol=1e-12)
+
+
+def test_what_says_nothing_where_alpha_is_0_is_refused():
+    for name in ("eps", "score", "raw_score"):
+        with pytest.raises(UserError, match=f"parametrization '{name}' says nothing .* t_max below 1") as caught:
+            denoiser_for(torch.zeros(1), Flow(), name)
+        assert "\n" not in str(caught.value)
+        denoiser_for(torch.zeros(1), Flow(t_max=0.999), name)
+    for name in ("log_sigma", "quarter_log_sigma"):
+        with pytest.raises(UserError, match=f"noise_input '{name}' is infinite .* time or time_999"):
+            denoiser_for(torch.zeros(1), Flow(), "velocity", noise_input=name)
+        denoiser_for(torch.zeros(1), Flow(t_max=0.999), "velocity", noise_input=name)
 
 
 def test_the_table_has_every_parametrization():

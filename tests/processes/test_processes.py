@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 from scipy.stats import norm
 
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import VE, VP, Betas, SubVP, cosine_betas, expand_like, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, cosine_betas, expand_like, linear_betas
 
 PROCESSES = {
     "VE": VE(0.01, 50.0),
@@ -17,6 +17,7 @@ PROCESSES = {
     "VE232": VE(0.01, 50.0, levels=232),
     "VP": VP(),
     "SubVP": SubVP(),
+    "Flow": Flow(),
     "linear": Betas(linear_betas()),
     "cosine": Betas(cosine_betas()),
     "few": Betas(linear_betas(20, 0.01, 0.4)),
@@ -87,7 +88,8 @@ def test_drift_and_diffusion_reproduce_the_moments(process):
         knots = [0.0, *process.grid().tolist()][: 1 + min(40, process.levels)]
         start = 1e-8 / process.levels  # A time nearer to a grid point than that is the grid point.
     else:
-        knots = [0.0, 1e-4, 0.01, 0.2, 0.5, 0.9, 1.0]
+        # f and g of a flow are infinite at 1, where alpha is 0.
+        knots = [0.0, 1e-4, 0.01, 0.2, 0.5, 0.9, 0.999 if isinstance(process, Flow) else 1.0]
     for before, after in itertools.pairwise(knots):
         solution = solve_ivp(slopes, (before + start, after), state, rtol=1e-9, atol=1e-14)
         state = solution.y[:, -1].tolist()
@@ -135,6 +137,8 @@ def test_t_at_sigma(process):
         assert process.t_at_sigma(ratio) <= 1.0
     top = float(process.sigma(tensor(1.0)) / process.alpha(tensor(1.0)))
     for sigma in (1.01 * top, 1e9, 0.0, -1.0, float("nan")):
+        if 0.0 < sigma <= top:  # A flow has every ratio.
+            continue
         with pytest.raises(UserError, match="outside this process") as caught:
             process.t_at_sigma(sigma)
         message = str(caught.value)
@@ -427,6 +431,10 @@ def test_level_index(process):
         (lambda: SubVP(t_min_sampling=-1e-3), ["t_min_sampling is -0.001"]),
         (lambda: VP(t_min_sampling=float("nan")), ["t_min_sampling is nan"]),
         (lambda: VP(t_min=1.0), ["t_min is 1"]),
+        (lambda: Flow(t_max=0.0), ["t_max is 0"]),
+        (lambda: Flow(t_max=1.5), ["t_max is 1.5"]),
+        (lambda: Flow(t_max=float("nan")), ["t_max is nan"]),
+        (lambda: Flow(t_min_sampling=0.5, t_max=0.4), ["t_max is 0.4", "t_min_sampling 0.5"]),
         (lambda: VP(0.0, 20.0), ["beta_min 0", "beta_max 20"]),
         (lambda: SubVP(20.0, 0.1), ["beta_min 20", "beta_max 0.1"]),
         (lambda: Betas(tensor(0.1, 1.0)), ["every beta", "between 0 and 1"]),
