@@ -82,60 +82,29 @@ class Prediction:
     reverse_log_variance: ReverseLogVariance | None = None
 
     @classmethod
-    def from_eps(
-        cls,
-        x_t: Tensor,
-        level: Level,
-        eps: Tensor,
-        energy: Tensor | None = None,
-        reverse_log_variance: ReverseLogVariance | None = None,
-    ) -> Self:
+    def from_eps(cls, x_t: Tensor, level: Level, eps: Tensor, energy: Tensor | None = None) -> Self:
         """The prediction of what knows the noise ``[B, ...]``; it has no x0 where alpha is 0."""
-        zero, one = torch.zeros_like(level.t), torch.ones_like(level.t)
-        return cls(x_t, eps, level, zero, one, energy, reverse_log_variance)
+        return cls(x_t, eps, level, torch.zeros_like(level.t), torch.ones_like(level.t), energy)
 
     @classmethod
-    def from_x0(
-        cls,
-        x_t: Tensor,
-        level: Level,
-        x0: Tensor,
-        energy: Tensor | None = None,
-        reverse_log_variance: ReverseLogVariance | None = None,
-    ) -> Self:
+    def from_x0(cls, x_t: Tensor, level: Level, x0: Tensor, energy: Tensor | None = None) -> Self:
         """The prediction of what knows the clean datum ``[B, ...]``; its eps loses digits where sigma is small."""
-        zero, one = torch.zeros_like(level.t), torch.ones_like(level.t)
-        return cls(x_t, x0, level, one, zero, energy, reverse_log_variance)
+        return cls(x_t, x0, level, torch.ones_like(level.t), torch.zeros_like(level.t), energy)
 
     @classmethod
-    def from_score(
-        cls,
-        x_t: Tensor,
-        level: Level,
-        score: Tensor,
-        energy: Tensor | None = None,
-        reverse_log_variance: ReverseLogVariance | None = None,
-    ) -> Self:
+    def from_score(cls, x_t: Tensor, level: Level, score: Tensor, energy: Tensor | None = None) -> Self:
         """The prediction of what knows the score ``[B, ...]``; it has no x0 where alpha is 0."""
-        return cls(x_t, score, level, torch.zeros_like(level.t), -1.0 / level.sigma, energy, reverse_log_variance)
+        return cls(x_t, score, level, torch.zeros_like(level.t), -1.0 / level.sigma, energy)
 
     @classmethod
-    def from_x0_and_eps(
-        cls,
-        x_t: Tensor,
-        level: Level,
-        x0: Tensor,
-        eps: Tensor,
-        energy: Tensor | None = None,
-        reverse_log_variance: ReverseLogVariance | None = None,
-    ) -> Self:
+    def from_x0_and_eps(cls, x_t: Tensor, level: Level, x0: Tensor, eps: Tensor, energy: Tensor | None = None) -> Self:
         """The prediction of what knows both, with ``x_t = alpha x0 + sigma eps``.
 
         It keeps ``v = alpha eps - sigma x0``, from which every view is had with all its digits, at small sigma and
         where alpha is 0: what is made of other predictions, as guidance is, is best made so.
         """
         raw = expand_like(level.alpha, eps) * eps - expand_like(level.sigma, x0) * x0
-        return cls(x_t, raw, level, -level.sigma, level.alpha, energy, reverse_log_variance)
+        return cls(x_t, raw, level, -level.sigma, level.alpha, energy)
 
     @property
     def _determinant(self) -> Tensor:

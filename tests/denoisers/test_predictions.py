@@ -55,17 +55,17 @@ def test_of_both_no_digit_is_lost_in_float32(process):
         assert not bool(((x0.double() - truth["x0"]).abs() < 1e-5).all())
 
 
-def test_energy_and_variance_are_handed_on():
+def test_an_energy_is_handed_on():
     x_t, level, truth = situation(PROCESSES["VP"], T)
-    keys = {"energy": torch.arange(len(T)), "reverse_log_variance": lambda step, s: step.beta.log()}
+    energy = torch.arange(len(T))
     for prediction in (
-        Prediction.from_eps(x_t, level, truth["eps"], **keys),
-        Prediction.from_x0(x_t, level, truth["x0"], **keys),
-        Prediction.from_score(x_t, level, truth["score"], **keys),
-        Prediction.from_x0_and_eps(x_t, level, truth["x0"], truth["eps"], **keys),
+        Prediction.from_eps(x_t, level, truth["eps"], energy),
+        Prediction.from_x0(x_t, level, truth["x0"], energy),
+        Prediction.from_score(x_t, level, truth["score"], energy),
+        Prediction.from_x0_and_eps(x_t, level, truth["x0"], truth["eps"], energy),
     ):
-        assert prediction.energy is keys["energy"]
-        assert prediction.reverse_log_variance is keys["reverse_log_variance"]
+        assert prediction.energy is energy
+        assert prediction.reverse_log_variance is None
 
 
 def test_an_end_point_has_x0_and_refuses_what_only_a_mean_has():
