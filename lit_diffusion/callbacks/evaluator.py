@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -30,21 +30,13 @@ from lit_diffusion.failures import Failure, agree
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics.base import Context, ScoreOptions
+from lit_diffusion.metrics.catalogue import CATALOGUE, MetricName, is_better
+from lit_diffusion.metrics.choice import Choice, choose_metrics, left_out_line
 from lit_diffusion.metrics.extractors import Extractor, ExtractorName, default_extractor, load_extractor
-from lit_diffusion.metrics.families import HIGHER_IS_BETTER
 from lit_diffusion.metrics.protocol import differing_keys
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of
-from lit_diffusion.metrics.scores import (
-    MetricName,
-    Result,
-    ScoreOptions,
-    Scores,
-    bias_caveat,
-    choose_metrics,
-    is_better,
-    left_out_line,
-    metrics_left_out,
-)
+from lit_diffusion.metrics.scores import Result, Scores
 from lit_diffusion.precision import precision_name
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived, tell_of
 from lit_diffusion.samplers import Sampler
@@ -120,12 +112,12 @@ class Evaluator(Drawing):
     ) -> None:
         super().__init__(Cadence.of("eval", every_n_images, every_n_steps))
         for metric in metrics or ():
-            require_choice("eval", "metrics", metric, get_args(MetricName))
-        require_choice("eval", "best", best, get_args(MetricName))
-        if best == "memorisation":
-            raise UserError("eval.best is 'memorisation', which is four figures; choose a metric with one")
-        if "clip_score" in (metrics or ()):
-            raise UserError("eval.metrics: clip_score needs samples with captions: use the command evaluate")
+            require_choice("", "eval.metrics", metric, CATALOGUE)
+            if "captions" in CATALOGUE[metric].needs:
+                raise UserError(f"eval.metrics: {metric} needs samples with captions: use the command evaluate")
+        require_choice("", "eval.best", best, CATALOGUE)
+        if CATALOGUE[best].better is None:
+            raise UserError(f"eval.best is {best!r}, of which no value is better or worse; choose another metric")
         for key, value in (("samples", samples), ("test_samples", test_samples), ("batch_size", batch_size)):
             if isinstance(value, int) and value < 1:
                 raise UserError(f"eval.{key} is {value}; give a positive number")
@@ -160,6 +152,7 @@ class Evaluator(Drawing):
         self._began = 0.0
         self._began_at = 0
         self._warned = False
+        self._caveats: tuple[str, ...] = ()
 
     @property
     def _on(self) -> bool:
@@ -256,7 +249,7 @@ class Evaluator(Drawing):
     def _weights(self, trainer: pl.Trainer) -> str:
         return averages_of(trainer).kept(self.weights)
 
-    def _check(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> list[MetricName]:
+    def _check(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> Choice:
         """The metrics that can be had; loads the extractor."""
         choose_average(averages_of(trainer).half_lives, self._weights(trainer))
         method.check_walk(self._walk(method, stage))
@@ -270,12 +263,13 @@ class Evaluator(Drawing):
             raise UserError(
                 f"eval.reference {self.reference}: there are {real} such data; hold out more, or take train"
             )
-        chosen = choose_metrics(
-            self.metrics, self._loaded, count, real, self.options, training_count=len(data.train_indices)
-        )
-        if self.keep and stage == "fit" and self.best not in chosen:
-            raise UserError(f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(chosen)}")
-        return chosen
+        training = len(data.train_indices)
+        choice = choose_metrics(self.metrics, Context(self._loaded, count, real, self.options, training_count=training))
+        if self.keep and stage == "fit" and self.best not in choice.metrics:
+            raise UserError(
+                f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(choice.metrics)}"
+            )
+        return choice
 
     @staticmethod
     def _datamodule(trainer: pl.Trainer) -> DataModule:
@@ -297,7 +291,7 @@ class Evaluator(Drawing):
 
     def _make_scores(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> Scores:
         """Ready to take samples in; what is known of the real data is found once a run."""
-        chosen = self._check(trainer, method, count, stage)
+        choice = self._check(trainer, method, count, stage)
         assert self._loaded is not None
         data, extractor = self._datamodule(trainer), self._loaded.to(method.device)
         if self._scores is None:
@@ -309,19 +303,17 @@ class Evaluator(Drawing):
             real = self._real(data)  # Made once: finding out which data these are may read them all.
             reference = known(real)
             training = mirrored = None
-            if "memorisation" in chosen:
+            if "memorisation" in choice.metrics:
                 train = (data.source, data.train_indices, "train")
                 self._training = real if self.reference == "train" else RealData.of(*train)
                 training = reference if self.reference == "train" else known(self._training)
                 mirrored = known(RealData.of(*train, mirrored=True)) if data.flip else None
-            left_out = metrics_left_out(
-                self.metrics, extractor, count, real.count, self.options, training_count=len(data.train_indices)
-            )
+            self._caveats = choice.caveats
             self._scores = Scores(
-                *(chosen, extractor, reference, tuple(data.facts.shape), self.options, PAIRS),
+                *(choice.metrics, extractor, reference, tuple(data.facts.shape), self.options, PAIRS),
                 training=training,
                 mirrored=mirrored,
-                left_out=left_out,
+                left_out=choice.left_out,
             )
         self._scores.to(method.device)
         return self._scores
@@ -396,11 +388,9 @@ class Evaluator(Drawing):
                 "  these samples look like copies of training images (near_copies): see samples/neighbours-*.png; more "
                 "data, dropout, mirroring or a shorter training help"
             )
-        assert self._scores is not None
-        caveat = bias_caveat(self._scores.extractor, protocol["n_fake"]) if "fid" in self._scores.metrics else None
         if not self._warned:
             self._warned = True
-            if caveat is not None:
+            for caveat in self._caveats:
                 print_note(f"  note: {caveat}")
             if result.left_out:
                 print_note(f"  left out: {left_out_line(result.left_out)}")
@@ -459,7 +449,7 @@ class Evaluator(Drawing):
             return
         assert self._training is not None
         positions = torch.tensor([pair.neighbour for pair in result.pairs])
-        real = self._training.values(self._scores.training.positions[positions])
+        real = self._training.values(self._scores.subject.training.positions[positions])
         for row, pair in enumerate(result.pairs):
             if pair.mirrored:
                 real[row] = real[row][:, ::-1].copy()
@@ -502,7 +492,7 @@ class Evaluator(Drawing):
             began = time.perf_counter()
             cond = method.condition_by_counts(indices, self.seed, self._class_counts(self._datamodule(trainer)))
             x = method.generate(indices, self.seed, cond, self._walk(method, "fit"))
-            scores.extractor(self._as_seen(method, x.nan_to_num().cpu()))
+            scores.subject.extractor(self._as_seen(method, x.nan_to_num().cpu()))
             seconds = time.perf_counter() - began
         return seconds / batch
 
@@ -540,7 +530,7 @@ class Evaluator(Drawing):
         if not trainer.is_global_zero:
             return
         kept.append({"file": name, "metric": key, "value": value, "images": method.clock.images})
-        kept.sort(key=lambda entry: entry["value"], reverse=self.best in HIGHER_IS_BETTER)
+        kept.sort(key=lambda entry: entry["value"], reverse=CATALOGUE[self.best].better == "max")
         with atomic_write(folder / BEST) as file:
             file.write((json.dumps([*kept[: self.keep], *others], indent=1) + "\n").encode())
         for name in {entry["file"] for entry in before} - {entry["file"] for entry in kept[: self.keep]}:

@@ -28,8 +28,9 @@ from lit_diffusion.data.facts import in_brief
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
+from lit_diffusion.metrics.base import Context
+from lit_diffusion.metrics.choice import choose_metrics, left_out_line
 from lit_diffusion.metrics.extractors import default_extractor, load_extractor
-from lit_diffusion.metrics.scores import bias_caveat, choose_metrics, left_out_line, metrics_left_out
 from lit_diffusion.metrics.weights import WEIGHTS
 from lit_diffusion.precision import precision_name
 from lit_diffusion.processes import VE
@@ -467,16 +468,18 @@ def evaluation(recipe: Recipe) -> Iterator[Finding]:
     if real < 2:
         raise UserError(f"eval.reference {evaluator.reference}: there are {real} such data; hold out more")
     count = 500 if evaluator.samples == "auto" else evaluator.samples
-    given = (evaluator.metrics, extractor, count, real, evaluator.options)
-    chosen = choose_metrics(*given, training_count=len(recipe.data.train_indices))
+    context = Context(extractor, count, real, evaluator.options, training_count=len(recipe.data.train_indices))
+    choice = choose_metrics(evaluator.metrics, context)
+    chosen = choice.metrics
     if evaluator.keep and evaluator.best not in chosen:
         raise UserError(f"eval.best is {evaluator.best!r}, which is not among the metrics here: {', '.join(chosen)}")
     if evaluator.samples == "auto":
         yield note("eval.samples auto: the count is found at the first evaluation", "give a number to compare runs")
-    elif caveat := bias_caveat(extractor, count):
-        yield note(caveat, f"raise eval.samples to {extractor.dimension} at least")
-    if left_out := metrics_left_out(*given, training_count=len(recipe.data.train_indices)):
-        yield note(f"left out: {left_out_line(left_out)}")
+    else:
+        for caveat in choice.caveats:
+            yield note(caveat, "raise eval.samples")
+    if choice.left_out:
+        yield note(f"left out: {left_out_line(choice.left_out)}")
     if real < extractor.dimension:
         yield note(f"{real} real data are fewer than the {extractor.dimension} dimensions of features of {name}")
     yield ok(f"{', '.join(chosen)} of {evaluator.samples} samples in features of {name}, against {real} data")

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, meant, require_choice
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
+from lit_diffusion.metrics.base import Context, ScoreOptions
+from lit_diffusion.metrics.catalogue import CATALOGUE, default_metrics
+from lit_diffusion.metrics.choice import Choice, choose_metrics, left_out_line
 from lit_diffusion.metrics.extractors import (
     CLIP,
     Extractor,
@@ -29,16 +32,7 @@ from lit_diffusion.metrics.extractors import (
     load_extractor,
 )
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of, reference_of_moments
-from lit_diffusion.metrics.scores import (
-    MetricName,
-    Result,
-    ScoreOptions,
-    Scores,
-    bias_caveat,
-    choose_metrics,
-    left_out_line,
-    metrics_left_out,
-)
+from lit_diffusion.metrics.scores import Result, Scores
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import print_note
 
@@ -65,9 +59,8 @@ def _parser() -> Parser:
         "--metrics",
         type=str | None,
         default=None,
-        help=f"With commas: {','.join(get_args(MetricName))}. Default: all that fit, without fid_infinity and "
-        "clip_score. Of features that are not Inception's, the Frechet distance is named fd/..., the kernel distance "
-        "kd/....",
+        help=f"With commas: {','.join(CATALOGUE)}. Default: of {','.join(default_metrics())} all that fit. Of features "
+        "that are not Inception's, the Frechet distance is named fd/..., the kernel distance kd/....",
     )
     parser.add_argument(
         "--extractor",
@@ -119,10 +112,13 @@ def main(arguments: Sequence[str]) -> None:
         clip.to(device)
     reference, real_classes = _reference(options.reference, samples.shape, extractor)
     has_features = len(reference.features) > 0
-    given = (extractor, samples.count, len(reference.features), score_options, has_features, captions is not None)
-    chosen = choose_metrics(wanted, *given)
-    left_out = metrics_left_out(wanted, *given)
-    scores = Scores(chosen, extractor, reference, samples.shape, score_options, clip=clip, left_out=left_out)
+    context = Context(
+        extractor, samples.count, len(reference.features), score_options, has_features, captions is not None
+    )
+    choice = choose_metrics(wanted, context)
+    scores = Scores(
+        choice.metrics, extractor, reference, samples.shape, score_options, clip=clip, left_out=choice.left_out
+    )
     brightest = 0
     for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
         words = None if captions is None else [captions[i] for i in part.tolist()]
@@ -133,12 +129,12 @@ def main(arguments: Sequence[str]) -> None:
     result.protocol.update(
         samples=str(options.samples), samples_fingerprint=samples.record["fingerprint"], stage="evaluate"
     )
-    if "memorisation" in chosen:
+    if "memorisation" in choice.metrics:
         result.protocol["memorisation_split"] = "the reference as given, whatever the model was trained on"
     caveat = _caveat(samples, brightest, reference)
     if caveat := caveat or other_shares(classes_as_given(options.samples, source), real_classes):
         result.protocol["caveat"] = caveat
-    _print(result, extractor, samples.count)
+    _print(result, choice, samples.count)
     if out is not None:
         with atomic_write(out) as file:
             file.write((json.dumps(as_plain(result), indent=1) + "\n").encode())
@@ -169,13 +165,13 @@ def as_plain(result: Result) -> dict[str, Any]:
     }
 
 
-def _metrics(given: str) -> list[MetricName]:
+def _metrics(given: str) -> list[str]:
     names = [name.strip() for name in given.strip("[]").split(",") if name.strip()]
     for name in names:
-        require_choice("", "--metrics", name, get_args(MetricName))
+        require_choice("", "--metrics", name, CATALOGUE)
     if not names:
         raise UserError("--metrics is empty; name one, e.g. --metrics fid,precision,recall")
-    return cast("list[MetricName]", names)
+    return names
 
 
 def _captions(path: Path, count: int) -> list[str]:
@@ -273,7 +269,7 @@ def _source(name: str) -> Source:
     return found
 
 
-def _print(result: Result, extractor: Extractor, count: int) -> None:
+def _print(result: Result, choice: Choice, count: int) -> None:
     protocol = result.protocol
     sys.stdout.write(
         f"{count} samples against {protocol['n_real'] or 'the moments'} of {protocol['reference_source']}, "
@@ -292,6 +288,5 @@ def _print(result: Result, extractor: Extractor, count: int) -> None:
         sys.stdout.write(f"  note: {protocol['caveat']}\n")
     if result.flagged:
         sys.stdout.write("  note: many samples are copies of reference images (near_copies)\n")
-    caveat = bias_caveat(extractor, count) if any(name.startswith(("fid", "fd/")) for name in result.values) else None
-    if caveat is not None:
+    for caveat in choice.caveats:
         sys.stdout.write(f"  note: {caveat}\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,9 @@ class RowsMetric(Metric):
         self.add_state("rows", [], dist_reduce_fx=None)
         self.add_state("indices", [], dist_reduce_fx=None)
 
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        return self  # The rows stay on the CPU.
+
     def update(self, rows: Tensor, index: Tensor) -> None:
         """Take in ``[B, D]`` of samples number ``index`` ``[B]``."""
         if len(rows) != len(index):
@@ -84,3 +88,7 @@ class RowsMetric(Metric):
         if len(order.unique()) != len(order):
             raise ValueError("two samples have one number; each must be counted once")
         return rows[order.argsort()]
+
+    def compute(self) -> Any:
+        """The rows; a metric of them computes something of its own."""
+        return self.all_rows()

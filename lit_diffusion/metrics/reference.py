@@ -27,7 +27,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import to_uint8
 from lit_diffusion.metrics.extractors import Extractor
-from lit_diffusion.metrics.frechet import Gaussian, Moments
+from lit_diffusion.metrics.gaussian import Gaussian, Moments
 from lit_diffusion.randomness import keyed_permutation
 
 CACHE_FORMAT = 1

@@ -25,8 +25,8 @@ from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.metrics import Result, Scores, load_extractor
+from lit_diffusion.metrics.catalogue import default_metrics
 from lit_diffusion.metrics.reference import RealData, reference_of
-from lit_diffusion.metrics.scores import DEFAULT_METRICS
 from lit_diffusion.randomness import keyed_choice
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
 from lit_diffusion.samplers.base import in_words
@@ -84,11 +84,11 @@ def evaluated(folder, images=128, half_lives=(64,), method=None, data=None, othe
     )
 
 
-def by_hand(x, metrics=DEFAULT_METRICS):
+def by_hand(x, metrics=None):
     """The figures of samples in [0, 1], without the callback."""
     data, extractor = digits_data(), load_extractor("digits", (1, 8, 8))
     reference = reference_of(RealData.of(data.source, data.train_indices, "train"), extractor)
-    scores = Scores(metrics, extractor, reference, (1, 8, 8))
+    scores = Scores(metrics or default_metrics(), extractor, reference, (1, 8, 8))
     scores.update(to_uint8(x, (0.0, 1.0)), torch.arange(len(x)))
     return scores.compute(len(x))
 

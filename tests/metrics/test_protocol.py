@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 
-from lit_diffusion.metrics.families import HIGHER_IS_BETTER
+from lit_diffusion.metrics.catalogue import CATALOGUE, metric_key
 from lit_diffusion.metrics.protocol import differing_keys
-from lit_diffusion.metrics.scores import MetricName, metric_key
 from lit_diffusion.reporting import better
 
 ALIKE = {"extractor": "inception-v3-compat", "reference": "0123", "n_fake": 2000, "seed": 0, "weights": "ema"}
@@ -31,6 +28,6 @@ def test_a_missing_key_differs():
 
 
 @pytest.mark.parametrize("extractor", ["inception", "digits", "dinov2"])
-@pytest.mark.parametrize("metric", sorted({*get_args(MetricName)} - {"memorisation"}))  # Which is several.
+@pytest.mark.parametrize("metric", sorted({*CATALOGUE} - {"memorisation"}))  # Which is several.
 def test_what_is_better_is_one_opinion(metric, extractor):
-    assert better(metric_key(metric, extractor, 2000)) == ("max" if metric in HIGHER_IS_BETTER else "min")
+    assert better(metric_key(metric, extractor, 2000)) == CATALOGUE[metric].better

@@ -12,8 +12,8 @@ from toy_images import smooth_images
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.metrics import Features, Gaussian, Reference, ScoreOptions, Scores, load_extractor
+from lit_diffusion.metrics.catalogue import default_metrics
 from lit_diffusion.metrics.extractors import CLIP, VGG16, DINOv2, Points, default_extractor, dinov2, full_precision
-from lit_diffusion.metrics.scores import DEFAULT_METRICS
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +70,24 @@ def test_one_forward_a_batch_serves_every_metric(inception, monkeypatch):
         return torch.randn(len(images), 2048), torch.randn(len(images), 1008)
 
     monkeypatch.setattr(network, "forward", counted)
-    metrics = (*DEFAULT_METRICS, "fid_infinity")
+    metrics = (*default_metrics(), "fid_infinity")
     scores = Scores(metrics, inception, real_features(2048), (3, 32, 32), ScoreOptions(bootstrap=2), pairs=2)
-    monkeypatch.setattr(scores._inception, "update", lambda rows, index: logits.append(rows.shape))
+    monkeypatch.setattr(scores.metric("is"), "update", lambda rows, index: logits.append(rows.shape))
     images = smooth_images(5, 0, 3)
     for part in (torch.arange(3), torch.arange(3, 5)):
         scores.update(images[part.numpy()], part)
     assert calls == [3, 3]  # The second filled up: one batch shape.
     assert logits == [(3, 1008), (2, 1008)]
-    assert scores._frechet.dimension == 2048
-    assert int(scores._frechet.sums[:, 0].sum()) == 5
+    for name in ("fid", "fid_infinity"):
+        assert scores.metric(name).dimension == 2048
+        assert int(scores.metric(name).sums[:, 0].sum()) == 5
 
 
 def test_no_module_holds_the_network(inception):
-    scores = Scores(DEFAULT_METRICS, inception, real_features(2048), (3, 32, 32))
+    scores = Scores(default_metrics(), inception, real_features(2048), (3, 32, 32))
     assert not isinstance(inception, torch.nn.Module)
     assert not isinstance(scores, torch.nn.Module)
-    for part in vars(scores).values():
+    for part in (scores.metric(name) for name in default_metrics()):
         if isinstance(part, torch.nn.Module):
             assert not list(part.parameters())
             assert not part.state_dict()
