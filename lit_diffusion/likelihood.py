@@ -29,8 +29,9 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain, bound_term, gaussian_kl
-from lit_diffusion.samplers.base import CountedDenoiser, Spacing, at_time, subsequence
+from lit_diffusion.samplers.base import Run, at_time
 from lit_diffusion.samplers.ode import integrate, refuse_grid_only, require_tolerances, row_norm
+from lit_diffusion.samplers.times import Spacing, timesteps_to_zero
 
 Trace = Literal["hutchinson", "exact"]
 Probe = Literal["rademacher", "gaussian"]
@@ -115,7 +116,7 @@ def flow_log_prob(
     shape, dimension = x.shape, x[0].numel()
     if trace == "exact" and dimension > LARGEST_EXACT:
         raise UserError(f"trace: exact takes {dimension} backward passes an evaluation; choose hutchinson")
-    counted = CountedDenoiser(denoiser)
+    run = Run(denoiser, noise, cond)
     vectors: list[Tensor] = []
     if trace == "hutchinson":
         for _ in range(probes):
@@ -125,7 +126,7 @@ def flow_log_prob(
     def slope(t: Tensor, state: Tensor) -> Tensor:
         with torch.enable_grad():
             position = state[:, :dimension].reshape(shape).detach().requires_grad_()
-            velocity = counted(position, t, cond).velocity
+            velocity = run.predict(position, t).velocity
             if trace == "exact":
                 flat = velocity.flatten(1)
                 divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -153,7 +154,7 @@ def flow_log_prob(
     end = integrate(denoiser.process, slope, begin, (start, denoiser.process.t_max), rtol, atol, on_step, norm)[-1]
     x_1, divergence = end[:, :dimension].view(shape), dimension * end[:, -1]
     terminal = denoiser.process.prior_log_prob(x_1) if terminal_log_prob is None else terminal_log_prob(x_1)
-    return FlowLikelihood(terminal + divergence, terminal, divergence, x_1, counted.evaluations)
+    return FlowLikelihood(terminal + divergence, terminal, divergence, x_1, run.evaluations)
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def variational_bound(
     chain.check(denoiser)
     process = denoiser.process
     require_chain(denoiser, "the variational bound")
-    times = torch.tensor(subsequence(process, steps, spacing), dtype=torch.float64, device=x0.device)
+    times = torch.tensor(timesteps_to_zero(process, steps, spacing)[::-1], dtype=torch.float64, device=x0.device)
     count = len(times)
     ends = torch.cat((times.new_zeros(1), times[:-1]))
     before_last = float(times[min(1, count - 1)])

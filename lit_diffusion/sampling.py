@@ -21,7 +21,24 @@ from lit_diffusion.samplers.base import OnStep, Progress, Sampler, Strays
 
 
 class DivergedError(UserError):
-    """A walk ended in NaN or infinity."""
+    """A sampler ended in NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch of samples.
+
+    Attributes:
+        indices: int64 ``[b]``, which samples they are.
+        x: the samples ``[b, *shape]``, on the CPU.
+        evaluations: network evaluations of each.
+        strays: those that went astray, among this batch of all processes.
+    """
+
+    indices: Tensor
+    x: Tensor
+    evaluations: int
+    strays: Strays
 
 
 @dataclass(frozen=True)
@@ -54,12 +71,12 @@ def generate_in_batches(
     show_progress: bool = True,
     on_step: OnStep | None = None,
     class_counts: Sequence[int] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples of a seed, in order, on the CPU: the next numbers ``[b]`` and samples ``[b, *shape]``.
+) -> Iterator[Drawn]:
+    """Samples of a seed, in order, batch by batch.
 
     The network always sees the same batch shape, so that nothing is compiled or tuned twice: the last batch is filled
-    up with further samples, which are dropped. At the end ``sampler.strays`` are those of all processes, and a line
-    says them where there are any.
+    up with further samples, which are dropped. At the end a line says how many of all processes went astray, where any
+    did.
 
     Args:
         method: the model.
@@ -75,7 +92,7 @@ def generate_in_batches(
             :meth:`~lit_diffusion.methods.base.Method.condition_by_counts`; None: all classes in turn.
 
     Raises:
-        DivergedError: if a walk ended in NaN.
+        DivergedError: if a sampler ended in NaN.
         Interrupted: if the run was asked to stop.
         AloneError: for any other failure among processes that share one network's weights.
         UserError: if the sampler does not fit.
@@ -88,7 +105,7 @@ def generate_in_batches(
     size = max(1, min(batch_size, len(indices)))
     length = sampler.length(method.denoiser.process)
     name = f"sampling {len(indices)}"
-    begun, most, sampler.strays = 0, 0, Strays()
+    begun, astray = 0, Strays()
     with tqdm(total=length * batches, unit=" steps", desc=name, leave=None, disable=not show_progress) as bar:
 
         def stepped(progress: Progress) -> None:
@@ -109,9 +126,8 @@ def generate_in_batches(
             strays = Strays()
             try:
                 cond = method.condition_by_counts(filled, seed, class_counts, label)
-                x = method.generate(filled, seed, cond, sampler, stepped)[: len(part)].cpu()
-                strays = Strays.among(sampler.farthest[: len(part)])
-                sampler.evaluations = most = max(most, sampler.evaluations)
+                made = method.generate(filled, seed, cond, sampler, stepped)
+                x, strays = made.x[: len(part)].cpu(), Strays.among(made.farthest[: len(part)])
                 if not torch.isfinite(x).all():
                     trouble = DivergedError(
                         f"the sampler diverged (NaN or infinity among samples {int(part[0])} to {int(part[-1])}): "
@@ -129,12 +145,12 @@ def generate_in_batches(
                 raise
             if together:
                 trouble, strays = _of_all(trouble, strays)
-            sampler.strays += strays
+            astray += strays
             if trouble is not None:
                 raise trouble
-            yield part, x
-    if sampler.strays.count:
-        print_note(str(sampler.strays))
+            yield Drawn(part, x, made.evaluations, strays)
+    if astray.count:
+        print_note(str(astray))
 
 
 def _stop_if_asked() -> None:

@@ -109,7 +109,7 @@ def test_nothing_is_compiled_twice(tmp_path, compiler):
     graphs = [compiler.frame_count]
     for weights_of in ("ema", "raw", "ema"):
         with ema.applied(made, weights_of):
-            sizes = [len(x) for _, x in generate_in_batches(made, torch.arange(37), 0, 16, show_progress=False)]
+            sizes = [len(batch.x) for batch in generate_in_batches(made, torch.arange(37), 0, 16, show_progress=False)]
         assert sizes == [16, 16, 5]
         graphs.append(compiler.frame_count)
     fit(made, data, tmp_path, 128, callbacks=[ema])
@@ -124,8 +124,8 @@ def test_compiled_averages_are_the_averages(tmp_path, compiler):
         made, ema = method(), EMA([64])
         fit(made, digits_data(micro_batch_size=16), tmp_path, 96, callbacks=[ema], compile=compiled)
         with ema.applied(made, "ema"):
-            ((_, x),) = generate_in_batches(made, torch.arange(5), 0, 16, show_progress=False)
-        ends.append((x, weights(made), ema.shadows[0]))
+            (batch,) = generate_in_batches(made, torch.arange(5), 0, 16, show_progress=False)
+        ends.append((batch.x, weights(made), ema.shadows[0]))
     (x, raw, average), (y, compiled_raw, compiled_average) = ends
     assert torch.allclose(x, y, atol=1e-4)
     assert raw.keys() == compiled_raw.keys()

@@ -299,8 +299,8 @@ def sampling_that_ends(of_the_last: str, rank: int) -> tuple[str, str, int]:
         walk.lost = 6 if rank else 1000
 
     def all_of_it():
-        for index, _ in generate_in_batches(method, Share.of(12, 2, rank, 2), 0, 2, walk, show_progress=False):
-            made.append(index)
+        for batch in generate_in_batches(method, Share.of(12, 2, rank, 2), 0, 2, walk, show_progress=False):
+            made.append(batch.indices)
             if of_the_last == "interrupted" and rank:
                 interrupts._asked = "SIGUSR1"
 

@@ -56,7 +56,7 @@ def test_only_the_backbone_computes_in_less(tmp_path, precision):
     assert {p.dtype for p in method.parameters()} == full
     states = method.optimizers().optimizer.state.values()
     assert {value.dtype for state in states for value in state.values() if torch.is_tensor(value)} <= full
-    x = method.generate(torch.arange(2), seed=0)
+    x = method.generate(torch.arange(2), seed=0).x
     assert x.dtype == torch.float32
     assert seen["first"] == {inside}  # samples are drawn in the same precision
 

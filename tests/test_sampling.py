@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lit_diffusion.sampling import Share, generate_in_batches
 
 
 def drawn(method, count, *arguments, **keys):
-    return torch.cat([x for _, x in generate_in_batches(method, torch.arange(count), *arguments, **keys)])
+    return torch.cat([batch.x for batch in generate_in_batches(method, torch.arange(count), *arguments, **keys)])
 
 
 @pytest.fixture
@@ -36,37 +37,37 @@ def shapes(method):
     [(10, 4, [4, 4, 2], 4), (8, 4, [4, 4], 4), (3, 250, [3], 3), (1, 1, [1], 1), (5, 1, [1] * 5, 1)],
 )
 def test_the_network_sees_one_shape_and_the_padding_is_dropped(method, count, batch_size, parts, shape):
-    batches = [x for _, x in generate_in_batches(method, torch.arange(count), 0, batch_size, show_progress=False)]
-    assert [len(batch) for batch in batches] == parts
+    batches = list(generate_in_batches(method, torch.arange(count), 0, batch_size, show_progress=False))
+    assert [len(batch.x) for batch in batches] == parts
     assert set(shapes(method)) == {(shape, 1, 8, 8)}
-    assert len(shapes(method)) == len(parts) * method.sampler.evaluations
-    assert all(batch.device.type == "cpu" for batch in batches)
+    assert len(shapes(method)) == len(parts) * batches[0].evaluations
+    assert all(batch.x.device.type == "cpu" for batch in batches)
 
 
 def test_the_order_is_that_of_the_numbers(method):
-    whole = method.generate(torch.arange(10), seed=5)
+    whole = method.generate(torch.arange(10), seed=5).x
     for batch_size in (3, 7, 10):
         made = drawn(method, 10, 5, batch_size, show_progress=False)
         assert torch.allclose(made, whole, atol=1e-5)
-    alone = method.generate(torch.tensor([7]), seed=5)
+    alone = method.generate(torch.tensor([7]), seed=5).x
     assert torch.allclose(alone[0], whole[7], atol=1e-5)
-    backwards = method.generate(torch.arange(10).flip(0), seed=5)
+    backwards = method.generate(torch.arange(10).flip(0), seed=5).x
     assert torch.allclose(backwards.flip(0), whole, atol=1e-5)
     assert len({tuple(x.flatten().tolist()) for x in whole}) == 10
-    assert not torch.allclose(method.generate(torch.arange(10), seed=6), whole, atol=0.1)
+    assert not torch.allclose(method.generate(torch.arange(10), seed=6).x, whole, atol=0.1)
 
 
 def test_another_sampler_for_once(method):
     other = Langevin(steps=3, eta=1e-3)
-    ((_, batch),) = generate_in_batches(method, torch.arange(2), 0, 2, other, show_progress=False)
-    assert torch.equal(batch, method.generate(torch.arange(2), 0, sampler=other))
-    assert other.evaluations == 3
+    (batch,) = generate_in_batches(method, torch.arange(2), 0, 2, other, show_progress=False)
+    assert torch.equal(batch.x, method.generate(torch.arange(2), 0, sampler=other).x)
+    assert batch.evaluations == 3
 
 
 def test_batches_come_as_they_are_made(method):
     batches = generate_in_batches(method, torch.arange(1000), 0, 2, show_progress=False)
-    next(batches)
-    assert len(shapes(method)) == method.sampler.evaluations
+    evaluations = next(batches).evaluations
+    assert len(shapes(method)) == evaluations
 
 
 def test_points(capsys):
@@ -83,14 +84,14 @@ def test_a_walk_that_diverges_is_one_line(method, value):
 
     def second_diverges(indices, *rest):
         calls.append(indices)
-        x = generate(indices, *rest)
+        made = generate(indices, *rest)
         if len(calls) == 2:
-            x[1] = value
-        return x
+            made.x[1] = value
+        return made
 
     method.generate = second_diverges
     batches = generate_in_batches(method, torch.arange(10), 0, 4, show_progress=False)
-    assert len(next(batches)[1]) == 4
+    assert len(next(batches).x) == 4
     with pytest.raises(UserError, match="samples 4 to 7") as caught:
         next(batches)
     assert "\n" not in str(caught.value)
@@ -100,9 +101,9 @@ def test_what_becomes_of_the_padding_is_nobodys_business(method):
     generate = method.generate
 
     def padding_diverges(indices, *rest):
-        x = generate(indices, *rest)
-        x[indices >= 6] = math.nan
-        return x
+        made = generate(indices, *rest)
+        made.x[indices >= 6] = math.nan
+        return made
 
     method.generate = padding_diverges
     assert len(drawn(method, 6, 0, 4, show_progress=False)) == 6
@@ -134,13 +135,14 @@ def test_far_is_beyond_the_range_by_its_width_and_what_noise_may_do():
 
 def test_samples_that_went_astray_are_counted_and_said_in_one_line(capsys):
     method, walk = amplifier(), DDIM(50, clip_x0=None)
-    x = drawn(method, 10, 0, 4, walk, show_progress=False)
-    far = x.flatten(1).abs().amax(1)
-    assert walk.strays == Strays(int((far > 3.0).sum()), 10, float(far.max()))
-    assert walk.strays.count > 5
+    batches = list(generate_in_batches(method, torch.arange(10), 0, 4, walk, show_progress=False))
+    far = torch.cat([batch.x for batch in batches]).flatten(1).abs().amax(1)
+    strays = sum((batch.strays for batch in batches), Strays())
+    assert strays == Strays(int((far > 3.0).sum()), 10, float(far.max()))
+    assert strays.count > 5
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == str(walk.strays)
-    assert line.startswith(f"{walk.strays.count} of 10 samples ended far outside the data's range")
+    assert line == str(strays)
+    assert line.startswith(f"{strays.count} of 10 samples ended far outside the data's range")
     assert "try clip_x0: data" in line
     drawn(method, 10, 0, 4, DDIM(50), show_progress=False)
     assert capsys.readouterr().out == ""
@@ -148,21 +150,27 @@ def test_samples_that_went_astray_are_counted_and_said_in_one_line(capsys):
 
 def test_what_an_end_cuts_to_the_range_was_astray_before(capsys):
     class Lost(AnnealedLangevin):
-        def walk(self, denoiser, x, noise, cond, on_step):
-            return torch.where(noise.indices.view(-1, 1, 1, 1) % 2 == 0, x, 1e4 * x)
+        def plan(self, process):
+            return super().plan(process)[-1:]
 
-    method, walk = amplifier(), Lost(levels=5, denoise=True)
-    assert float(drawn(method, 6, 0, 4, walk, show_progress=False).abs().max()) <= 1.0
-    assert (walk.strays.count, walk.strays.of) == (3, 6)
+        def step(self, run, x, move):
+            return torch.where(run.noise.indices.view(-1, 1, 1, 1) % 2 == 0, x, 1e4 * x)
+
+    method, sampler = amplifier(), Lost(levels=5, denoise=True)
+    batches = list(generate_in_batches(method, torch.arange(6), 0, 4, sampler, show_progress=False))
+    assert float(torch.cat([batch.x for batch in batches]).abs().max()) <= 1.0
+    strays = sum((batch.strays for batch in batches), Strays())
+    assert (strays.count, strays.of) == (3, 6)
     assert "3 of 6 samples" in capsys.readouterr().out
 
 
 def test_the_strays_of_all_processes_are_added_up(monkeypatch):
     method, walk = amplifier(), DDIM(50, clip_x0=None)
     monkeypatch.setattr(sampling, "shares_of_all", lambda mine: [mine, (False, False, Strays(2, 3, 1e9))])
-    list(generate_in_batches(method, Share.of(7, 2, 0, 2), 0, 2, walk, show_progress=False))
-    assert (walk.strays.of, walk.strays.largest) == (4 + 2 * 3, 1e9)
-    assert walk.strays.count >= 4
+    batches = generate_in_batches(method, Share.of(7, 2, 0, 2), 0, 2, walk, show_progress=False)
+    strays = sum((batch.strays for batch in batches), Strays())
+    assert (strays.of, strays.largest) == (4 + 2 * 3, 1e9)
+    assert strays.count >= 4
 
 
 # ---- shares of several processes ---------------------------------------------------------------------------------
@@ -184,16 +192,16 @@ def test_the_shares_are_every_sample_once_in_equally_many_batches(count, batch_s
     ("count", "batch_size", "world_size"), [(7, 2, 3), (5, 2, 2), (4, 4, 3), (1, 4, 2), (9, 3, 2), (2, 1, 4)]
 )
 def test_what_the_shares_make_together_is_what_one_makes_alone(method, count, batch_size, world_size):
-    whole = method.generate(torch.arange(count), seed=3)
+    whole = method.generate(torch.arange(count), seed=3).x
     made, evaluations = torch.full_like(whole, math.nan), set()
     for rank in range(world_size):
         share = Share.of(count, batch_size, rank, world_size)
         before, numbers = len(shapes(method)), []
         batches = list(generate_in_batches(method, share, 3, batch_size, show_progress=False))
-        for index, x in batches:
-            assert x.shape == (len(index), 1, 8, 8)
-            made[index] = x
-            numbers += index.tolist()
+        for batch in batches:
+            assert batch.x.shape == (len(batch.indices), 1, 8, 8)
+            made[batch.indices] = batch.x
+            numbers += batch.indices.tolist()
         assert numbers == share.indices.tolist()  # Batches for the others' sake are empty.
         assert len(batches) == share.batches
         evaluations.add(len(shapes(method)) - before)
@@ -203,17 +211,22 @@ def test_what_the_shares_make_together_is_what_one_makes_alone(method, count, ba
 
 def test_a_batch_for_the_others_sake_may_diverge(method):
     generate = method.generate
-    method.generate = lambda indices, *rest: generate(indices, *rest) * (math.nan if 0 in indices else 1.0)
-    ((index, x),) = generate_in_batches(method, Share.of(1, 4, rank=1, world_size=2), 0, 4, show_progress=False)
-    assert index.tolist() == []
-    assert x.shape == (0, 1, 8, 8)
+
+    def diverges(indices, *rest):
+        made = generate(indices, *rest)
+        return replace(made, x=made.x * (math.nan if 0 in indices else 1.0))
+
+    method.generate = diverges
+    (batch,) = generate_in_batches(method, Share.of(1, 4, rank=1, world_size=2), 0, 4, show_progress=False)
+    assert batch.indices.tolist() == []
+    assert batch.x.shape == (0, 1, 8, 8)
 
 
 def test_a_callers_own_watch_sees_every_step(method):
     seen = []
-    ((_, x),) = generate_in_batches(method, torch.arange(3), 0, 4, show_progress=False, on_step=seen.append)
+    (batch,) = generate_in_batches(method, torch.arange(3), 0, 4, show_progress=False, on_step=seen.append)
     assert [progress.step for progress in seen] == list(range(1, seen[-1].total + 1))
-    assert seen[-1].x.shape == x.shape
+    assert seen[-1].x.shape == batch.x.shape
 
 
 # ---- being asked to stop -----------------------------------------------------------------------------------------
@@ -269,7 +282,7 @@ def test_labels_follow_the_samples_through_the_batches():
     method.denoiser.backbone.register_forward_hook(lambda module, args, out: told.append(args[2].label.tolist()))
     made = drawn(method, 5, 0, 2, show_progress=False)
     assert [told[k] for k in (0, 7, 14)] == [[0, 1], [2, 0], [1, 2]]
-    ((_, same),) = generate_in_batches(method, torch.arange(1), 0, 2, label=0, show_progress=False)
-    assert torch.allclose(same[0], made[0], atol=1e-5)
-    ((_, other),) = generate_in_batches(method, torch.arange(1), 0, 2, label=1, show_progress=False)
-    assert not torch.allclose(other[0], made[0], atol=1e-3)
+    (same,) = drawn(method, 1, 0, 2, label=0, show_progress=False)
+    assert torch.allclose(same, made[0], atol=1e-5)
+    (other,) = drawn(method, 1, 0, 2, label=1, show_progress=False)
+    assert not torch.allclose(other, made[0], atol=1e-3)

@@ -80,7 +80,7 @@ def test_a_training_with_its_pictures(tmp_path, shape, capsys):
         callbacks.append(Evaluator(every_n_steps=2, samples=10, metrics=["fid", "memorisation"]))
     data = DataModule(from_memory(values_of(shape), None), 8, held_out_fraction=0.1)
     fit(method, data, tmp_path, 16, callbacks=callbacks, logger=run_logger(tmp_path, method))
-    assert method.generate(torch.arange(2), seed=0).shape == (2, *shape)
+    assert method.generate(torch.arange(2), seed=0).x.shape == (2, *shape)
 
     pictures = {path.name.split("-0")[0]: path for path in (tmp_path / "run" / "samples").glob("*.png")}
     said = capsys.readouterr().out

@@ -40,7 +40,7 @@ from lit_diffusion.metrics.scores import Result, Scores
 from lit_diffusion.precision import precision_name
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived, tell_of
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.samplers.base import in_words
+from lit_diffusion.samplers.base import Strays, in_words
 from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 
 Stage = Literal["fit", "test"]
@@ -153,6 +153,7 @@ class Evaluator(Drawing):
         self._began_at = 0
         self._warned = False
         self._caveats: tuple[str, ...] = ()
+        self._strays = Strays()
 
     @property
     def _on(self) -> bool:
@@ -330,18 +331,20 @@ class Evaluator(Drawing):
         mine = Share.of(count, self.batch_size, trainer.global_rank, trainer.world_size)
         counts = self._class_counts(self._datamodule(trainer))
         kept: dict[int, np.ndarray] = {}
+        evaluations, self._strays = 0, Strays()
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         try:
             with averages_of(trainer).applied(method, weights):
                 made = generate_in_batches(
                     method, mine, seed, self.batch_size, walk, show_progress=shown, class_counts=counts
                 )
-                for index, x in made:
-                    if len(index) == 0:  # A batch for the others' sake.
+                for batch in made:
+                    evaluations, self._strays = max(evaluations, batch.evaluations), self._strays + batch.strays
+                    if len(batch.indices) == 0:  # A batch for the others' sake.
                         continue
-                    data = self._as_seen(method, x)
-                    scores.update(data, index)
-                    kept |= {int(i): data[k] for k, i in enumerate(index) if i < KEPT_SAMPLES}
+                    data = self._as_seen(method, batch.x)
+                    scores.update(data, batch.indices)
+                    kept |= {int(i): data[k] for k, i in enumerate(batch.indices) if i < KEPT_SAMPLES}
             result = scores.compute(count)
         except DivergedError as error:
             if stage == "test":
@@ -359,7 +362,7 @@ class Evaluator(Drawing):
             weights=weights,
             seed=seed,
             sampler=in_words(walk, method.denoiser),
-            network_evaluations=walk.evaluations,
+            network_evaluations=evaluations,
             backbone_precision=precision_name(method.denoiser.autocast_dtype),
             stage=stage,
         )
@@ -436,8 +439,8 @@ class Evaluator(Drawing):
         }
         if result.left_out:
             values["left_out"] = result.left_out
-        if (strays := self._walk(method, protocol["stage"]).strays).count:
-            values["strays"] = asdict(strays)
+        if self._strays.count:
+            values["strays"] = asdict(self._strays)
         if result.intervals:
             values["intervals"] = {key: list(interval) for key, interval in result.intervals.items()}
         run.record("evaluation", values)
@@ -491,7 +494,7 @@ class Evaluator(Drawing):
             agree()
             began = time.perf_counter()
             cond = method.condition_by_counts(indices, self.seed, self._class_counts(self._datamodule(trainer)))
-            x = method.generate(indices, self.seed, cond, self._walk(method, "fit"))
+            x = method.generate(indices, self.seed, cond, self._walk(method, "fit")).x
             scores.subject.extractor(self._as_seen(method, x.nan_to_num().cpu()))
             seconds = time.perf_counter() - began
         return seconds / batch

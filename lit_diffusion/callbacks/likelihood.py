@@ -33,8 +33,8 @@ from lit_diffusion.randomness import SampleNoise, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
-from lit_diffusion.samplers.base import CountedDenoiser, Spacing, subsequence
 from lit_diffusion.samplers.ode import integrate, refuse_grid_only
+from lit_diffusion.samplers.times import Spacing, timesteps_to_zero
 
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
 
@@ -199,7 +199,7 @@ class Likelihood(pl.Callback):
         if "bpd_bound" in wanted and method.denoiser.process.levels != 1:
             # A key that is given wrongly is a mistake, not a metric that does not fit.
             self._chain(method).check(method.denoiser)
-            subsequence(method.denoiser.process, self.bound_steps)
+            timesteps_to_zero(method.denoiser.process, self.bound_steps)
         chosen: list[Metric] = []
         for metric in wanted:
             try:
@@ -458,7 +458,6 @@ class Likelihood(pl.Callback):
             return torch.from_numpy(to_uint8(x, facts)).flatten(1).double() / 255.0
 
         made = [Moments(dimension) for _ in self._times_drawn]
-        denoiser = CountedDenoiser(method.denoiser)
         mine = torch.arange(self.samples)[trainer.global_rank :: trainer.world_size]
         parts = mine.split(250)
         with self._bar(trainer, len(parts), "samples for the figure") as bar:
@@ -467,10 +466,10 @@ class Likelihood(pl.Callback):
                 cond = method.condition_by_counts(indices, self.seed, facts.class_counts)
 
                 def velocity(t: Tensor, x: Tensor, cond: Any = cond) -> Tensor:
-                    return denoiser(x, t, cond).velocity
+                    return method.denoiser(x, t, cond).velocity
 
                 x = (process.prior_std * noise.normal()).double()
-                states = integrate(process, velocity, x, (1.0, *self._times_drawn), self.rtol, self.atol)[1:]
+                states = integrate(process, velocity, x, (process.t_max, *self._times_drawn), self.rtol, self.atol)[1:]
                 for moments, state in zip(made, states, strict=True):
                     moments.add(pixels(method.decode(state.float())))
                 bar.update(1)

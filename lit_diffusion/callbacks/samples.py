@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_diffusion import samplers
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
@@ -123,22 +124,22 @@ class Samples(Drawing):
                 made = generate_in_batches(
                     method, share, self.seed, each, show_progress=False, on_step=film if self.film_columns else None
                 )
-                x = torch.cat([x for _, x in made])
+                (drawn,) = made  # One batch on each process.
         except DivergedError as error:
             print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
             run.fail(self.name, [Failure.of(error)], said=True)
             return
-        shares = shares_of_all((x, film.rows(x)))
+        shares = shares_of_all((drawn.x, film.rows(drawn.x)))
         if not trainer.is_global_zero:
             return
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
         values: dict[str, Any] = {
             "weights": weights,
             "seed": self.seed,
-            "network_evaluations": method.sampler.evaluations,
+            "network_evaluations": drawn.evaluations,
         }
-        if method.sampler.strays.count:
-            values["strays"] = asdict(method.sampler.strays)
+        if drawn.strays.count:
+            values["strays"] = asdict(drawn.strays)
         x = in_their_order([x for x, _ in shares])
         self.last = run.picture("samples", image_grid(to_uint8(x, facts)), caption, values)
         if self.film_columns:
@@ -164,7 +165,7 @@ class Samples(Drawing):
     ) -> None:
         """Keep which its samples are, and how far they went astray."""
         assert isinstance(pl_module, Method)
-        self._farthest.append(pl_module.sampler.farthest.cpu())
+        self._farthest.append(outputs.farthest.cpu())
         self._numbers.append(batch.cpu())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,7 +180,7 @@ class Samples(Drawing):
         """Bring the samples of all processes together, in their order, as ``samples/predict.npz``."""
         assert isinstance(pl_module, Method)
         facts, run = pl_module.require_facts(), run_logger_of(trainer)
-        made = [x.cpu() for x in trainer.predict_loop.predictions if isinstance(x, Tensor)]
+        made = [made.x.cpu() for made in trainer.predict_loop.predictions if isinstance(made, samplers.Samples)]
         mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
         farthest = torch.cat([torch.zeros(0), *self._farthest])
         numbers = torch.cat([torch.zeros(0, dtype=torch.int64), *self._numbers])

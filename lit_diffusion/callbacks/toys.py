@@ -210,7 +210,7 @@ class ModeWeights(_AtEnd):
             points_panel(axes[row, 0], data.numpy(), f"data: {values['data']:.3f} in the first mode", limits)
             for column, (walk_name, sampler) in enumerate(columns, start=1):
                 walk_noise = SampleNoise(1, torch.arange(self.count, device=method.device), (2,))
-                x = sampler.sample(denoiser, walk_noise).cpu()
+                x = sampler.sample(denoiser, walk_noise).x.cpu()
                 share = values[f"{score_name}_{walk_name}"] = self._first_mode(mixture, x)
                 title = f"{walk_name} with the {score_name} score: {share:.3f}"
                 points_panel(axes[row, column], x.numpy(), title, limits)

@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -36,7 +37,7 @@ from lit_diffusion.randomness import SampleNoise, keyed_choice, stream_key
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
 from lit_diffusion.run import print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
-from lit_diffusion.samplers.base import OnStep, Sampler
+from lit_diffusion.samplers.base import OnStep, Sampler, Samples
 from lit_diffusion.sharding import ShardedStrategy, gradients_kept_back, shard, whole
 from lit_diffusion.stopwatch import Stopwatch
 from lit_diffusion.trainer import Trainer, callbacks_of
@@ -177,7 +178,7 @@ class Method(pl.LightningModule):
         cond: Condition | None = None,
         sampler: Sampler | None = None,
         on_step: OnStep | None = None,
-    ) -> Tensor:
+    ) -> Samples:
         """Samples number ``indices`` ``[B]`` of a seed, in data space and on this module's device.
 
         Sample i is a function of (seed, i, its condition) alone.
@@ -190,13 +191,14 @@ class Method(pl.LightningModule):
             on_step: called after every sampler step.
 
         Returns:
-            ``[B, *shape]``, in ``facts.value_range`` up to overshoot.
+            ``x`` is ``[B, *shape]``, in ``facts.value_range`` up to overshoot.
         """
         was_training = self.training
         self.eval()
         try:
             noise = SampleNoise(seed, indices.to(self.device), self.sample_shape)
-            return self.decode((sampler or self.sampler).sample(self.denoiser, noise, cond, on_step))
+            made = (sampler or self.sampler).sample(self.denoiser, noise, cond, on_step)
+            return replace(made, x=self.decode(made.x))
         finally:
             self.train(was_training)
 
@@ -692,7 +694,7 @@ class Method(pl.LightningModule):
         if count:
             self.log(name, total / count, sync_dist=True)  # On all processes: callbacks look for it on each.
 
-    def predict_step(self, indices: Tensor, batch_idx: int) -> Tensor:
+    def predict_step(self, indices: Tensor, batch_idx: int) -> Samples:
         """Samples number ``indices`` of the run's seed, their classes as often as in the training data."""
         cond = self.condition_by_counts(indices, self.seed, self.require_facts().class_counts)
         return self.generate(indices, self.seed, cond)

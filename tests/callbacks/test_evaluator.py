@@ -55,8 +55,8 @@ class Diverging(AnnealedLangevin):
 
     lost = True
 
-    def finish(self, denoiser, x, cond):
-        return torch.full_like(x, math.nan) if self.lost else super().finish(denoiser, x, cond)
+    def finish(self, run, x):
+        return torch.full_like(x, math.nan) if self.lost else super().finish(run, x)
 
 
 def evaluated(folder, images=128, half_lives=(64,), method=None, data=None, others=(), continues=False, **keys):
@@ -120,10 +120,11 @@ class OfItsClass(Sampler):
     def step(self, *arguments):
         raise AssertionError
 
-    def finish(self, denoiser, x, cond):
-        self.told += cond.label.tolist()
+    def finish(self, run, x):
+        labels = run.cond.label.tolist()
+        self.told += labels
         numbers = x[:, 0, 0, 0].long().tolist()
-        return torch.stack([self.rows[k][i % len(self.rows[k])] for i, k in zip(numbers, cond.label, strict=True)])
+        return torch.stack([self.rows[k][i % len(self.rows[k])] for i, k in zip(numbers, labels, strict=True)])
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class OfItsClass(Sampler):
 def test_the_figures_are_those_of_the_averaged_weights_samples(tmp_path):
     run = evaluated(tmp_path, seed=7)
     with run.ema.applied(run.method, "ema"):
-        samples = run.method.generate(torch.arange(40), seed=7)
+        samples = run.method.generate(torch.arange(40), seed=7).x
     expected = by_hand(samples)
     assert [(event["step"], event["images"]) for event in run.events] == [(2, 64), (4, 128)]
     assert set(figures(run.events[0])) == {
@@ -142,7 +143,7 @@ def test_the_figures_are_those_of_the_averaged_weights_samples(tmp_path):
     assert close(figures(run.events[1]), expected.values)
     assert close(run.events[1]["errors"], expected.errors)
     assert not close(figures(run.events[0]), expected.values, 1e-4)  # other weights
-    assert not close(by_hand(run.method.generate(torch.arange(40), seed=7)).values, expected.values, 1e-4)  # raw ones
+    assert not close(by_hand(run.method.generate(torch.arange(40), seed=7).x).values, expected.values, 1e-4)  # raw ones
     kept = np.load(run.run_dir / run.events[1]["samples_file"])["arr_0"]
     assert np.array_equal(kept, to_uint8(samples, (0.0, 1.0)))
 
@@ -221,7 +222,7 @@ def test_the_protocol_says_how(tmp_path):
 def test_other_weights_by_name(tmp_path, asked, half_lives, used):
     run = evaluated(tmp_path, 64, half_lives, weights=asked, metrics=IMAGE)
     with run.ema.applied(run.method, used):
-        expected = by_hand(run.method.generate(torch.arange(40), seed=0), IMAGE)
+        expected = by_hand(run.method.generate(torch.arange(40), seed=0).x, IMAGE)
     assert close(figures(run.events[0]), expected.values)
     assert run.events[0]["protocol"]["weights"] == used
 
@@ -232,7 +233,7 @@ def test_another_sampler_and_other_real_data(tmp_path):
     protocol = run.events[0]["protocol"]
     assert (protocol["network_evaluations"], protocol["split"], protocol["n_real"]) == (3, "held_out", 36)
     with run.ema.applied(run.method, "ema"):
-        samples = run.method.generate(torch.arange(40), 0, sampler=walk)
+        samples = run.method.generate(torch.arange(40), 0, sampler=walk).x
     assert np.array_equal(np.load(run.run_dir / run.events[0]["samples_file"])["arr_0"], to_uint8(samples, (0.0, 1.0)))
 
 
@@ -292,7 +293,7 @@ def test_points_are_their_own_features(tmp_path):
     assert {"fd/points-40", "kd/points-40", "near_copies/points-40"} <= event.keys()
     assert not any(key.startswith("is/") for key in event)
     with run.ema.applied(method, "ema"):
-        expected = method.generate(torch.arange(40), 3).numpy()
+        expected = method.generate(torch.arange(40), 3).x.numpy()
     assert np.array_equal(np.load(run.run_dir / event["samples_file"])["arr_0"], expected)
 
 
@@ -369,7 +370,7 @@ def test_the_picture_has_each_sample_above_its_nearest_training_image(tmp_path, 
     run = evaluated(tmp_path, 64, seed=5)
     assert "look like copies" not in capsys.readouterr().out
     with run.ema.applied(run.method, "ema"):
-        samples = to_uint8(run.method.generate(torch.arange(40), seed=5), (0.0, 1.0))
+        samples = to_uint8(run.method.generate(torch.arange(40), seed=5).x, (0.0, 1.0))
     data, extractor = digits_data(), load_extractor("digits", (1, 8, 8))
     real = RealData.of(data.source, data.train_indices, "train").values(torch.arange(1761))
     distances = torch.cdist(extractor(samples).features.double(), extractor(real).features.double())
@@ -842,7 +843,7 @@ def test_every_seed_is_an_evaluation_and_test_is_their_mean_and_minimum(tmp_path
         assert re.search(rf"{re.escape(name)} +{sum(values) / 3:.4f}, minimum {min(values):.4f}", said)
     (picture,) = events(run.run_dir, "picture")
     with run.ema.applied(run.method, "ema"):
-        samples = run.method.generate(torch.arange(40), 3, sampler=AnnealedLangevin(1, eta=1e-3))
+        samples = run.method.generate(torch.arange(40), 3, sampler=AnnealedLangevin(1, eta=1e-3)).x
     assert np.array_equal(kept[0], to_uint8(samples, (0.0, 1.0)))
     assert picture["name"] == "neighbours"
     assert picture["distances"] == pytest.approx([pair.distance for pair in pairs(samples)], abs=1e-4)
@@ -882,7 +883,7 @@ def test_the_weights_are_those_named_whatever_the_likelihood_is_measured_with(tm
         others=[Likelihood(metrics=[], weights=others)],
     )
     with run.ema.applied(run.method, asked):
-        expected = by_hand(run.method.generate(torch.arange(40), 0), IMAGE)
+        expected = by_hand(run.method.generate(torch.arange(40), 0).x, IMAGE)
     assert close(figures(run.events[0]), expected.values)
     assert run.events[0]["protocol"]["weights"] == asked
 

@@ -154,7 +154,7 @@ def test_points_have_a_bound_too():
     method.facts = replace(centred().facts, levels=None, value_range=None, shape=(2,))
     loss = method.loss(Batch(torch.randn(32, 2), torch.arange(32)), seed=0).per_sample
     assert bool(torch.isfinite(loss).all())
-    assert bool(torch.isfinite(method.generate(torch.arange(3), 0)).all())
+    assert bool(torch.isfinite(method.generate(torch.arange(3), 0).x).all())
 
 
 # ---- it trains ---------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def moves(method, folder, **keys):
     assert method.skipped_steps == 0
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
     assert all(not torch.equal(value, before[name]) for name, value in after.items())
-    assert bool(torch.isfinite(method.generate(torch.arange(2), 0)).all())
+    assert bool(torch.isfinite(method.generate(torch.arange(2), 0).x).all())
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: ", ".join(choice.values()))
@@ -255,11 +255,11 @@ def test_samples_depend_on_seed_and_number_alone(tmp_path, make, variance):
     keys = {"sampler": DDIMSampler(steps=4)} if make is DDIM else {}
     method = ddpm(make=make, variance=variance, loss="hybrid", **keys)
     fit(method, centred(), tmp_path, 64)
-    first = method.generate(torch.arange(6), seed=3)
-    assert torch.equal(first, method.generate(torch.arange(6), seed=3))
-    assert not torch.equal(first, method.generate(torch.arange(6), seed=4))
+    first = method.generate(torch.arange(6), seed=3).x
+    assert torch.equal(first, method.generate(torch.arange(6), seed=3).x)
+    assert not torch.equal(first, method.generate(torch.arange(6), seed=4).x)
     for size in (1, 4):
-        parts = torch.cat([method.generate(indices, seed=3) for indices in torch.arange(6).split(size)])
+        parts = torch.cat([method.generate(indices, seed=3).x for indices in torch.arange(6).split(size)])
         difference = to_uint8(first, (-1.0, 1.0)).astype(int) - to_uint8(parts, (-1.0, 1.0))
         assert np.abs(difference).max() <= 1
     assert len({image.tobytes() for image in first.numpy()}) == 6
@@ -288,11 +288,11 @@ def test_a_checkpoint_is_sampled_by_every_walk(checkpoints, name, walk):
     method.facts = digits_data().facts
     sampler = WALKS[walk]
     sampler.check(method.denoiser)
-    images = method.generate(torch.arange(4), 0, sampler=sampler)
+    images = method.generate(torch.arange(4), 0, sampler=sampler).x
     assert images.shape == (4, 1, 8, 8)
     assert bool(torch.isfinite(images).all())
     assert len({image.tobytes() for image in images.numpy()}) == 4
-    assert torch.equal(images, method.generate(torch.arange(4), 0, sampler=sampler))
+    assert torch.equal(images, method.generate(torch.arange(4), 0, sampler=sampler).x)
 
 
 def test_a_learned_variance_is_that_of_the_samples(checkpoints):
@@ -303,9 +303,9 @@ def test_a_learned_variance_is_that_of_the_samples(checkpoints):
         method.facts = digits_data().facts
         sampler = Ancestral(steps=3, variance="learned")
         if fits:
-            learned = method.generate(torch.arange(4), 0, sampler=sampler)
-            assert not torch.equal(learned, method.generate(torch.arange(4), 0, sampler=Ancestral(3, "beta")))
-            assert torch.equal(learned, method.generate(torch.arange(4), 0, sampler=WALKS["ancestral"]))
+            learned = method.generate(torch.arange(4), 0, sampler=sampler).x
+            assert not torch.equal(learned, method.generate(torch.arange(4), 0, sampler=Ancestral(3, "beta")).x)
+            assert torch.equal(learned, method.generate(torch.arange(4), 0, sampler=WALKS["ancestral"]).x)
             assert method.sampler.variance == "learned"
         else:
             with pytest.raises(UserError, match="has not learned a reverse variance"):
@@ -393,7 +393,7 @@ def test_ddim_is_ddpm_but_for_the_walk(tmp_path):
         fit(method, centred(), tmp_path, 96)
     assert same(weights(first), weights(second))
     assert torch.equal(
-        second.generate(torch.arange(3), 0), first.generate(torch.arange(3), 0, sampler=DDIMSampler(steps=4))
+        second.generate(torch.arange(3), 0).x, first.generate(torch.arange(3), 0, sampler=DDIMSampler(steps=4)).x
     )
     with pytest.raises(UserError, match="visits 50 noise levels and the model has 8") as caught:
         fit(ddpm(make=DDIM), centred(), tmp_path, 32)  # before the work, not after it

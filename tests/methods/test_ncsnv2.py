@@ -195,4 +195,4 @@ def test_it_trains(tmp_path):
     torch.manual_seed(0)
     method = NCSNv2(Convolutions(), sigma_max=5.0, sigma_min=0.1, levels=6, eta=1e-3)
     fit(method, digits_data(), tmp_path, 96)
-    assert method.generate(torch.arange(2), 0).shape == (2, 1, 8, 8)
+    assert method.generate(torch.arange(2), 0).x.shape == (2, 1, 8, 8)

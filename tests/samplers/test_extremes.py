@@ -79,12 +79,12 @@ def test_samples_stay_near_the_data_or_the_sampler_is_refused_before_any_work(pr
             assert name in EXPLICIT or name == "predictor_corrector"
             assert denoiser.calls == 0
         else:
-            assert float(sampler.sample(denoiser, noise_of(50, shape=(4,))).abs().max()) < 8.0
+            assert float(sampler.sample(denoiser, noise_of(50, shape=(4,))).x.abs().max()) < 8.0
 
 
 @each_process
 def test_the_adaptive_solver_stays_near_the_data(process):
-    x = ProbabilityFlow(1e-2, 1e-2).sample(Imperfect(GAUSSIAN, process), noise_of(20, shape=(4,)))
+    x = ProbabilityFlow(1e-2, 1e-2).sample(Imperfect(GAUSSIAN, process), noise_of(20, shape=(4,))).x
     assert float(x.abs().max()) < 8.0
 
 
@@ -95,7 +95,7 @@ def test_what_is_refused_would_be_far_away(process, sampler):
     denoiser = Imperfect(GAUSSIAN, PROCESSES[process])
     with pytest.raises(UserError, match="large_steps: allow"):
         sampler(steps).check(denoiser)
-    x = sampler(steps, large_steps="allow").sample(denoiser, noise_of(50, shape=(4,)))
+    x = sampler(steps, large_steps="allow").sample(denoiser, noise_of(50, shape=(4,))).x
     assert float(x.abs().max()) > 100.0
 
 
@@ -164,7 +164,7 @@ def test_times_that_the_model_does_not_know_are_refused(process):
     denoiser, first = Imperfect(GAUSSIAN, process), process.t_min
     for t in (1e-9, 0.9 * first):
         for ask in (
-            lambda t=t: ProbabilityFlow(t_end=t).sample(denoiser, noise_of(2, shape=(4,))),
+            lambda t=t: ProbabilityFlow(t_end=t).sample(denoiser, noise_of(2, shape=(4,))).x,
             lambda t=t: flow_log_prob(denoiser, torch.zeros(2, 4), noise_of(2, shape=(4,)), t_min=t),
             lambda t=t: Likelihood(t_min=t).check_times(process),
             lambda t=t: Likelihood(smallest_times=(0.5, t)).check_times(process),
