@@ -283,7 +283,7 @@ class EndsAtZero(Predictor):
         UserError: for a spacing that is not one of these, or an empty range.
     """
 
-    def __init__(self, steps: int | None, spacing: Spacing, clip_x0: ClipX0) -> None:
+    def __init__(self, steps: int | None = None, spacing: Spacing = "uniform", clip_x0: ClipX0 = "data") -> None:
         super().__init__(steps)
         require_spacing(spacing, steps, intervals=False)
         require_clip(clip_x0)
