@@ -95,7 +95,7 @@ def far_outside(x: Tensor, data_range: tuple[float, float] | None, sigma: float)
     return torch.where(far, largest, 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass  # Not frozen: such a one cannot be moved between devices by a Trainer that predicts.
 class Samples:
     """The result of one call of a sampler.
 
