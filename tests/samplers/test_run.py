@@ -6,7 +6,7 @@ import pytest
 import torch
 from laws import GAUSSIAN, GENTLE, MIXTURE, noise_of, order, wide
 
-from lit_diffusion.closed_form import ExactDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.processes import VE, VP, Betas, expand_like, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
