@@ -1,7 +1,5 @@
 """No sampler amplifies the errors of a network without bound: it is bounded, or refused before any work."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import yaml
@@ -10,7 +8,7 @@ from tiny import CONFIG
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Likelihood
-from lit_diffusion.denoisers import NOISE_INPUTS
+from lit_diffusion.denoisers import NOISE_INPUTS, Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import flow_log_prob
@@ -61,7 +59,8 @@ class Imperfect(ExactDenoiser):
         self.calls += 1
         exact = super().forward(x_t, t, cond)
         scale = (1.0 + exact.level.sigma**2).rsqrt()
-        return replace(exact, raw=exact.raw + 0.1 * torch.sin(7 * expand_like(scale, x_t) * x_t))
+        error = 0.1 * torch.sin(7 * expand_like(scale, x_t) * x_t)
+        return Prediction.from_eps(x_t, exact.level, exact.eps + error)
 
 
 @each_process
