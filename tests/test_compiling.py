@@ -13,10 +13,10 @@ from lit_diffusion.backbones import UNet
 from lit_diffusion.callbacks import EMA
 from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.methods import NCSN
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import AnnealedLangevin
-from lit_diffusion.sampling import generate_in_batches
 
 
 def network(**keys):

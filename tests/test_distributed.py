@@ -32,11 +32,11 @@ from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
 from lit_diffusion.run import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
-from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.sharding import whole
 
 NAMES = ("plain", "micro", "nan", "clipped", "second_moment")

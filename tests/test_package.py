@@ -29,7 +29,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-CORE_FOLDERS = ("backbones", "processes", "denoisers", "objectives", "samplers", "data", "metrics")
+CORE_FOLDERS = ("backbones", "evaluation", "processes", "denoisers", "objectives", "samplers", "data", "metrics")
 CORE = [
     *(PACKAGE / f"{name}.py" for name in ("conditions", "randomness", "images", "figures")),
     *(PACKAGE / f"{name}.py" for name in ("distributed", "likelihood", "reverse")),
@@ -39,7 +39,7 @@ CORE = [
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_core_knows_nothing_of_lightning_or_what_stands_on_it(path):
-    above = {"methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints", "sampling"}
+    above = {"methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints"}
     for name in imported(path):
         assert not name.startswith("lightning")
         assert name.removeprefix("lit_diffusion.").partition(".")[0] not in above or not name.startswith(

@@ -22,13 +22,13 @@ from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.failures import Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress, Strays
-from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 
 FILM_ROWS = 16
 """A film strip has at most so many rows, evenly spaced over the levels."""
@@ -122,7 +122,13 @@ class Samples(Drawing):
         try:
             with averages_of(trainer).applied(method, weights):
                 made = generate_in_batches(
-                    method, share, self.seed, each, show_progress=False, on_step=film if self.film_columns else None
+                    method,
+                    share,
+                    self.seed,
+                    each,
+                    show_progress=False,
+                    on_step=film if self.film_columns else None,
+                    say=print_note,
                 )
                 (drawn,) = made  # One batch on each process.
         except DivergedError as error:

@@ -28,9 +28,8 @@ from lit_diffusion.data.facts import in_brief
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.base import Context
-from lit_diffusion.metrics.choice import choose_metrics, left_out_line
-from lit_diffusion.metrics.extractors import default_extractor, load_extractor
+from lit_diffusion.metrics.choice import left_out_line
+from lit_diffusion.metrics.reference import RealData
 from lit_diffusion.metrics.weights import WEIGHTS
 from lit_diffusion.precision import precision_name
 from lit_diffusion.processes import VE
@@ -452,27 +451,16 @@ def likelihoods(recipe: Recipe) -> Iterator[Finding]:
 
 def evaluation(recipe: Recipe) -> Iterator[Finding]:
     """Whether the figures that are asked for can be had."""
-    evaluator, method, facts = recipe.callback(Evaluator), recipe.method, recipe.data.facts
+    evaluator = recipe.callback(Evaluator)
     if evaluator.metrics == [] or evaluator.cadence == Cadence():
         yield note("no figures of samples while training", "set eval.every_n_images")
         return
-    (evaluator.sampler or method.sampler).check(method.denoiser)
-    choose_average(recipe.half_lives, recipe.callback(EMA).kept(evaluator.weights))
-    shape = tuple(facts.shape)
-    name = default_extractor(shape) if evaluator.extractor == "auto" else evaluator.extractor
-    extractor = load_extractor(name, shape, evaluator.weights_path)  # Checks the file's sha256 as well.
+    averages = recipe.callback(EMA)
+    averages.setup(recipe.trainer, recipe.method, "fit")  # Turns steps into images.
+    found, choice = evaluator.check(recipe.method, recipe.data, averages, "fit")  # And the weights' sha256.
+    name, real = found.extractor.name, found.data.reference
     if name in WEIGHTS:
-        yield ok(f"weights of {name} are here, sha256 {extractor.sha256[:16]}...")
-    train = evaluator.reference == "train"
-    real = len(recipe.data.train_indices if train else recipe.data.held_out_indices)
-    if real < 2:
-        raise UserError(f"eval.reference {evaluator.reference}: there are {real} such data; hold out more")
-    count = 500 if evaluator.samples == "auto" else evaluator.samples
-    context = Context(extractor, count, real, evaluator.options, training_count=len(recipe.data.train_indices))
-    choice = choose_metrics(evaluator.metrics, context)
-    chosen = choice.metrics
-    if evaluator.keep and evaluator.best not in chosen:
-        raise UserError(f"eval.best is {evaluator.best!r}, which is not among the metrics here: {', '.join(chosen)}")
+        yield ok(f"weights of {name} are here, sha256 {found.extractor.sha256[:16]}...")
     if evaluator.samples == "auto":
         yield note("eval.samples auto: the count is found at the first evaluation", "give a number to compare runs")
     else:
@@ -480,9 +468,11 @@ def evaluation(recipe: Recipe) -> Iterator[Finding]:
             yield note(caveat, "raise eval.samples")
     if choice.left_out:
         yield note(f"left out: {left_out_line(choice.left_out)}")
-    if real < extractor.dimension:
-        yield note(f"{real} real data are fewer than the {extractor.dimension} dimensions of features of {name}")
-    yield ok(f"{', '.join(chosen)} of {evaluator.samples} samples in features of {name}, against {real} data")
+    assert isinstance(real, RealData)
+    if real.count < (dimension := found.extractor.dimension):
+        yield note(f"{real.count} real data are fewer than the {dimension} dimensions of features of {name}")
+    measured = f"{', '.join(choice.metrics)} of {evaluator.samples} samples in features of {name}"
+    yield ok(f"{measured}, against {real.count} data")
 
 
 # ---- what it runs on ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +20,21 @@ from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.data.as_given import classes_as_given, images_as_given
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, meant, require_choice
+from lit_diffusion.evaluation import Evaluation, RealSets
+from lit_diffusion.evaluation.measure import Batch
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
-from lit_diffusion.metrics.base import Context, ScoreOptions
+from lit_diffusion.metrics.base import ScoreOptions
 from lit_diffusion.metrics.catalogue import CATALOGUE, default_metrics
-from lit_diffusion.metrics.choice import Choice, choose_metrics, left_out_line
+from lit_diffusion.metrics.choice import Choice, left_out_line
 from lit_diffusion.metrics.extractors import (
     CLIP,
     Extractor,
     default_extractor,
     load_extractor,
 )
-from lit_diffusion.metrics.reference import RealData, Reference, reference_of, reference_of_moments
-from lit_diffusion.metrics.scores import Result, Scores
+from lit_diffusion.metrics.reference import RealData, Reference, reference_of_moments
+from lit_diffusion.metrics.scores import Result
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import print_note
 
@@ -111,27 +113,29 @@ def main(arguments: Sequence[str]) -> None:
         clip = CLIP(options.clip_weights_path)
         clip.to(device)
     reference, real_classes = _reference(options.reference, samples.shape, extractor)
-    has_features = len(reference.features) > 0
-    context = Context(
-        extractor, samples.count, len(reference.features), score_options, has_features, captions is not None
+    evaluation = Evaluation(
+        RealSets(reference, samples.shape), extractor, wanted, score_options, clip=clip, say=print_note
     )
-    choice = choose_metrics(wanted, context)
-    scores = Scores(
-        choice.metrics, extractor, reference, samples.shape, score_options, clip=clip, left_out=choice.left_out
-    )
+    choice = evaluation.choose(samples.count, has_captions=captions is not None)
     brightest = 0
-    for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
-        words = None if captions is None else [captions[i] for i in part.tolist()]
-        images = samples.values(part)
-        brightest = max(brightest, int(images.max()))
-        scores.update(images, part, words)
-    result = scores.compute(samples.count)
+
+    def batches() -> Iterator[Batch]:
+        nonlocal brightest
+        for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
+            words = None if captions is None else [captions[i] for i in part.tolist()]
+            images = samples.values(part)
+            brightest = max(brightest, int(images.max()))
+            yield part, images, words
+
+    result = evaluation.of_batches(
+        batches(), samples.count, device, has_captions=captions is not None, show_progress=True
+    )
     result.protocol.update(
         samples=str(options.samples), samples_fingerprint=samples.record["fingerprint"], stage="evaluate"
     )
     if "memorisation" in choice.metrics:
         result.protocol["memorisation_split"] = "the reference as given, whatever the model was trained on"
-    caveat = _caveat(samples, brightest, reference)
+    caveat = _caveat(samples, brightest, reference.record)
     if caveat := caveat or other_shares(classes_as_given(options.samples, source), real_classes):
         result.protocol["caveat"] = caveat
     _print(result, choice, samples.count)
@@ -141,9 +145,9 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.write(f"wrote {out}\n")
 
 
-def _caveat(samples: RealData, brightest: int, reference: Reference) -> str | None:
+def _caveat(samples: RealData, brightest: int, reference: dict[str, Any]) -> str | None:
     """What makes all the figures worth less than they look."""
-    if samples.record["fingerprint"] == reference.record.get("fingerprint"):
+    if samples.record["fingerprint"] == reference.get("fingerprint"):
         return "the samples are the reference itself, so these figures are of no model"
     if 0 < brightest < DARK:
         return (
@@ -211,7 +215,9 @@ def other_shares(samples: Sequence[str] | None, real: Sequence[str] | None) -> s
     )
 
 
-def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> tuple[Reference, list[str] | None]:
+def _reference(
+    given: str, shape: tuple[int, ...], extractor: Extractor
+) -> tuple[RealData | Reference, list[str] | None]:
     """Of images, of moments, or of a data source; and the classes of its images, where they are known.
 
     Raises:
@@ -236,8 +242,7 @@ def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> tupl
         )
     extractor.require_fit(tuple(source.shape))
     _say_notes(source)
-    real = RealData.of(source, torch.arange(len(source)), "all")
-    return reference_of(real, extractor, show_progress=True, say=print_note), classes_as_given(path, source)
+    return RealData.of(source, torch.arange(len(source)), "all"), classes_as_given(path, source)
 
 
 def _say_notes(source: Source) -> None:

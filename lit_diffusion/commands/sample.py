@@ -25,11 +25,12 @@ from lit_diffusion.data.dataset_json import DATASET_JSON, labels_text
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.files import atomic_write, write_set
 from lit_diffusion.images import about_shown, image_grid, png_bytes, save_png, to_uint8
 from lit_diffusion.parser import Parser
+from lit_diffusion.run import print_note
 from lit_diffusion.samplers.base import in_words
-from lit_diffusion.sampling import generate_in_batches
 
 ENDINGS = (".npz", ".png")
 
@@ -91,7 +92,14 @@ def main(arguments: Sequence[str]) -> None:
     def drawn() -> Iterator[Tensor]:
         nonlocal evaluations
         for batch in generate_in_batches(
-            method, indices, options.seed, options.batch_size, sampler, options.label, class_counts=counts
+            method,
+            indices,
+            options.seed,
+            options.batch_size,
+            sampler,
+            options.label,
+            class_counts=counts,
+            say=print_note,
         ):
             evaluations = max(evaluations, batch.evaluations)
             yield batch.x

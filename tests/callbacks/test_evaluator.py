@@ -19,15 +19,17 @@ from tiny import digits, digits_data, events, fit, ncsn, points_data, run_logger
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, Samples, Telemetry
 from lit_diffusion.callbacks import evaluator as module
-from lit_diffusion.callbacks.evaluator import read_best
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation import measure
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.metrics import Result, Scores, load_extractor
 from lit_diffusion.metrics.catalogue import default_metrics
 from lit_diffusion.metrics.reference import RealData, reference_of
 from lit_diffusion.randomness import keyed_choice
+from lit_diffusion.runs import best
+from lit_diffusion.runs.best import read_best
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
 from lit_diffusion.samplers.base import in_words
 
@@ -321,7 +323,7 @@ def test_a_walk_that_diverges_is_a_note_and_the_training_goes_on(tmp_path, capsy
     assert [event["images"] for event in run.events] == [128]
     said = capsys.readouterr().out
     assert said.count("evaluation at 64 images: the sampler diverged") == 1
-    assert "no figures this time" in said
+    assert "no values this time" in said
     assert [entry["images"] for entry in read_best(run.checkpoints)] == [128]
 
 
@@ -439,7 +441,7 @@ def test_what_was_left_out_is_said_once_and_written_every_time(tmp_path, capsys)
 def test_a_test_says_what_differed_between_its_seeds(monkeypatch):
     """A solver that chooses its steps takes other numbers of them."""
     same = {"weights": "ema", "sampler": "ode"}
-    results = [Result({"fid-40": 1.0}, {}, {}, {**same, "seed": k, "network_evaluations": 10 + k}) for k in (0, 1)]
+    results = [Result({"fid-40": 1.0}, protocol={**same, "seed": k, "network_evaluations": 10 + k}) for k in (0, 1)]
     told = []
     logger = SimpleNamespace(record=lambda event, values: told.append(values["protocol"]))
     monkeypatch.setattr(module, "run_logger_of", lambda trainer: logger)
@@ -534,8 +536,7 @@ def test_last_ckpt_carries_the_last_figures_and_nothing_of_the_extractor(tmp_pat
     assert sum(p.numel() for p in method.parameters()) == parameters
     text = str(list(saved["state_dict"])) + str([shadow.keys() for shadow in saved["callbacks"]["EMA"]["shadows"]])
     assert not re.search("inception|trunk|head", text)
-    assert run.evaluator._loaded is None
-    assert run.evaluator._scores is None
+    assert run.evaluator._evaluation is None
 
 
 def test_a_full_disk_leaves_the_best_before_and_its_list(tmp_path, monkeypatch):
@@ -612,9 +613,9 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, 
     straight = evaluated(tmp_path / "straight", 192, **keys)
     assert straight.events[1]["is/digits-40"] > straight.events[0]["is/digits-40"]  # the one cut short is the best then
     target, name = {  # what is called first after that moment
-        "generating": (module, "generate_in_batches"),
+        "generating": (measure, "generate_in_batches"),
         "recorded": (Evaluator, "_keep_the_best"),
-        "best saved": (module, "atomic_write"),
+        "best saved": (best, "atomic_write"),
         "best listed": (module, "save_after_drawing"),
     }[moment]
     whole, calls = getattr(target, name), []

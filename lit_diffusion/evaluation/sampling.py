@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,9 @@ from tqdm import tqdm
 from lit_diffusion import interrupts
 from lit_diffusion.distributed import many_processes, shares_of_all
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.model import GenerativeModel
 from lit_diffusion.failures import AloneError, Failure, agree
 from lit_diffusion.interrupts import Interrupted
-from lit_diffusion.methods.base import Method
-from lit_diffusion.run import print_note
 from lit_diffusion.samplers.base import OnStep, Progress, Sampler, Strays
 
 
@@ -62,7 +61,7 @@ class Share:
 
 
 def generate_in_batches(
-    method: Method,
+    method: GenerativeModel,
     samples: Tensor | Share,
     seed: int,
     batch_size: int,
@@ -71,6 +70,7 @@ def generate_in_batches(
     show_progress: bool = True,
     on_step: OnStep | None = None,
     class_counts: Sequence[int] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Drawn]:
     """Samples of a seed, in order, batch by batch.
 
@@ -90,6 +90,7 @@ def generate_in_batches(
         on_step: called after every sampler step.
         class_counts: of the data whose classes the samples are to have as often, see
             :meth:`~lit_diffusion.methods.base.Method.condition_by_counts`; None: all classes in turn.
+        say: prints one line.
 
     Raises:
         DivergedError: if a sampler ended in NaN.
@@ -150,7 +151,7 @@ def generate_in_batches(
                 raise trouble
             yield Drawn(part, x, made.evaluations, strays)
     if astray.count:
-        print_note(str(astray))
+        say(str(astray))
 
 
 def _stop_if_asked() -> None:

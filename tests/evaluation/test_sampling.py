@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import ddpm, digits_data, ncsn, points_data, toy_dsm
 
-from lit_diffusion import interrupts, sampling
+from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation import sampling
+from lit_diffusion.evaluation.sampling import Share, generate_in_batches
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.samplers import DDIM, AnnealedLangevin, Langevin
 from lit_diffusion.samplers.base import Strays, far_outside
-from lit_diffusion.sampling import Share, generate_in_batches
 
 
 def drawn(method, count, *arguments, **keys):
@@ -135,7 +136,7 @@ def test_far_is_beyond_the_range_by_its_width_and_what_noise_may_do():
 
 def test_samples_that_went_astray_are_counted_and_said_in_one_line(capsys):
     method, walk = amplifier(), DDIM(50, clip_x0=None)
-    batches = list(generate_in_batches(method, torch.arange(10), 0, 4, walk, show_progress=False))
+    batches = list(generate_in_batches(method, torch.arange(10), 0, 4, walk, show_progress=False, say=print))
     far = torch.cat([batch.x for batch in batches]).flatten(1).abs().amax(1)
     strays = sum((batch.strays for batch in batches), Strays())
     assert strays == Strays(int((far > 3.0).sum()), 10, float(far.max()))
@@ -144,7 +145,7 @@ def test_samples_that_went_astray_are_counted_and_said_in_one_line(capsys):
     assert line == str(strays)
     assert line.startswith(f"{strays.count} of 10 samples ended far outside the data's range")
     assert "try clip_x0: data" in line
-    drawn(method, 10, 0, 4, DDIM(50), show_progress=False)
+    drawn(method, 10, 0, 4, DDIM(50), show_progress=False, say=print)
     assert capsys.readouterr().out == ""
 
 
@@ -157,7 +158,7 @@ def test_what_an_end_cuts_to_the_range_was_astray_before(capsys):
             return torch.where(run.noise.indices.view(-1, 1, 1, 1) % 2 == 0, x, 1e4 * x)
 
     method, sampler = amplifier(), Lost(levels=5, denoise=True)
-    batches = list(generate_in_batches(method, torch.arange(6), 0, 4, sampler, show_progress=False))
+    batches = list(generate_in_batches(method, torch.arange(6), 0, 4, sampler, show_progress=False, say=print))
     assert float(torch.cat([batch.x for batch in batches]).abs().max()) <= 1.0
     strays = sum((batch.strays for batch in batches), Strays())
     assert (strays.count, strays.of) == (3, 6)
