@@ -53,9 +53,7 @@ def is_among_best(listed: list[Entry], metric: str, key: str, value: float, imag
     return is_better(metric, value, others[keep - 1]["value"] if len(others) >= keep else None)
 
 
-def list_best(
-    folder: Path, listed: list[Entry], metric: str, key: str, value: float, images: int, keep: int
-) -> None:
+def list_best(folder: Path, listed: list[Entry], metric: str, key: str, value: float, images: int, keep: int) -> None:
     """Put a checkpoint that was written as :func:`best_name` on the list; what falls off it is removed.
 
     Values of other names stay, with their checkpoints. The arguments are those of :func:`is_among_best`.
