@@ -9,6 +9,8 @@ norm shrinks, and the walk would start where it was never trained.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -67,9 +69,10 @@ def interpolate(
         weight = k / (columns - 1)
         nearer = cond if weight <= 0.5 or second_cond is None else second_cond
         start = slerp(first, second, weight)
-        made.append(sampler.sample(method.denoiser, unused, nearer, start=start))
+        column = sampler.sample(method.denoiser, unused, nearer, start=start)
+        made.append(replace(column, x=method.decode(column.x, unused.stream("decode"), nearer)))
     farthest = torch.stack([column.farthest for column in made], dim=1)
     if (strays := Strays.among(farthest.flatten())).count:
         print_note(str(strays))
-    x = torch.stack([method.decode(column.x) for column in made], dim=1)
+    x = torch.stack([column.x for column in made], dim=1)
     return Samples(x, made[0].evaluations, farthest)

@@ -114,14 +114,15 @@ def flow_log_prob(
     start = denoiser.process.t_min if t_min is None else t_min
     denoiser.process.require_time("t_min", start)
     shape, dimension = x.shape, x[0].numel()
+    row = tuple(shape[1:])
     if trace == "exact" and dimension > LARGEST_EXACT:
         raise UserError(f"trace: exact takes {dimension} backward passes an evaluation; choose hutchinson")
     run = Run(denoiser, noise, cond)
     vectors: list[Tensor] = []
     if trace == "hutchinson":
         for _ in range(probes):
-            vector = noise.normal() if probe == "gaussian" else torch.where(noise.uniform() < 0.5, -1.0, 1.0)
-            vectors.append(vector.view(shape).to(torch.float64))
+            vector = noise.normal(row) if probe == "gaussian" else torch.where(noise.uniform(row) < 0.5, -1.0, 1.0)
+            vectors.append(vector.to(torch.float64))
 
     def slope(t: Tensor, state: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -256,7 +257,7 @@ def variational_bound(
             index = 1 + ((draw - 1 + offset) * (count - 1) / draws).long().clamp(max=count - 2)
             weight = (count - 1) / draws
         t = times[index]
-        x_t = process.perturb(x0, t, noise.normal().to(x0.dtype))
+        x_t = process.perturb(x0, t, noise.normal(tuple(x0.shape[1:])).to(x0.dtype))
         term = bound_term(denoiser(x_t, t, cond), denoiser, x0, ends[index], chain, grey_levels, before_last)
         terms[rows, index] += weight * term
         if on_step is not None:

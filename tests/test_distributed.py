@@ -68,8 +68,8 @@ def run(folder: Path, name: str, many: dict, data: dict | None = None, images: i
         "run_dir": str(logger.run_dir),
         "run_id": logger.version,
         "skipped": method.skipped_steps,
-        "local_loss": float(method.last_loss),
-        "norm": float(method.last_gradient_norm),
+        "local_loss": float(method.last_step.loss),
+        "norm": float(method.last_step.gradient_norm),
         "remembered": {name: value for name, value in method.state_dict().items() if "second_moments" in name},
     }
 
@@ -204,7 +204,7 @@ def of_a_unet(folder: Path, name: str, many: dict, images: int = 96, ckpt_path=N
         **many,
     )
     return {
-        "weights": {key: whole(value.detach()).clone() for key, value in method.denoiser.named_parameters()},
+        "weights": {key: whole(value.detach()).clone() for key, value in method.named_parameters()},
         "average": {key: whole(value).clone() for key, value in ema.shadows[0].items()},
         "own": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in method.parameters()),
         "loss": float(made.callback_metrics["val/loss"]),

@@ -39,7 +39,7 @@ CORE = [
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_core_knows_nothing_of_lightning_or_what_stands_on_it(path):
-    above = {"methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints"}
+    above = {"training", "methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints"}
     for name in imported(path):
         assert not name.startswith("lightning")
         assert name.removeprefix("lit_diffusion.").partition(".")[0] not in above or not name.startswith(

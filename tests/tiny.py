@@ -17,7 +17,7 @@ from lit_diffusion.callbacks import Checkpoint, ProgressBar
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data import Digits, GaussianMixturePoints
 from lit_diffusion.datamodule import DataModule
-from lit_diffusion.methods import DDPM, DSM, NCSN, Method, ScoreSDE
+from lit_diffusion.methods import DDPM, DSM, NCSN, ScoreSDE
 from lit_diffusion.processes import Process
 from lit_diffusion.run import RunLogger
 from lit_diffusion.samplers import (
@@ -34,6 +34,7 @@ from lit_diffusion.samplers import (
     Sampler,
 )
 from lit_diffusion.trainer import Trainer
+from lit_diffusion.training.module import TrainedModule
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -195,7 +196,7 @@ def points_data(batch: int = 32, size: int = 2000, **keys: Any) -> DataModule:
     return DataModule(GaussianMixturePoints(size=size), batch, **keys)
 
 
-def run_logger(folder: Path, method: Method, **keys: Any) -> RunLogger:
+def run_logger(folder: Path, method: TrainedModule, **keys: Any) -> RunLogger:
     """A run's logger on a method's clock, in ``folder/run``."""
     logger = RunLogger("tiny", run_dir=folder / "run", **keys)
     logger.clock = method.clock
@@ -221,7 +222,7 @@ def trainer(folder: Path, images: int | None = 96, callbacks: Any = (), logger: 
     )
 
 
-def fit(method: Method, data: DataModule, folder: Path, images: int | None = 96, **keys: Any) -> Trainer:
+def fit(method: TrainedModule, data: DataModule, folder: Path, images: int | None = 96, **keys: Any) -> Trainer:
     """Train; returns the Trainer."""
     ckpt_path = keys.pop("ckpt_path", None)
     made = trainer(folder, images, **keys)
@@ -229,9 +230,9 @@ def fit(method: Method, data: DataModule, folder: Path, images: int | None = 96,
     return made
 
 
-def weights(method: Method) -> dict[str, Tensor]:
-    """A copy of a method's parameters."""
-    return {name: p.detach().clone() for name, p in method.denoiser.named_parameters()}
+def weights(method: TrainedModule) -> dict[str, Tensor]:
+    """A copy of a module's parameters."""
+    return {name: p.detach().clone() for name, p in method.named_parameters()}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -318,7 +318,7 @@ class Evaluator(Drawing):
         if not result.values:
             return None
         result.protocol.update(
-            weights=weights, backbone_precision=precision_name(method.denoiser.autocast_dtype), stage=stage
+            weights=weights, backbone_precision=precision_name(method.denoiser.backbone.autocast_dtype), stage=stage
         )
         if method.num_classes is not None:
             result.protocol["labels"] = f"as in the {'training' if self.reference == 'train' else 'held-out'} data"

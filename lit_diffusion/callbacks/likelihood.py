@@ -273,11 +273,11 @@ class Likelihood(pl.Callback):
             def on_time(t: float) -> None:
                 bar.update(int(100 * (t - start) / (1.0 - start)) - bar.n)
 
-            # Its cost in nats is that of the encoder, 0 where data are diffused as they are.
-            z, nats = method.encode(dequantised(batch.x, noise, grey_levels))
+            x = batch.x if method.encodes_grey_levels else dequantised(batch.x, noise, grey_levels)
+            encoded = method.encode(x, noise.stream("encode"))
             found = flow_log_prob(
                 method.denoiser,
-                z,
+                encoded.z,
                 noise,
                 batch.cond,
                 self.trace,
@@ -289,7 +289,9 @@ class Likelihood(pl.Callback):
                 on_time=on_time,
             )
         self._evaluations.append(found.evaluations)
-        return bits_per_dimension(found.log_prob - nats, batch.x[0].numel(), grey_levels)
+        # An encoder of grey levels has counted their probability: there is no density over their bins.
+        width = None if method.encodes_grey_levels else grey_levels
+        return bits_per_dimension(found.log_prob - encoded.nats, batch.x[0].numel(), width)
 
     def _chain(self, method: Method) -> ReverseChain:
         own = method.reverse_chain
@@ -300,7 +302,15 @@ class Likelihood(pl.Callback):
         return method.sampler.spacing if isinstance(method.sampler, Ancestral) else "uniform"
 
     def _add_bound(self, trainer: pl.Trainer, method: Method, batch: Batch, name: str) -> None:
-        dimension = batch.x[0].numel()
+        dimension, grey_levels, noise = (
+            batch.x[0].numel(),
+            method.require_facts().grey_levels,
+            self._noise(method, batch),
+        )
+        # Where the data are diffused as they are, the chain's last step is a law of grey levels.
+        as_density = not (method.diffuses_data or method.encodes_grey_levels)
+        x = dequantised(batch.x, noise, grey_levels) if as_density else batch.x
+        encoded = method.encode(x, noise.stream("encode"))
         walk = method.sampler if isinstance(method.sampler, Ancestral) else None
         with self._bar(trainer, 1, name) as bar:
 
@@ -310,10 +320,10 @@ class Likelihood(pl.Callback):
 
             bound = variational_bound(
                 method.denoiser,
-                batch.x,
-                self._noise(method, batch),
+                encoded.z,
+                noise,
                 self._chain(method),
-                method.require_facts().grey_levels,
+                method.grey_levels,
                 batch.cond,
                 walk.steps if walk is not None and self.bound_steps is None else self.bound_steps,
                 self._spacing(method),
@@ -321,7 +331,8 @@ class Likelihood(pl.Callback):
                 on_step,
             )
         scale = 1.0 / (dimension * math.log(2.0))
-        self._bound.add(bound.total * scale)
+        of_bins = dimension * math.log(grey_levels.width) if as_density and grey_levels is not None else 0.0
+        self._bound.add((bound.total + encoded.nats - of_bins) * scale)
         self._prior.add(bound.prior * scale)
         self._decoder.add(bound.decoder * scale)
         self._kl.add(bound.kl * scale)
@@ -388,7 +399,7 @@ class Likelihood(pl.Callback):
         }
         assert self._by_step is not None
         by_step = _summed(trainer, self._by_step) / count
-        chain = self._chain(method).in_words(method.denoiser, method.require_facts().grey_levels is not None)
+        chain = self._chain(method).in_words(method.denoiser, method.grey_levels is not None)
         measured, said = _with_error("bpd_bound", mean, error)
         values: dict[str, Any] = {**measured, "images": count, **self._protocol}
         values |= {f"bpd_bound_{name}": value for name, value in parts.items()}
@@ -471,7 +482,7 @@ class Likelihood(pl.Callback):
                 x = (process.prior_std * noise.normal()).double()
                 states = integrate(process, velocity, x, (process.t_max, *self._times_drawn), self.rtol, self.atol)[1:]
                 for moments, state in zip(made, states, strict=True):
-                    moments.add(pixels(method.decode(state.float())))
+                    moments.add(pixels(method.decode(state.float(), noise.stream("decode"), cond)))
                 bar.update(1)
         for moments in made:
             moments.sums = _summed(trainer, moments.sums)

@@ -104,10 +104,11 @@ class NoiseLevels(Drawing):
         batch = data.training_batch(torch.arange(min(self.images, len(data.train_indices))))
         cond = None if batch.cond is None else batch.cond.to(method.device)
         batch = Batch(batch.x.to(method.device), batch.index.to(method.device), cond)
+        batch = method.encoded(batch, method.seed)
         x = batch.x
         eps = keyed_normal(method.seed, "noise levels", batch.index, tuple(x.shape[1:]))
         times = self.times(method)
-        mixture = known_mixture(trainer)
+        mixture = known_mixture(trainer) if method.diffuses_data else None
         exact = None if mixture is None else ExactDenoiser(mixture, method.denoiser.process)
         parameters = [p for p in method.denoiser.parameters() if p.requires_grad]
         losses, norms, errors = [], [], []

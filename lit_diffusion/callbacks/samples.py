@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lit_diffusion.failures import Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
+from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress, Strays
 
@@ -48,11 +50,16 @@ class _Film:
         else:
             self.frames.append((progress.t, frame))
 
-    def rows(self, end: Tensor) -> list[Tensor]:
-        """At most ``FILM_ROWS`` frames, the last of them the finished samples."""
+    def rows(self, end: Tensor, decode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """At most ``FILM_ROWS`` frames, the last of them the finished samples.
+
+        Args:
+            end: the finished samples.
+            decode: from the space that is diffused, where the frames are, to data.
+        """
         frames = [frame for _, frame in self.frames]
         keep = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FILM_ROWS - 1)).round().astype(int))
-        return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
+        return [*(decode(frames[k]).float().cpu() for k in keep), end[: self.columns].detach().float().cpu()]
 
 
 def in_their_order(shares: Sequence[Tensor]) -> Tensor:
@@ -131,11 +138,12 @@ class Samples(Drawing):
                     say=print_note,
                 )
                 (drawn,) = made  # One batch on each process.
+                rows = film.rows(drawn.x, partial(self._decoded, method, share.indices[: film.columns]))
         except DivergedError as error:
             print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
             run.fail(self.name, [Failure.of(error)], said=True)
             return
-        shares = shares_of_all((drawn.x, film.rows(drawn.x)))
+        shares = shares_of_all((drawn.x, rows))
         if not trainer.is_global_zero:
             return
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
@@ -153,6 +161,12 @@ class Samples(Drawing):
             height = min(len(rows) for _, rows in shares)
             strip = torch.cat([in_their_order([rows[k - height] for _, rows in shares]) for k in range(height)])
             run.picture("film", image_grid(to_uint8(strip, facts), self.film_columns), caption, values)
+
+    @torch.no_grad()
+    def _decoded(self, method: Method, indices: Tensor, z: Tensor) -> Tensor:
+        """States of samples ``indices`` as data, decoded as the finished ones are."""
+        noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape).stream("decode")
+        return method.decode(z.to(method.device), noise, method.condition(indices))
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the model the weights that its samples are made with."""

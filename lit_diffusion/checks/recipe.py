@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
@@ -23,7 +24,7 @@ from lit_diffusion.callbacks.ema import choose_average
 from lit_diffusion.checks import Finding, first_line, in_bytes, machine, note, ok, problem, warning
 from lit_diffusion.cli import CLI
 from lit_diffusion.cli import main as run_cli
-from lit_diffusion.clock import Cadence, in_images
+from lit_diffusion.clock import Cadence
 from lit_diffusion.data.facts import in_brief
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
@@ -38,6 +39,7 @@ from lit_diffusion.run import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, re
 from lit_diffusion.run_lock import writer_of
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.trainer import Trainer, callbacks_of
+from lit_diffusion.training.module import of_name
 
 LOOKED_AT = 512
 """So many of the first training data are measured."""
@@ -339,7 +341,7 @@ def averages(recipe: Recipe) -> Iterator[Finding]:
 
 def warmup(recipe: Recipe) -> Iterator[Finding]:
     """The warm-up of the learning rate against the run."""
-    images = in_images("model", "warmup", *recipe.method.warmup, batch=recipe.batch)
+    images = max(recipe.method.warmup_of(name, recipe.batch) for name in recipe.method.trained())
     if recipe.length is None or images == 0:
         return
     said = f"the learning rate warms up over {images:,} of {recipe.length:,} images"
@@ -511,11 +513,11 @@ def compiling(recipe: Recipe) -> Iterator[Finding]:
         yield ok("trainer.compile finds a compiler")
 
 
-def states_of(method: Method) -> int:
-    """Numbers that the optimiser keeps for each weight: 2 of Adam; found by a step on a tiny parameter."""
+def states_of(make_optimizer: OptimizerCallable) -> int:
+    """Numbers that an optimiser keeps for each weight: 2 of Adam; found by a step on a tiny parameter."""
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
-    optimizer = method.make_optimizer([weight])
+    optimizer = make_optimizer([weight])
     optimizer.step()
     return sum(
         1 for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.shape == weight.shape
@@ -523,12 +525,18 @@ def states_of(method: Method) -> int:
 
 
 def sizes(recipe: Recipe) -> tuple[int, int, int]:
-    """Parameters of the backbone; bytes of a checkpoint; bytes in training, but for activations."""
-    parameters = list(recipe.method.denoiser.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    kept = 1 + states_of(recipe.method) + len(recipe.half_lives)
-    # Besides what is kept: gradients, and the raw weights while a picture has an average.
-    return sum(p.numel() for p in parameters), kept * weights, (kept + 2) * weights
+    """Parameters that are trained; bytes of a checkpoint; bytes in training, but for activations."""
+    parameters = checkpoint = training = 0
+    for name, network in recipe.method.trained().items():
+        make_optimizer = of_name(recipe.method.make_optimizer, name)
+        assert make_optimizer is not None
+        weights = sum(p.numel() * p.element_size() for p in network.parameters())
+        kept = 1 + states_of(make_optimizer) + len(recipe.half_lives)
+        parameters += sum(p.numel() for p in network.parameters())
+        checkpoint += kept * weights
+        # Besides what is kept: gradients, and the raw weights while a picture has an average.
+        training += (kept + 2) * weights
+    return parameters, checkpoint, training
 
 
 def memory(recipe: Recipe) -> Iterator[Finding]:

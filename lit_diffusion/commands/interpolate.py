@@ -85,9 +85,10 @@ def main(arguments: Sequence[str]) -> None:
         x, labels = _held_out(method, 2 * pairs, options.label)
         parts = slice(0, pairs), slice(pairs, 2 * pairs)
         conds = [None if labels is None else Condition(label=labels[part]) for part in parts]
+        noise = SampleNoise(options.seed, torch.arange(2 * pairs, device=method.device), tuple(x.shape[1:]))
+        z = method.encode(x, noise.stream("encode")).z
         first, second = (
-            sampler.encode(method.denoiser, method.encode(x[part])[0], of_part).x
-            for part, of_part in zip(parts, conds, strict=True)
+            sampler.encode(method.denoiser, z[part], of_part).x for part, of_part in zip(parts, conds, strict=True)
         )
         found = interpolate(method, first, second, options.columns, sampler, *conds)
         made = found.x

@@ -16,7 +16,6 @@ from lit_diffusion.processes import Process, expand_like
 
 if TYPE_CHECKING:  # Denoisers and samplers do without the networks' own modules.
     from lit_diffusion.backbones.base import Backbone
-    from lit_diffusion.cuda_graphs import RecordedBackbone
 
 InputScale = Literal["none", "unit_variance"]
 
@@ -78,38 +77,6 @@ class NetworkDenoiser(Denoiser):
         c_noise = NOISE_INPUTS[noise_input](process, end)
         if float(end.alpha) == 0.0:
             _require_meaning(parametrization, float(end.alpha * v - end.sigma * u) != 0.0, noise_input, float(c_noise))
-        self.autocast_dtype: torch.dtype | None = None
-        """The type the backbone computes in under mixed precision, None for float32 throughout."""
-        self.compiled = False
-        self.rows: int | None = None
-        """How many rows the backbone is given at once, filled up and taken apart; None: as many as there are."""
-        self.recorded: RecordedBackbone | None = None
-        """Evaluates the backbone where no gradient is asked for; None: the backbone does."""
-
-    def compile_backbone(self, rows: int | None) -> None:
-        """Compile the backbone in place, as one graph, for batches of one size, which is all that it is given then.
-
-        There are two such graphs, one for training and one for what takes no gradients; gradients in evaluation mode
-        (likelihoods, pictures by noise level) are computed without. The names of the weights stay, and weights that are
-        written over in place are seen.
-
-        Args:
-            rows: of the batches, those of training; None: whatever comes, compiled again for each size.
-        """
-        self.rows = rows
-        self.compiled = True
-        self.backbone.compile(fullgraph=True, dynamic=False)
-
-    def _evaluate(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> Tensor:
-        rows, given = self.rows, len(x)
-        if self.compiled and torch.is_grad_enabled() and not self.training:
-            return self.backbone.forward(x, c_noise, cond)
-        backbone = self.backbone if self.recorded is None or torch.is_grad_enabled() else self.recorded
-        if rows is None or given == rows:
-            return backbone(x, c_noise, cond)
-        number = torch.arange(-(-given // rows) * rows, device=x.device).clamp(max=given - 1)  # The last row fills up.
-        parts = [backbone(x[part], c_noise[part], None if cond is None else cond[part]) for part in number.split(rows)]
-        return torch.cat(parts)[:given]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`."""
@@ -120,9 +87,7 @@ class NetworkDenoiser(Denoiser):
             scale = torch.rsqrt((level.alpha * self.sigma_data) ** 2 + level.sigma**2)
             x_in = expand_like(scale, x_t) * x_t
         c_noise = NOISE_INPUTS[self.noise_input](self.process, level).to(torch.float32)
-        x_in = x_in.to(next(self.backbone.parameters()).dtype)
-        with torch.autocast(x_t.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            raw = self._evaluate(x_in, c_noise, cond)
+        raw = self.backbone.evaluate(x_in, c_noise, cond)
         variance = None
         if self.learned_variance:
             raw, output = raw.chunk(2, dim=1)

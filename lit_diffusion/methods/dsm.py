@@ -29,7 +29,7 @@ class DSM(Method):
         sigma: the noise level, in units of the normalised data.
         parametrization: what the network's output is: ``score`` (sigma times the score), ``raw_score``, ``x0``, ...
         sampler: default sampler, null for 1000 Langevin steps of eta = sigma^2 / 10 from the unit cube.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(

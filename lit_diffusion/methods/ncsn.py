@@ -36,7 +36,7 @@ class NCSN(Method):
         input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
         sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
         sampler: default sampler, null for annealed Langevin dynamics with the paper's constants.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class ScoreSDE(Method):
         weight: ``sigma2`` makes all times weigh alike, ``g2`` is the likelihood weighting.
         reduction: over the dimensions of an image: ``half_sum`` (the paper's) or ``mean``.
         sampler: default sampler, null for reverse diffusion with a Langevin corrector, 1000 steps each.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(

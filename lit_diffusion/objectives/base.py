@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -33,3 +34,15 @@ class Loss:
     def shown(self) -> Tensor:
         """What is shown as the loss of each datum at its own noise level: ``[B]``, without gradient."""
         return (self.per_sample if self.unweighted is None else self.unweighted).detach()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Loss]) -> Loss:
+        """The losses of consecutive parts of a batch as one, without gradient."""
+        first = parts[0]
+        return cls(
+            torch.cat([part.per_sample.detach() for part in parts]),
+            None if first.t is None else torch.cat([part.t for part in parts if part.t is not None]),
+            None if first.unweighted is None else torch.cat([part.shown for part in parts]),
+            {name: torch.cat([part.terms[name].detach() for part in parts]) for name in first.terms},
+            {name: torch.cat([part.kept[name].detach() for part in parts]) for name in first.kept},
+        )

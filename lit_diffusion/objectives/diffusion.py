@@ -140,7 +140,8 @@ class DiffusionObjective(nn.Module):
         loss = self.at(denoiser, x0, level, eps, grey_levels, cond)
         if weight is None:
             return loss
-        return Loss(loss.per_sample * weight.to(x0.dtype), t=loss.t, unweighted=loss.shown)
+        weighted, kept = loss.per_sample * weight.to(x0.dtype), {"index": level, "loss": loss.shown}
+        return Loss(weighted, loss.t, unweighted=loss.shown, kept=kept)
 
     def at(
         self,
@@ -171,8 +172,7 @@ class DiffusionObjective(nn.Module):
             per_sample = per_sample + factor * bits.to(x0.dtype)
         return Loss(per_sample, t)
 
-    def remember(self, t: Tensor, loss: Tensor) -> None:
-        """Tell the law of t the losses ``[B]`` of a whole step at times ``[B]``."""
+    def remember(self, **kept: Tensor) -> None:
+        """Tell the law of the levels what the losses of a whole step kept; nothing for a law that does not learn."""
         if self.second_moments is not None:
-            levels = len(self.second_moments.counts)
-            self.second_moments.remember((t * levels).round().long() - 1, loss)
+            self.second_moments.remember(**kept)

@@ -177,13 +177,13 @@ def walk(levels, steps_per_level=2, columns=3):
         level, k = divmod(step, steps_per_level)
         x = torch.full((5, 1, 2, 2), level + k / 10)
         film(Progress(step + 1, total, 1.0 - level / levels, x))
-    return [float(row[0, 0, 0, 0]) for row in film.rows(torch.full((5, 1, 2, 2), -1.0))], film
+    return [float(row[0, 0, 0, 0]) for row in film.rows(torch.full((5, 1, 2, 2), -1.0), lambda z: z)], film
 
 
 def test_the_film_has_a_row_a_level_and_the_end():
     rows, film = walk(levels=4)
     assert rows == pytest.approx([0.1, 1.1, 2.1, 3.1, -1.0])  # the state at the end of each level
-    assert all(len(row) == 3 for row in film.rows(torch.zeros(5, 1, 2, 2)))
+    assert all(len(row) == 3 for row in film.rows(torch.zeros(5, 1, 2, 2), lambda z: z))
 
 
 @pytest.mark.parametrize("levels", [1, FILM_ROWS - 1, FILM_ROWS, 100])

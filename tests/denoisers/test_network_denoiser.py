@@ -257,7 +257,7 @@ def test_autocast_touches_the_backbone_alone(name):
     assert full.raw.dtype == torch.float32
     assert denoiser.backbone.seen == {"x": torch.float32, "c_noise": torch.float32, "autocast": False}
 
-    denoiser.autocast_dtype = torch.bfloat16
+    denoiser.backbone.autocast_dtype = torch.bfloat16
     half = denoiser(x_t, t)
     assert denoiser.backbone.seen == {"x": torch.float32, "c_noise": torch.float32, "autocast": True}
     assert half.raw.dtype == torch.bfloat16
@@ -271,7 +271,7 @@ def test_autocast_touches_the_backbone_alone(name):
         assert getattr(half, view).dtype == torch.float32
         assert torch.equal(getattr(half, view), getattr(again, view))
     # An autocast that someone else opened does not get in.
-    denoiser.autocast_dtype = None
+    denoiser.backbone.autocast_dtype = None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = denoiser(x_t, t)
         assert torch.equal(inside.raw, full.raw)

@@ -114,7 +114,7 @@ def test_held_out_losses_are_of_one_law_whatever_was_learned(tmp_path):
     learning, fixed = ready(time_law="second_moment"), ready()
     batch = Batch(torch.zeros(64, 1, 8, 8), torch.arange(64))
     steep = torch.arange(8).repeat(10)
-    learning.learn_from((steep + 1).double() / 8, 100.0**steep)
+    learning.after_step({"index": steep, "loss": 100.0**steep})
     assert not torch.equal(learning.loss(batch, 0).t, fixed.loss(batch, 0).t)
     held_out = learning.eval().loss(batch, 0)
     assert torch.equal(held_out.t, fixed.loss(batch, 0).t)
@@ -350,12 +350,12 @@ def test_it_remembers_the_losses_in_the_order_of_the_batch(tmp_path):
     """Of all processes: as if two had 16 images each, gathered as ``[processes, images]``."""
     method, told = ddpm(time_law="second_moment", levels=4), []
     remember = method.objective.second_moments.remember
-    method.objective.second_moments.remember = lambda level, loss: (told.append((level, loss)), remember(level, loss))
-    method.all_gather = lambda pair: tuple(value.view(2, 16) for value in pair)
+    method.objective.second_moments.remember = lambda index, loss: (told.append((index, loss)), remember(index, loss))
+    method.all_gather = lambda rows: rows.view(2, 16)
     fit(method, centred(), tmp_path, 32)
     ((level, loss),) = told
-    assert torch.equal(level, (method.last_times * 4).round().long() - 1)
-    assert torch.equal(loss, method.last_losses)
+    assert torch.equal(level, (method.last_step.losses["denoiser"].t * 4).round().long() - 1)
+    assert torch.equal(loss, method.last_step.losses["denoiser"].shown)
     assert law(method)["counts"].tolist() == torch.bincount(level, minlength=4).tolist()
 
 

@@ -275,7 +275,7 @@ def test_the_state_is_float32_while_the_backbone_is_not(name):
     sampler, _, _ = samplers()[name]
     denoiser = NetworkDenoiser(Smooth(), VE(0.3, 3.0, levels=4), "score", "log_sigma")
     full = sampler.sample(denoiser, noise_of(20)).x
-    denoiser.autocast_dtype = torch.bfloat16
+    denoiser.backbone.autocast_dtype = torch.bfloat16
     states = []
     x = sampler.sample(denoiser, noise_of(20), on_step=lambda progress: states.append(progress.x)).x
     assert denoiser.backbone.types == (torch.float32, torch.bfloat16)

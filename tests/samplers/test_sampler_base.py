@@ -300,7 +300,7 @@ def test_the_bytes_of_an_adaptive_sample_are_the_same_in_any_batch():
     together = images(100)
     assert len(np.unique(together)) > 200
     for batch, count, rows in ((16, 100, None), (7, 21, None), (1, 4, None), (7, 7, 16)):
-        denoiser.rows = rows
+        denoiser.backbone.rows = rows
         assert np.array_equal(images(batch, count), together[:count])
 
 
@@ -329,7 +329,7 @@ def test_the_state_is_float32_while_the_network_answers_in_bfloat16(name):
     sampler = EVERY[name][0]
     denoiser = NetworkDenoiser(Linear(), GRID, "eps", "index")
     full = sampler.sample(denoiser, noise_of(20)).x
-    denoiser.autocast_dtype = torch.bfloat16
+    denoiser.backbone.autocast_dtype = torch.bfloat16
     states = []
     x = sampler.sample(denoiser, noise_of(20), on_step=lambda progress: states.append(progress.x)).x
     assert denoiser.backbone.types == (torch.float32, torch.bfloat16)
