@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import CONFIG, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
+from tiny import CONFIG, ddpm, digits, digits_data, events, fit, ncsn, trainer, two_networks, weights
 
 import lit_diffusion
 from lit_diffusion import interrupts
@@ -39,7 +39,7 @@ from lit_diffusion.run import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
 from lit_diffusion.sharding import whole
 
-NAMES = ("plain", "micro", "nan", "clipped", "second_moment")
+NAMES = ("plain", "micro", "nan", "clipped", "second_moment", "two_networks")
 
 
 def run(folder: Path, name: str, many: dict, data: dict | None = None, images: int = 96, **keys):
@@ -70,7 +70,9 @@ def run(folder: Path, name: str, many: dict, data: dict | None = None, images: i
         "skipped": method.skipped_steps,
         "local_loss": float(method.last_step.loss),
         "norm": float(method.last_step.gradient_norm),
-        "remembered": {name: value for name, value in method.state_dict().items() if "second_moments" in name},
+        "remembered": {
+            name: v for name, v in method.state_dict().items() if "second_moments" in name or name == "remembered"
+        },
     }
 
 
@@ -235,6 +237,7 @@ def refused_with_fsdp(folder: Path, many: dict) -> dict:
         "16-mixed": tried(unet(), precision="16-mixed"),
         "adaptive": tried(unet(sampler=ProbabilityFlow(1e-2, 1e-2))),
         "outside": tried(more),
+        "two networks": tried(two_networks()),
         "likelihood": tried(unet(), "test", [Likelihood()]),
     }
 
@@ -354,6 +357,8 @@ def everything(folder: Path, many: dict) -> dict:
         "second_moment": run(
             folder, "second_moment", many, make=ddpm, method={"time_law": "second_moment", "levels": 4}
         ),
+        # Gradients of two losses, averaged by the step itself; twenty steps, in parts.
+        "two_networks": run(folder, "two_networks", many, {"micro_batch_size": 6}, images=640, make=two_networks),
         "unequal": unequal_shards(folder, many),
     }
     # What one process began the other number of processes goes on with.
@@ -460,7 +465,9 @@ def test_the_weights_and_averages_are_those_of_one_process(one, two, name):
     assert close(single["average"], first["average"])
     for kind in ("weights", "average"):
         assert all(torch.equal(first[kind][key], second[kind][key]) for key in first[kind])
-    assert not close(single["weights"], weights(ddpm() if name == "second_moment" else ncsn()), 1e-3)  # it moved
+    assert not close(
+        single["weights"], weights({"second_moment": ddpm, "two_networks": two_networks}.get(name, ncsn)()), 1e-3
+    )  # it moved
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -489,6 +496,12 @@ def test_the_law_of_the_levels_remembers_the_losses_of_all_processes_in_the_batc
     assert all(torch.equal(value, others[1][name]) for name, value in others[0].items())
     assert int(single["objective.second_moments.counts"].sum()) == 96
     assert int(single["objective.second_moments.counts"].min()) >= 10
+
+
+def test_what_losses_keep_is_that_of_all_processes_in_the_batchs_order(one, two):
+    single, *others = (results["two_networks"]["remembered"]["remembered"] for results in (one[1], *two[1]))
+    assert len(single) == 32
+    assert all(torch.allclose(single, other, rtol=1e-4) for other in others)
 
 
 def test_the_processes_see_different_images(two):
@@ -640,7 +653,11 @@ def test_a_sharded_checkpoint_is_one_of_one_process(one, two, tmp_path):
         ("compile", "trainer.strategy fsdp does not go with trainer.compile"),
         ("16-mixed", "trainer.strategy fsdp does not go with precision 16-mixed"),
         ("adaptive", "ProbabilityFlow chooses its own steps, and with trainer.strategy fsdp"),
-        ("outside", "trainer.strategy fsdp shares out the backbone's weights only, and NCSN also learns more"),
+        ("outside", "NCSN: the parameter more wants a gradient, and no optimiser holds it"),
+        (
+            "two networks",
+            "fsdp shares out one backbone with one loss, and TwoNetworks trains denoiser, autoencoder with",
+        ),
         ("likelihood", "likelihoods are not measured with trainer.strategy fsdp"),
     ],
 )

@@ -39,7 +39,6 @@ from lit_diffusion.run import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, re
 from lit_diffusion.run_lock import writer_of
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.trainer import Trainer, callbacks_of
-from lit_diffusion.training.module import of_name
 
 LOOKED_AT = 512
 """So many of the first training data are measured."""
@@ -528,10 +527,8 @@ def sizes(recipe: Recipe) -> tuple[int, int, int]:
     """Parameters that are trained; bytes of a checkpoint; bytes in training, but for activations."""
     parameters = checkpoint = training = 0
     for name, network in recipe.method.trained().items():
-        make_optimizer = of_name(recipe.method.make_optimizer, name)
-        assert make_optimizer is not None
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
-        kept = 1 + states_of(make_optimizer) + len(recipe.half_lives)
+        kept = 1 + states_of(recipe.method.optimizer_of(name)) + len(recipe.half_lives)
         parameters += sum(p.numel() for p in network.parameters())
         checkpoint += kept * weights
         # Besides what is kept: gradients, and the raw weights while a picture has an average.

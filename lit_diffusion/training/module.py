@@ -90,7 +90,8 @@ class TrainedModule(pl.LightningModule):
     :meth:`loss` with one network).
 
     Args:
-        optimizer: optimiser class and arguments, for all networks or by name.
+        optimizer: optimiser class and arguments, for every network that ``optimizers`` does not name.
+        optimizers: those of single networks, by name.
         warmup_images: the learning rate rises linearly over so many images (or give warmup_steps); for all networks or
             by name.
         warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images); as well.
@@ -99,9 +100,8 @@ class TrainedModule(pl.LightningModule):
 
     def __init__(
         self,
-        optimizer: OptimizerCallable | dict[str, OptimizerCallable] = lambda parameters: torch.optim.Adam(
-            parameters, lr=1e-3
-        ),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        optimizers: dict[str, OptimizerCallable] | None = None,
         warmup_images: int | dict[str, int] | None = None,
         warmup_steps: int | dict[str, int] | None = None,
         gradient_clip: float | dict[str, float] | None = None,
@@ -109,9 +109,10 @@ class TrainedModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.make_optimizer = optimizer
+        self.make_optimizers = optimizers or {}
         self.warmup = (warmup_images, warmup_steps)
         self.gradient_clip = gradient_clip
-        for name in _names(optimizer, warmup_images, warmup_steps, gradient_clip) or [""]:
+        for name in _names(warmup_images, warmup_steps, gradient_clip) or [""]:
             self.warmup_of(name, batch=1)  # Only to refuse what is wrong at once.
             clip_at = of_name(gradient_clip, name)
             if clip_at is not None and not clip_at > 0.0:
@@ -289,12 +290,9 @@ class TrainedModule(pl.LightningModule):
                     f"{what}: the parameter {full_name} wants a gradient, and no optimiser holds it: name its network "
                     f"in trained(), or freeze it, requires_grad_(False)"
                 )
-        for name in _names(self.make_optimizer, *self.warmup, self.gradient_clip):
+        for name in _names(self.make_optimizers, *self.warmup, self.gradient_clip):
             if name not in trained:
                 raise UserError(f"{what} trains no {name!r}; give options for {', '.join(trained)}")
-        for name in trained:
-            if of_name(self.make_optimizer, name) is None:
-                raise UserError(f"{what}: optimizer has nothing for {name!r}; give one for {', '.join(trained)}")
 
     def _run_networks_as_the_trainer_says(self) -> None:
         trainer, datamodule = self.trainer, getattr(self.trainer, "datamodule", None)
@@ -333,13 +331,15 @@ class TrainedModule(pl.LightningModule):
             assert mesh is not None
             shard(backbone, mesh["data_parallel"])
 
+    def optimizer_of(self, name: str) -> OptimizerCallable:
+        """What makes the optimiser of a network."""
+        return self.make_optimizers.get(name, self.make_optimizer)
+
     def configure_optimizers(self) -> list[Optimizer]:
         """One optimiser for each network; their learning rates are those after warm-up."""
         optimizers = []
         for name, network in self.trained().items():
-            make = of_name(self.make_optimizer, name)
-            assert make is not None
-            optimizers.append(make(network.parameters()))
+            optimizers.append(self.optimizer_of(name)(network.parameters()))
             for group in optimizers[-1].param_groups:
                 group.setdefault("initial_lr", group["lr"])
         self._configured = [
