@@ -181,7 +181,8 @@ class Method(TrainedModule):
         try:
             noise = SampleNoise(seed, indices.to(self.device), self.sample_shape)
             made = (sampler or self.sampler).sample(self.denoiser, noise, cond, on_step)
-            return replace(made, x=self.decode(made.x, noise.stream("decode"), cond))
+            with torch.no_grad():
+                return replace(made, x=self.decode(made.x, noise.stream("decode"), cond))
         finally:
             self.train(was_training)
 
