@@ -109,7 +109,9 @@ class Langevin(_LangevinSampler):
         self.metropolis = metropolis
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
-        """Refuse a step at which the chain diverges, and a level that the network does not know."""
+        """Refuse a step at which the chain diverges, a level that the network does not know, and a missing energy."""
+        if self.metropolis and not denoiser.has_energy:
+            raise UserError("metropolis needs a model with an energy; this one has only a score: set metropolis: false")
         process = denoiser.process
         t = torch.tensor([plan[0].t], dtype=torch.float64)
         if denoiser.on_grid_only and abs(float(process.grid()[process.level_index(t)] - t)) > 1e-6:
@@ -133,8 +135,8 @@ class Langevin(_LangevinSampler):
         proposal = langevin_update(x, before.score, move.eta, run.noise.normal())
         after = run.predict(proposal, move.t)
         eta = at_time(x, move.eta)
-        if before.energy is None or after.energy is None:
-            raise UserError("metropolis needs a model with an energy; this one has only a score: set metropolis: false")
+        assert before.energy is not None
+        assert after.energy is not None
 
         def log_transition(end: Tensor, begin: Tensor, score: Tensor) -> Tensor:
             drift = expand_like(0.5 * eta, x) * score

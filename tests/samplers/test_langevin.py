@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.denoisers import Denoiser, NetworkDenoiser, Prediction
+from lit_diffusion.denoisers import Denoiser, NetworkDenoiser, Prediction, WrappedDenoiser
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
@@ -196,12 +196,12 @@ def test_annealed_langevin_needs_levels(levels):
 # What every sampler owes
 
 
-class Counting(Denoiser):
+class Counting(WrappedDenoiser):
     """A denoiser under observation."""
 
     def __init__(self, denoiser):
-        super().__init__()
-        self.denoiser, self.process, self.calls = denoiser, denoiser.process, 0
+        super().__init__(denoiser)
+        self.calls = 0
 
     def forward(self, x_t, t, cond=None, began=None):
         self.calls += 1
@@ -359,7 +359,7 @@ class OnlyScore(Denoiser):
 def test_metropolis_needs_an_energy():
     denoiser = OnlyScore(ExactDenoiser(POINT, VE(1.0, 1.0, levels=1)))
     with pytest.raises(UserError, match=r"metropolis needs a model with an energy.*metropolis: false"):
-        Langevin(steps=2, eta=0.1, metropolis=True).sample(denoiser, noise_of(2))
+        Langevin(steps=2, eta=0.1, metropolis=True).check(denoiser)  # Before any work.
     Langevin(steps=2, eta=0.1).sample(denoiser, noise_of(2))
 
 

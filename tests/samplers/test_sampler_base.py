@@ -150,6 +150,7 @@ class Observed(Denoiser):
     """The exact denoiser under observation, with a share of the learned variance."""
 
     learned_variance = True
+    has_energy = True
 
     def __init__(self, process, on_grid_only=False):
         super().__init__()
