@@ -62,6 +62,12 @@ def test_samplers_can_be_imported_alone():
     assert "lit_diffusion.denoisers.network" in loaded
 
 
+def test_evaluations_need_no_lightning():
+    code = "import lit_diffusion.evaluation.bits, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"lightning", "wandb"} & set(done.stdout.split())
+
+
 def test_the_malicious_releases_of_lightning_cannot_be_resolved():
     (requirement,) = [r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "lightning"]
     assert not requirement.specifier.contains("2.6.2")
