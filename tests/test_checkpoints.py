@@ -52,7 +52,7 @@ def test_a_method_is_built_from_its_section():
     assert isinstance(method, NCSN)
     assert method.denoiser.process.levels == 3
     assert method.sampler.eta == 0.001
-    assert method.configure_optimizers().param_groups[0]["lr"] == 0.01
+    assert method.configure_optimizers()[0].param_groups[0]["lr"] == 0.01
     with pytest.raises(UserError, match="levelz"):
         build_method({**MODEL, "init_args": {**MODEL["init_args"], "levelz": 3}})
 

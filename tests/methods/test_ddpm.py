@@ -64,7 +64,7 @@ def test_the_papers_defaults():
     assert isinstance(method.sampler, Ancestral)
     assert (method.sampler.steps, method.sampler.variance) == (None, "beta")
     assert len(method.sampler.plan(process)) == 1000
-    assert method.configure_optimizers().param_groups[0]["lr"] == 1e-3
+    assert method.configure_optimizers()[0].param_groups[0]["lr"] == 1e-3
     method.sampler.check(denoiser)
 
 
