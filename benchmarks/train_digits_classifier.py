@@ -3,7 +3,7 @@
 It sees the training images of the default split only, shifted by parts of a pixel and with a little noise, since
 samples are not on the 17 grey levels of the data. Prints the accuracy on the held-out images.
 
-    python benchmarks/train_digits_classifier.py lit_diffusion/metrics/digits_classifier.safetensors
+    python benchmarks/train_digits_classifier.py lit_diffusion/metrics/extractors/digits_classifier.safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lit_diffusion.data import Digits
 from lit_diffusion.datamodule import DataModule
-from lit_diffusion.metrics.digits import DigitsClassifier
+from lit_diffusion.metrics.extractors.digits import DigitsClassifier
 
 EPOCHS = 120
 

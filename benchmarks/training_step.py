@@ -246,7 +246,7 @@ def timed(case: Case, device: str, more: list[str], diffusers: bool, compiled: b
         half_lives = list(trainer.callbacks[0].half_lives) if hasattr(trainer.callbacks[0], "half_lives") else []
         for callback in callbacks_of(trainer):
             half_lives = getattr(callback, "half_lives", half_lives)
-        dtype = method.denoiser.autocast_dtype
+        dtype = method.denoiser.backbone.autocast_dtype
         data = trainer.datamodule
 
         def loop(network: nn.Module, compile: bool) -> BareLoop:

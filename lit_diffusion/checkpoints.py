@@ -186,7 +186,7 @@ def load(
     """The method of a checkpoint, rebuilt from the file alone, in evaluation mode: ready for a notebook.
 
     >>> method = lit_diffusion.load("runs/ncsn/<id>")
-    >>> images = method.generate(torch.arange(16), seed=0)
+    >>> images = method.generate(torch.arange(16), seed=0).x
 
     Args:
         path: of the checkpoint, or a run's directory, whose newest it is.

@@ -36,7 +36,6 @@ from lit_diffusion.callbacks import (
     Samples,
     Telemetry,
 )
-from lit_diffusion.callbacks.evaluator import read_best
 from lit_diffusion.checkpoints import (
     build_method,
     checkpoint_config,
@@ -53,6 +52,7 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import Dashboard, RunLogger, drop_lost_events, print_note
 from lit_diffusion.run_lock import RunLock
+from lit_diffusion.runs.best import read_best
 from lit_diffusion.trainer import Trainer, callbacks_of
 from lit_diffusion.yaml_files import Loader
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 
 WARM_UPS = 3
@@ -26,39 +27,40 @@ class RecordedBackbone:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._recordings: dict[object, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self._recordings: dict[object, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
 
     def __call__(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> Tensor:
         """As :meth:`~lit_diffusion.backbones.base.Backbone.forward`; the result is the caller's own."""
         if x.device.type != "cuda":
             raise UserError(f"cuda_graphs needs a CUDA device, and the model is on {x.device}; leave it out")
-        label = None if cond is None else cond.label
-        inputs = [x, c_noise, *([] if label is None else [label])]
+        given = {"x": x, "c_noise": c_noise} | ({} if cond is None else cond.given())
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         weights = next(self.backbone.parameters())
-        key = (tuple(x.shape), x.dtype, label is None, autocast, weights.data_ptr())
+        kinds = tuple((name, value.shape, value.dtype) for name, value in given.items())
+        key = (kinds, cond is None, autocast, weights.data_ptr())
         if key not in self._recordings:
-            self._recordings[key] = self._record(inputs, autocast)
+            self._recordings[key] = self._record(given, cond is None, autocast)
         graph, held, output = self._recordings[key]
-        for mine, given in zip(held, inputs, strict=True):
-            mine.copy_(given)
+        for name, value in given.items():
+            held[name].copy_(value)
         graph.replay()
         return output.clone()
 
     def _record(
-        self, inputs: list[Tensor], autocast: torch.dtype | None
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        held = [value.clone() for value in inputs]
-        cond = Condition(label=held[2]) if len(held) > 2 else None
+        self, given: dict[str, Tensor], unconditional: bool, autocast: torch.dtype | None
+    ) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]:
+        held = {name: value.clone() for name, value in given.items()}
+        x, c_noise, *_ = held.values()
+        cond = None if unconditional else Condition(**{name: held[name] for name in list(held)[2:]})
         # Without autocast's cache: a cached copy of the weights would be outside the recording, and old after a change.
         with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self.backbone(held[0], held[1], cond)
+                    self.backbone(x, c_noise, cond)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                output = self.backbone(held[0], held[1], cond)
+                output = self.backbone(x, c_noise, cond)
         return graph, held, output

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as IndexSampler
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.clock import Clock
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data.facts import DataFacts, in_brief
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError

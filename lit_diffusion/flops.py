@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
 
 TRAINING = 3
 """Floating-point operations of a training step in multiples of the forward pass's: the backward pass computes the

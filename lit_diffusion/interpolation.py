@@ -9,16 +9,18 @@ norm shrinks, and the walk would start where it was never trained.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.methods.base import Method
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.run import print_note
 from lit_diffusion.samplers import DDIM
-from lit_diffusion.samplers.base import Strays
+from lit_diffusion.samplers.base import Samples, Strays
 
 
 def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
@@ -42,8 +44,8 @@ def interpolate(
     sampler: DDIM,
     cond: Condition | None = None,
     second_cond: Condition | None = None,
-) -> Tensor:
-    """Walk from the noise between two states to data.
+) -> Samples:
+    """Samples made of the noise between two states.
 
     Between states of different classes each point has the class of the end that is nearer, the first's in the middle:
     a network knows nothing between two labels, and both ends are made of the class that they belong to.
@@ -53,22 +55,24 @@ def interpolate(
         first: states at time 1, ``[B, ...]``, e.g. from ``DDIM.encode`` or the prior.
         second: as many others.
         columns: how many points, both ends included.
-        sampler: the deterministic walk.
+        sampler: the deterministic sampler.
         cond: the condition of the first states, ``[B]`` rows.
         second_cond: of the second; None: as of the first.
 
     Returns:
-        ``[B, columns, ...]`` in data space.
+        ``x`` is ``[B, columns, ...]`` in data space, ``farthest`` ``[B, columns]``.
     """
     rows = len(first)
     unused = SampleNoise(0, torch.arange(rows, device=first.device), tuple(first.shape[1:]))
-    made, strays = [], Strays()
+    made: list[Samples] = []
     for k in range(columns):
         weight = k / (columns - 1)
         nearer = cond if weight <= 0.5 or second_cond is None else second_cond
         start = slerp(first, second, weight)
-        made.append(method.decode(sampler.sample(method.denoiser, unused, nearer, start=start)))
-        strays += Strays.among(sampler.farthest)
-    if strays.count:
+        column = sampler.sample(method.denoiser, unused, nearer, start=start)
+        made.append(replace(column, x=method.decode(column.x, unused.stream("decode"), nearer)))
+    farthest = torch.stack([column.farthest for column in made], dim=1)
+    if (strays := Strays.among(farthest.flatten())).count:
         print_note(str(strays))
-    return torch.stack(made, dim=1)
+    x = torch.stack([column.x for column in made], dim=1)
+    return Samples(x, made[0].evaluations, farthest)

@@ -22,15 +22,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data.facts import GreyLevels
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain, bound_term, gaussian_kl
-from lit_diffusion.samplers.base import CountedDenoiser, Spacing, at_time, subsequence
+from lit_diffusion.samplers.base import Run, at_time
 from lit_diffusion.samplers.ode import integrate, refuse_grid_only, require_tolerances, row_norm
+from lit_diffusion.samplers.times import Spacing, timesteps_to_zero
 
 Trace = Literal["hutchinson", "exact"]
 Probe = Literal["rademacher", "gaussian"]
@@ -113,19 +114,20 @@ def flow_log_prob(
     start = denoiser.process.t_min if t_min is None else t_min
     denoiser.process.require_time("t_min", start)
     shape, dimension = x.shape, x[0].numel()
+    row = tuple(shape[1:])
     if trace == "exact" and dimension > LARGEST_EXACT:
         raise UserError(f"trace: exact takes {dimension} backward passes an evaluation; choose hutchinson")
-    counted = CountedDenoiser(denoiser)
+    run = Run(denoiser, noise, cond)
     vectors: list[Tensor] = []
     if trace == "hutchinson":
         for _ in range(probes):
-            vector = noise.normal() if probe == "gaussian" else torch.where(noise.uniform() < 0.5, -1.0, 1.0)
-            vectors.append(vector.view(shape).to(torch.float64))
+            vector = noise.normal(row) if probe == "gaussian" else torch.where(noise.uniform(row) < 0.5, -1.0, 1.0)
+            vectors.append(vector.to(torch.float64))
 
     def slope(t: Tensor, state: Tensor) -> Tensor:
         with torch.enable_grad():
             position = state[:, :dimension].reshape(shape).detach().requires_grad_()
-            velocity = counted(position, t, cond).velocity
+            velocity = run.predict(position, t).velocity
             if trace == "exact":
                 flat = velocity.flatten(1)
                 divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -150,10 +152,10 @@ def flow_log_prob(
         if on_time is not None:
             on_time(t)
 
-    end = integrate(denoiser.process, slope, begin, (start, 1.0), rtol, atol, on_step, norm)[-1]
+    end = integrate(denoiser.process, slope, begin, (start, denoiser.process.t_max), rtol, atol, on_step, norm)[-1]
     x_1, divergence = end[:, :dimension].view(shape), dimension * end[:, -1]
     terminal = denoiser.process.prior_log_prob(x_1) if terminal_log_prob is None else terminal_log_prob(x_1)
-    return FlowLikelihood(terminal + divergence, terminal, divergence, x_1, counted.evaluations)
+    return FlowLikelihood(terminal + divergence, terminal, divergence, x_1, run.evaluations)
 
 
 @dataclass(frozen=True)
@@ -233,14 +235,16 @@ def variational_bound(
     chain.check(denoiser)
     process = denoiser.process
     require_chain(denoiser, "the variational bound")
-    times = torch.tensor(subsequence(process, steps, spacing), dtype=torch.float64, device=x0.device)
+    times = torch.tensor(timesteps_to_zero(process, steps, spacing)[::-1], dtype=torch.float64, device=x0.device)
     count = len(times)
     ends = torch.cat((times.new_zeros(1), times[:-1]))
     before_last = float(times[min(1, count - 1)])
-    one = at_time(x0, 1.0)
-    alpha, sigma = expand_like(process.alpha(one), x0.double()), expand_like(process.sigma(one), x0.double())
-    prior_log_variance = torch.tensor(2.0 * math.log(process.prior_std), dtype=torch.float64, device=x0.device)
-    prior = gaussian_kl(alpha * x0.double(), 2.0 * sigma.log(), prior_log_variance.new_zeros(()), prior_log_variance)
+    end = at_time(x0, process.t_max)
+    alpha, sigma = expand_like(process.alpha(end), x0.double()), expand_like(process.sigma(end), x0.double())
+    prior_log_variance = 2.0 * torch.as_tensor(process.prior_std, dtype=torch.float64, device=x0.device).log()
+    prior = gaussian_kl(
+        alpha * x0.double(), 2.0 * sigma.log(), torch.zeros_like(prior_log_variance), prior_log_variance
+    )
     terms = torch.zeros(len(x0), count, dtype=torch.float64, device=x0.device)
     whole = sampled is None or sampled >= count - 1
     draws = count - 1 if whole or sampled is None else sampled
@@ -253,7 +257,7 @@ def variational_bound(
             index = 1 + ((draw - 1 + offset) * (count - 1) / draws).long().clamp(max=count - 2)
             weight = (count - 1) / draws
         t = times[index]
-        x_t = process.perturb(x0, t, noise.normal().to(x0.dtype))
+        x_t = process.perturb(x0, t, noise.normal(tuple(x0.shape[1:])).to(x0.dtype))
         term = bound_term(denoiser(x_t, t, cond), denoiser, x0, ends[index], chain, grey_levels, before_last)
         terms[rows, index] += weight * term
         if on_step is not None:

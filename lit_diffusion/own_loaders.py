@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.errors import UserError

@@ -6,12 +6,11 @@ metrics. Ours leaves that context empty; the denoiser opens autocast around the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lit_diffusion.errors import UserError
@@ -42,20 +41,9 @@ def precision_name(dtype: torch.dtype | None) -> str:
 
 
 class BackboneMixedPrecision(MixedPrecision):
-    """Lightning's mixed precision without its autocast, and with the gradient scaler left to ``Method.optimise``."""
+    """Lightning's mixed precision without its autocast; the scaler is the training step's, see ``TrainedModule``."""
 
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
         """Nothing: see the module's docstring."""
         yield
-
-    def optimizer_step(  # type: ignore[override]
-        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
-        """Step through the scaler; the gradients were unscaled before they were clipped and checked."""
-        if self.scaler is None:
-            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        closure()
-        result = self.scaler.step(optimizer)
-        self.scaler.update()
-        return result

@@ -149,9 +149,14 @@ class SampleNoise:
         self._draws += 1
         return self._draws - 1
 
-    def normal(self) -> Tensor:
-        """Standard normal ``[B, *shape]``."""
-        return keyed_normal(self.seed, "sample", self.indices, self.shape, self._next(), self.dtype)
+    def stream(self, name: str) -> SampleNoise:
+        """Noise of the same samples for another purpose, whatever was drawn from this one."""
+        return SampleNoise(stream_key(self.seed, name), self.indices, self.shape, self.dtype)
+
+    def normal(self, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Standard normal ``[B, *shape]``, by default of a sample's shape."""
+        shape = self.shape if shape is None else shape
+        return keyed_normal(self.seed, "sample", self.indices, shape, self._next(), self.dtype)
 
     def uniform(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """Uniform in (0, 1): ``[B, *shape]``, by default of a sample's shape."""

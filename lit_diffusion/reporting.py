@@ -15,7 +15,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.figures import counts_axis, curves_panel, new_figure, render, theme
 from lit_diffusion.formats import require_known_format
 from lit_diffusion.images import png_bytes
-from lit_diffusion.metrics.families import FAMILIES, Direction, family_of, metric_of
+from lit_diffusion.metrics.catalogue import CATALOGUE, Direction, metric_of, row_of
 
 Event = Mapping[str, Any]
 
@@ -26,8 +26,8 @@ def better(key: str) -> Direction | None:
     """Whether lower or higher is better, None where neither is or nobody knows."""
     if key in _LOSSES:
         return "min"
-    family = family_of(key)
-    return None if family is None else family.better
+    row = row_of(key)
+    return None if row is None else row.better
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -243,24 +243,23 @@ def _draw(curves: Curves, x_label: str, y_label: str, colours: str | None, faint
 
 
 def metric_panels(run: RecordedRun) -> list[Panel]:
-    """Evaluations: a panel for each family and what it was measured with, a curve for each metric and protocol."""
+    """Evaluations: a panel of the catalogue for each extractor, a curve for each value and protocol."""
     protocols = protocols_of(run.of("evaluation"))
     groups: dict[tuple[str, str], Curves] = {}
     for protocol in protocols:
         found = curves_by_key(protocol.events, lambda key: key not in ("seconds", "protocol"))
         for key, curve in found.items():
-            family, metric = family_of(key), metric_of(key)[0]
-            group = (key, "") if family is None else (family.title, key.removeprefix(metric))
-            name = key if family is None else metric
+            row, value = row_of(key), metric_of(key)[0]
+            group = (key, "") if row is None else (row.panel.title, key.removeprefix(value))
+            name = key if row is None else value
             label = name if len(protocols) == 1 else f"{name}, {protocol.name}"
             groups.setdefault(group, {})[label] = curve
-    families = {family.title: family for family in FAMILIES}
-    order = {title: place for place, title in enumerate(families)}
+    hints = {row.panel.title: row.panel.hint for row in CATALOGUE.values()}
+    order = {title: place for place, title in enumerate(hints)}
     panels: list[Panel] = []
     for (title, measured_with), curves in sorted(groups.items(), key=lambda item: order.get(item[0][0], len(order))):
-        hint = families[title].hint if title in families else ""
         whole = f"{title}: {measured_with[1:]}" if measured_with else title
-        panels += panel(f"evaluation-{title}{measured_with}", whole, hint, curves)
+        panels += panel(f"evaluation-{title}{measured_with}", whole, hints.get(title, ""), curves)
     return panels
 
 

@@ -11,16 +11,18 @@ variances are those of :class:`~lit_diffusion.processes.Transition`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_diffusion.data.facts import GreyLevels
 from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_in_words, clipped, require_clip
 from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.processes import LOG_2PI, VE, Transition, expand_like
+from lit_diffusion.processes import LOG_2PI, VP, Betas, Transition, expand_like
+
+if TYPE_CHECKING:  # Samplers do without the data sources.
+    from lit_diffusion.data.facts import GreyLevels
 
 ReverseVariance = Literal["beta", "beta_tilde", "learned"]
 
@@ -36,9 +38,9 @@ class ReverseChain:
 
     Attributes:
         variance: of a step: ``beta``, that of the forward step; ``beta_tilde``, that of its posterior; ``learned``,
-            between them in log space; None: the papers' own, which is ``learned`` of a model that has learned one, else
-            ``beta_tilde`` where the variance explodes (Song et al. 2021, eq. 47) and ``beta`` elsewhere (Ho et al.
-            2020).
+            the model's own; None: the papers' own, which is ``learned`` of a model that has learned one, else ``beta``
+            where the variance is preserved (Ho et al. 2020) and ``beta_tilde`` where it is not (Song et al. 2021,
+            eq. 47).
         clip_x0: the range in which the predicted clean datum is kept, see :data:`~lit_diffusion.denoisers.ClipX0`.
 
     Raises:
@@ -68,7 +70,7 @@ class ReverseChain:
             return self.variance
         if denoiser.learned_variance:
             return "learned"
-        return "beta_tilde" if isinstance(denoiser.process, VE) else "beta"
+        return "beta" if isinstance(denoiser.process, VP | Betas) else "beta_tilde"
 
     def mean(self, prediction: Prediction, denoiser: Denoiser, step: Transition) -> Tensor:
         """``c_0 x0 + c_t x_t`` with the predicted x0 in its range: ``[B, ...]``."""
@@ -97,21 +99,18 @@ class ReverseChain:
         t, last = prediction.level.t, s == 0.0
         beta, beta_tilde = step.beta, step.beta_tilde
         if bool(last.any()):
-            begin = (2.0 * t).clamp(max=1.0) if before_last is None else torch.full_like(t, before_last)
-            above = process.transition(torch.where(last, t, s), torch.where(last, begin, t))
-            stand_in = torch.where(t < begin, above.beta_tilde, beta)
+            begin = (2.0 * t).clamp(max=process.t_max) if before_last is None else torch.full_like(t, before_last)
+            followed = last & (t < begin)
+            above = process.transition(torch.where(followed, t, s), torch.where(followed, begin, t))
+            stand_in = torch.where(followed, above.beta_tilde, beta)
             beta_tilde = torch.where(last, stand_in, beta_tilde)
             if variance == "beta" and of_grey_levels:
                 beta = beta_tilde.where(last, beta)
-        shape = (-1, *[1] * (prediction.x_t.ndim - 1))
-        log_beta, log_beta_tilde = beta.log().view(shape), beta_tilde.log().view(shape)
-        if variance == "beta":
-            return log_beta
-        if variance == "beta_tilde":
-            return log_beta_tilde
-        assert prediction.variance_share is not None
-        share = prediction.variance_share.to(torch.float64)
-        return share * log_beta + (1.0 - share) * log_beta_tilde
+        if variance == "learned":
+            assert prediction.reverse_log_variance is not None
+            return prediction.reverse_log_variance(replace(step, beta=beta, beta_tilde=beta_tilde), s)
+        chosen = beta if variance == "beta" else beta_tilde
+        return chosen.log().view(-1, *[1] * (prediction.x_t.ndim - 1))
 
     def in_words(self, denoiser: Denoiser, of_grey_levels: bool) -> dict[str, str]:
         """As a protocol says it."""

@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lit_diffusion.training.lightning_internals import shard_over_all_processes
+
 
 class ShardedStrategy(ModelParallelStrategy):
     """``trainer.strategy: fsdp``: the weights shared out over all processes of all nodes, whole ones in checkpoints."""
@@ -26,7 +28,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Share out over all processes; Lightning's default shares out over the nodes."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_processes(self)
         super().setup_environment()
 
 

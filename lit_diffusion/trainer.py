@@ -6,31 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lit_diffusion import threads as computing
 from lit_diffusion.errors import UserError
 from lit_diffusion.precision import BackboneMixedPrecision, PrecisionName, autocast_dtype
 from lit_diffusion.sharding import ShardedStrategy
-
-
-class _NoHandlers(_SignalConnector):
-    """Lightning's save and broadcast inside the handler; ours set a flag, see :mod:`lit_diffusion.interrupts`."""
-
-    def register_signal_handlers(self) -> None:
-        self.received_sigterm = False
-
-
-class _NeverSkipped(_FitLoop):
-    """Lightning passes over the start and the end of a training whose last step is made; ours make up for a stop."""
-
-    @property
-    def skip(self) -> bool:
-        """Whether there is nothing to do."""
-        return bool(self.trainer.limit_train_batches == 0)
-
+from lit_diffusion.training.lightning_internals import use_own_signals_and_loop
 
 _CLOCK = "does nothing here: the clock is images seen; set trainer.max_images"
 _REPEATS = "would repeat the same images and noise; set trainer.max_images"  # Lightning begins the endless epoch again.
@@ -128,10 +110,7 @@ class Trainer(pl.Trainer):
         kwargs["inference_mode"] = False
         kwargs["use_distributed_sampler"] = False
         super().__init__(**kwargs)
-        self._signal_connector = _NoHandlers(self)
-        loop = _NeverSkipped(self, min_epochs=self.fit_loop.min_epochs, max_epochs=self.fit_loop.max_epochs)
-        loop.epoch_loop = self.fit_loop.epoch_loop
-        self.fit_loop = loop
+        use_own_signals_and_loop(self)
 
     @staticmethod
     def _wants_cuda(accelerator: Any) -> bool:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.processes import VE, VP, Betas, Process, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers import Predictor, Sampler
+from lit_diffusion.samplers import Predictor, Run, Sampler
 
 Law = tuple[Tensor, Tensor]
 """Mean ``[D]`` and covariance ``[D, D]``."""
@@ -130,12 +130,13 @@ def law_of(sampler: Sampler, process: Process, law: Law, to_zero: bool = True, f
     """
     denoiser, (mean, covariance) = ExactDenoiser(GAUSSIAN, process), law
     steps = [
-        lambda x, noise, move=move: sampler.step(denoiser, x, move, noise, None)
+        lambda x, noise, move=move: sampler.step(Run(denoiser, noise), x, move)
         for move in sampler.plan(process)
         if to_zero or move.s > 0.0
     ]
     if finish:
-        steps.append(lambda x, noise: sampler.finish(denoiser, x, None))
+        plan = sampler.plan(process)
+        steps.append(lambda x, noise: sampler.finish(Run(denoiser, noise, plan=plan), x))
     for step in steps:
         A, b, B = affine(step, len(mean))
         mean, covariance = A @ mean + b, A @ covariance @ A.T + B @ B.T
@@ -174,13 +175,13 @@ def assert_moments(x: Tensor, mean: Tensor, covariance: Tensor, most: float = 4.
 def assert_law(sampler: Predictor, process: Process, count: int = 10_000) -> None:
     """Samples from the sampler's own start have the mean and the covariance that its steps on Gaussian data give."""
     start = (torch.zeros(3, dtype=torch.float64), process.prior_std**2 * torch.eye(3, dtype=torch.float64))
-    x = sampler.sample(ExactDenoiser(GAUSSIAN, process), noise_of(count, seed=1))
+    x = sampler.sample(ExactDenoiser(GAUSSIAN, process), noise_of(count, seed=1)).x
     assert_moments(x, *law_of(sampler, process, start, finish=True))
 
 
 def assert_mixture(sampler: Sampler, process: Process, count: int = 1000) -> None:
     """Samples have the mixture's mean, covariance and weights."""
-    x = sampler.sample(ExactDenoiser(MIXTURE, process), noise_of(count, seed=2))
+    x = sampler.sample(ExactDenoiser(MIXTURE, process), noise_of(count, seed=2)).x
     assert_moments(x, MIXTURE.mean(), MIXTURE.covariance())
     first = float((MIXTURE.component_of(x) == 0).double().mean())
     same = MIXTURE.sample(noise_of(50_000, dtype=torch.float64).normal(), noise_of(50_000, seed=5).uniform(()))

@@ -10,13 +10,13 @@ from tiny import digits_data, fit, ncsn, same, weights
 from torch._dynamo.testing import CompileCounter
 
 from lit_diffusion.backbones import UNet
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.callbacks import EMA
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.methods import NCSN
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import AnnealedLangevin
-from lit_diffusion.sampling import generate_in_batches
 
 
 def network(**keys):
@@ -45,7 +45,7 @@ def test_any_number_of_rows_gives_what_it_gives_without(count):
     cond = Condition(label=torch.arange(count) % 4)
     plain = gradients(denoiser, x, t, cond)
     assert seen == [count]
-    denoiser.rows = 4
+    denoiser.backbone.rows = 4
     seen.clear()
     for mine, expected in zip(gradients(denoiser, x, t, cond), plain, strict=True):
         assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -85,7 +85,7 @@ def test_the_unet_is_one_graph(compiler, keys):
     cond = None if denoiser.backbone.num_classes is None else Condition(label=torch.arange(3))
     denoiser.eval()
     plain = denoiser(x, t, cond).score
-    denoiser.compile_backbone(None)
+    denoiser.backbone.run_as(compiled=True)
     with torch.no_grad():
         assert torch.allclose(denoiser(x, t, cond).score, plain, atol=1e-5)
     assert compiler.asked == [{"fullgraph": True, "dynamic": False}]
@@ -105,11 +105,11 @@ def test_nothing_is_compiled_twice(tmp_path, compiler):
     made, ema = method(), EMA([64])
     data = digits_data(micro_batch_size=16)
     fit(made, data, tmp_path, 96, callbacks=[ema], compile=True, limit_val_batches=1.0)
-    assert made.denoiser.rows == 16
+    assert made.denoiser.backbone.rows == 16
     graphs = [compiler.frame_count]
     for weights_of in ("ema", "raw", "ema"):
         with ema.applied(made, weights_of):
-            sizes = [len(x) for _, x in generate_in_batches(made, torch.arange(37), 0, 16, show_progress=False)]
+            sizes = [len(batch.x) for batch in generate_in_batches(made, torch.arange(37), 0, 16, show_progress=False)]
         assert sizes == [16, 16, 5]
         graphs.append(compiler.frame_count)
     fit(made, data, tmp_path, 128, callbacks=[ema])
@@ -124,8 +124,8 @@ def test_compiled_averages_are_the_averages(tmp_path, compiler):
         made, ema = method(), EMA([64])
         fit(made, digits_data(micro_batch_size=16), tmp_path, 96, callbacks=[ema], compile=compiled)
         with ema.applied(made, "ema"):
-            ((_, x),) = generate_in_batches(made, torch.arange(5), 0, 16, show_progress=False)
-        ends.append((x, weights(made), ema.shadows[0]))
+            (batch,) = generate_in_batches(made, torch.arange(5), 0, 16, show_progress=False)
+        ends.append((batch.x, weights(made), ema.shadows[0]))
     (x, raw, average), (y, compiled_raw, compiled_average) = ends
     assert torch.allclose(x, y, atol=1e-4)
     assert raw.keys() == compiled_raw.keys()
@@ -137,7 +137,7 @@ def test_compiled_averages_are_the_averages(tmp_path, compiler):
 
 def test_a_training_without_a_data_module_of_ours_is_compiled_for_what_comes(compiler):
     denoiser = ncsn().denoiser
-    denoiser.compile_backbone(None)
+    denoiser.backbone.run_as(compiled=True)
     for count in (2, 3, 2):
         denoiser(torch.randn(count, 1, 8, 8), torch.ones(count, dtype=torch.float64))
-    assert denoiser.rows is None
+    assert denoiser.backbone.rows is None

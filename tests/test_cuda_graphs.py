@@ -7,7 +7,7 @@ import torch
 from tiny import digits_data, ncsn, trainer
 
 from lit_diffusion.backbones import UNet
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.errors import UserError
 

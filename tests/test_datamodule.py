@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import digits, digits_data, points_data
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import NOBODYS, Batch, DataModule, TrainingOrder

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from forked import command_line, group, start
-from tiny import CONFIG, LEVELS, ddpm, digits, digits_data, events, fit, ncsn, trainer, weights
+from tiny import CONFIG, LEVELS, ddpm, digits, digits_data, events, fit, ncsn, trainer, two_networks, weights
 
 import lit_diffusion
 from lit_diffusion import interrupts
@@ -30,14 +30,14 @@ from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
 from lit_diffusion.run import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
-from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.sharding import whole
 
-NAMES = ("plain", "micro", "nan", "clipped", "second_moment")
+NAMES = ("plain", "micro", "nan", "clipped", "second_moment", "two_networks")
 
 
 def run(folder: Path, name: str, many: dict, data: dict | None = None, images: int = 96, **keys):
@@ -66,9 +66,11 @@ def run(folder: Path, name: str, many: dict, data: dict | None = None, images: i
         "run_dir": str(logger.run_dir),
         "run_id": logger.version,
         "skipped": method.skipped_steps,
-        "local_loss": float(method.last_loss),
-        "norm": float(method.last_gradient_norm),
-        "remembered": {name: value for name, value in method.state_dict().items() if "second_moments" in name},
+        "local_loss": float(method.last_step.loss),
+        "norm": float(method.last_step.gradient_norm),
+        "remembered": {
+            name: v for name, v in method.state_dict().items() if "second_moments" in name or name == "remembered"
+        },
     }
 
 
@@ -202,7 +204,7 @@ def of_a_unet(folder: Path, name: str, many: dict, images: int = 96, ckpt_path=N
         **many,
     )
     return {
-        "weights": {key: whole(value.detach()).clone() for key, value in method.denoiser.named_parameters()},
+        "weights": {key: whole(value.detach()).clone() for key, value in method.named_parameters()},
         "average": {key: whole(value).clone() for key, value in ema.shadows[0].items()},
         "own": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in method.parameters()),
         "loss": float(made.callback_metrics["val/loss"]),
@@ -233,6 +235,7 @@ def refused_with_fsdp(folder: Path, many: dict) -> dict:
         "16-mixed": tried(unet(), precision="16-mixed"),
         "adaptive": tried(unet(sampler=ProbabilityFlow(1e-2, 1e-2))),
         "outside": tried(more),
+        "two networks": tried(two_networks()),
         "likelihood": tried(unet(), "test", [Likelihood()]),
     }
 
@@ -297,8 +300,8 @@ def sampling_that_ends(of_the_last: str, rank: int) -> tuple[str, str, int]:
         walk.lost = 6 if rank else 1000
 
     def all_of_it():
-        for index, _ in generate_in_batches(method, Share.of(12, 2, rank, 2), 0, 2, walk, show_progress=False):
-            made.append(index)
+        for batch in generate_in_batches(method, Share.of(12, 2, rank, 2), 0, 2, walk, show_progress=False):
+            made.append(batch.indices)
             if of_the_last == "interrupted" and rank:
                 interrupts._asked = "SIGUSR1"
 
@@ -352,6 +355,8 @@ def everything(folder: Path, many: dict) -> dict:
         "second_moment": run(
             folder, "second_moment", many, make=ddpm, method={"time_law": "second_moment", "levels": 4}
         ),
+        # Gradients of two losses, averaged by the step itself; twenty steps, in parts.
+        "two_networks": run(folder, "two_networks", many, {"micro_batch_size": 6}, images=640, make=two_networks),
         "unequal": unequal_shards(folder, many),
     }
     # What one process began the other number of processes goes on with.
@@ -423,7 +428,9 @@ def test_the_weights_and_averages_are_those_of_one_process(one, two, name):
     assert close(single["average"], first["average"])
     for kind in ("weights", "average"):
         assert all(torch.equal(first[kind][key], second[kind][key]) for key in first[kind])
-    assert not close(single["weights"], weights(ddpm() if name == "second_moment" else ncsn()), 1e-3)  # it moved
+    assert not close(
+        single["weights"], weights({"second_moment": ddpm, "two_networks": two_networks}.get(name, ncsn)()), 1e-3
+    )  # it moved
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -452,6 +459,12 @@ def test_the_law_of_the_levels_remembers_the_losses_of_all_processes_in_the_batc
     assert all(torch.equal(value, others[1][name]) for name, value in others[0].items())
     assert int(single["objective.second_moments.counts"].sum()) == 96
     assert int(single["objective.second_moments.counts"].min()) >= 10
+
+
+def test_what_losses_keep_is_that_of_all_processes_in_the_batchs_order(one, two):
+    single, *others = (results["two_networks"]["remembered"]["remembered"] for results in (one[1], *two[1]))
+    assert len(single) == 32
+    assert all(torch.allclose(single, other, rtol=1e-4) for other in others)
 
 
 def test_the_processes_see_different_images(two):
@@ -603,7 +616,11 @@ def test_a_sharded_checkpoint_is_one_of_one_process(one, two, tmp_path):
         ("compile", "trainer.strategy fsdp does not go with trainer.compile"),
         ("16-mixed", "trainer.strategy fsdp does not go with precision 16-mixed"),
         ("adaptive", "ProbabilityFlow chooses its own steps, and with trainer.strategy fsdp"),
-        ("outside", "trainer.strategy fsdp shares out the backbone's weights only, and NCSN also learns more"),
+        ("outside", "NCSN: the parameter more wants a gradient, and no optimiser holds it"),
+        (
+            "two networks",
+            "fsdp shares out one backbone with one loss, and TwoNetworks trains denoiser, autoencoder with",
+        ),
         ("likelihood", "likelihoods are not measured with trainer.strategy fsdp"),
     ],
 )

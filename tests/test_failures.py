@@ -27,15 +27,15 @@ from lit_diffusion.callbacks import (
     ScoreField,
     Telemetry,
 )
-from lit_diffusion.callbacks.evaluator import read_best
 from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.cli import _made_again
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.sampling import Share, generate_in_batches
 from lit_diffusion.failures import AloneError, Attempt, FailedElsewhereError, Failure, agree
 from lit_diffusion.metrics.frechet import FrechetDistance
 from lit_diffusion.metrics.scores import Scores
 from lit_diffusion.run import Dashboard, drop_lost_events
-from lit_diffusion.sampling import Share, generate_in_batches
+from lit_diffusion.runs.best import read_best
 
 STEPS = 4
 
@@ -97,7 +97,7 @@ FAULTS = {
     "loss": ("methods.base.Method.loss_at", "noise_levels", "noise_levels", []),
     "figure": ("callbacks.noise_levels.render", "noise_levels", "noise_levels", ["noise_levels"]),
     "count": ("callbacks.evaluator.Evaluator._choose_count", "evaluation", "evaluation", []),
-    "reference": ("callbacks.evaluator.reference_of", "evaluation", "evaluation", []),
+    "reference": ("evaluation.measure.reference_of", "evaluation", "evaluation", []),
     "extractor": ("metrics.scores.Scores.update", "evaluation", "evaluation", []),
     "one metric": (
         "metrics.frechet.FrechetDistance.compute",
@@ -374,7 +374,7 @@ def test_a_failure_among_processes_that_share_one_networks_weights_ends_the_run(
     """The others wait for this one in the network, where nobody can tell them."""
     method = ncsn()
     method.facts, method.sharded = digits_data().facts, True
-    monkeypatch.setattr("lit_diffusion.sampling.many_processes", lambda: True)
+    monkeypatch.setattr("lit_diffusion.evaluation.sampling.many_processes", lambda: True)
     monkeypatch.setattr(type(method.sampler), "step", fails())
     with (
         pytest.raises(AloneError, match=r"sampling failed \(TypeError: injected fault .*continue it from its last"),

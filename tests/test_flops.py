@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_diffusion.backbones import MLP, UNet
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
 from lit_diffusion.flops import TRAINING, forward_flops
 
 

@@ -3,7 +3,7 @@ import math
 import torch
 from tiny import Convolutions, digits_data
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.interpolation import interpolate, slerp
 from lit_diffusion.methods import DDIM
 from lit_diffusion.randomness import SampleNoise
@@ -38,9 +38,9 @@ def test_the_ends_are_the_samples_themselves():
     method.facts = digits_data().facts
     noise = SampleNoise(0, torch.arange(6), (1, 8, 8))
     both = noise.normal()
-    made = interpolate(method, both[:3], both[3:], 4, method.sampler)
+    made = interpolate(method, both[:3], both[3:], 4, method.sampler).x
     assert made.shape == (3, 4, 1, 8, 8)
-    own = method.generate(torch.arange(6), seed=0)
+    own = method.generate(torch.arange(6), seed=0).x
     torch.testing.assert_close(made[:, 0], own[:3])
     torch.testing.assert_close(made[:, -1], own[3:])
 
@@ -53,8 +53,8 @@ def test_between_classes_each_point_has_that_of_the_nearer_end():
     told = []
     method.denoiser.backbone.register_forward_hook(lambda module, args, out: told.append(args[2].label.tolist()))
     first, second = Condition(label=torch.tensor([3, 4])), Condition(label=torch.tensor([5, 4]))
-    made = interpolate(method, noise[:2], noise[2:], 5, method.sampler, first, second)
+    made = interpolate(method, noise[:2], noise[2:], 5, method.sampler, first, second).x
     assert told[::5] == [[3, 4], [3, 4], [3, 4], [5, 4], [5, 4]]
     both = Condition(label=torch.tensor([3, 4, 5, 4]))
-    ends = method.generate(torch.arange(4), seed=0, cond=both)
+    ends = method.generate(torch.arange(4), seed=0, cond=both).x
     torch.testing.assert_close(torch.cat((made[:, 0], made[:, -1])), ends)

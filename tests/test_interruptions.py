@@ -119,8 +119,9 @@ def here(place: str, count: int, *signals: int) -> None:
 
     from lit_diffusion import clock, run
     from lit_diffusion.callbacks import evaluator, samples
+    from lit_diffusion.evaluation import measure
 
-    save, batches = torch.save, evaluator.generate_in_batches
+    save, batches = torch.save, measure.generate_in_batches
 
     def by_halves(state: Any, file: Any, *arguments: Any, **keys: Any) -> None:
         whole = io.BytesIO()
@@ -146,7 +147,7 @@ def here(place: str, count: int, *signals: int) -> None:
     elif place == "rename":
         around(Path, "replace", lambda path, *_: path.name == ".last.ckpt.tmp")
     elif place == "walk":
-        evaluator.generate_in_batches = halfway
+        measure.generate_in_batches = halfway
     elif place == "figures":
         around(evaluator.Evaluator, "_keep_the_best")
     elif place == "film":

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data.facts import DataFacts, GreyLevels
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import bits_per_dimension, dequantised, flow_log_prob, variational_bound
-from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain
-from lit_diffusion.samplers.base import subsequence
+from lit_diffusion.samplers.times import timesteps_to_zero
 
 PROCESSES = {"VE": VE(0.01, 20.0), "VP": VP(), "SubVP": SubVP(), "DDPM": Betas(linear_betas())}
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -166,7 +166,7 @@ def expected_bound(process, c, steps, variance):
     return float(prior + kl[1:].sum() + decoder)
 
 
-@every_process
+@pytest.mark.parametrize("process", [*PROCESSES.values(), Flow()], ids=[*PROCESSES, "Flow"])
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_the_bound_of_the_exact_model_is_its_closed_form(process, variance):
     c, count, steps = 0.7, 1500, 100
@@ -186,7 +186,7 @@ def test_the_decoder_has_the_variance_of_its_own_chains_second_step(spacing):
     x, denoiser = draws(distribution, count), ExactDenoiser(distribution, process)
     chain = ReverseChain("beta_tilde")
     bound = variational_bound(denoiser, x, noise_of(count, 1, seed=1), chain, steps=10, spacing=spacing)
-    first, second = (torch.tensor([t], dtype=torch.float64) for t in subsequence(process, 10, spacing)[:2])
+    first, second = (torch.tensor([t], dtype=torch.float64) for t in timesteps_to_zero(process, 10, spacing)[:-3:-1])
     assert float(second / first) == (2.0 if spacing == "uniform" else 4.0)
     variance = float(process.transition(first, second).beta_tilde)
     noise, signal = float(process.sigma(first) ** 2), float(process.alpha(first) ** 2) * c

@@ -162,8 +162,8 @@ def test_held_out_images_of_a_loader_have_their_own_noise_whatever_the_batch(tmp
 def test_predict_takes_the_numbers_of_samples(tmp_path):
     method = ncsn()
     made = plain(tmp_path)
-    found = torch.cat(made.predict(method, DataLoader(torch.arange(6), batch_size=4)))
-    assert torch.equal(found, method.generate(torch.arange(6), method.seed))
+    found = torch.cat([batch.x for batch in made.predict(method, DataLoader(torch.arange(6), batch_size=4))])
+    assert torch.equal(found, method.generate(torch.arange(6), method.seed).x)
     assert "predict takes the numbers of the samples" in refusal(lambda: made.predict(method, loader()))
 
 

@@ -29,17 +29,17 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-CORE_FOLDERS = ("backbones", "objectives", "samplers", "data", "metrics")
+CORE_FOLDERS = ("backbones", "evaluation", "processes", "denoisers", "objectives", "samplers", "data", "metrics")
 CORE = [
-    *(PACKAGE / f"{name}.py" for name in ("processes", "denoisers", "closed_form", "randomness", "images", "figures")),
-    *(PACKAGE / f"{name}.py" for name in ("protocol", "likelihood", "reverse")),
-    *(path for path in PACKAGE.glob("*/*.py") if path.parent.name in CORE_FOLDERS),
+    *(PACKAGE / f"{name}.py" for name in ("conditions", "randomness", "images", "figures")),
+    *(PACKAGE / f"{name}.py" for name in ("distributed", "likelihood", "reverse")),
+    *(path for folder in CORE_FOLDERS for path in (PACKAGE / folder).rglob("*.py")),
 ]
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_core_knows_nothing_of_lightning_or_what_stands_on_it(path):
-    above = {"methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints", "sampling"}
+    above = {"training", "methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints"}
     for name in imported(path):
         assert not name.startswith("lightning")
         assert name.removeprefix("lit_diffusion.").partition(".")[0] not in above or not name.startswith(
@@ -48,10 +48,24 @@ def test_the_core_knows_nothing_of_lightning_or_what_stands_on_it(path):
 
 
 def test_samplers_can_be_imported_alone():
-    heavy = "{'lightning', 'wandb', 'torchvision', 'torch_fidelity', 'matplotlib', 'torchmetrics', 'sklearn'}"
-    code = f"import lit_diffusion.samplers, lit_diffusion.data, sys; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", "import lit_diffusion.samplers, sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.split())
+    heavy = {"lightning", "wandb", "torchvision", "torch_fidelity", "matplotlib", "torchmetrics", "sklearn"}
+    assert not heavy & loaded
+    # Nor the networks or the sources: what samplers know is a denoiser.
+    assert {name for name in loaded if name.startswith(("lit_diffusion.backbones", "lit_diffusion.data"))} == set()
+    assert "lit_diffusion.denoisers.network" in loaded
+
+
+def test_evaluations_need_no_lightning():
+    code = "import lit_diffusion.evaluation.bits, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert not {"lightning", "wandb"} & set(done.stdout.split())
 
 
 def test_the_malicious_releases_of_lightning_cannot_be_resolved():

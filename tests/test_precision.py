@@ -56,7 +56,7 @@ def test_only_the_backbone_computes_in_less(tmp_path, precision):
     assert {p.dtype for p in method.parameters()} == full
     states = method.optimizers().optimizer.state.values()
     assert {value.dtype for state in states for value in state.values() if torch.is_tensor(value)} <= full
-    x = method.generate(torch.arange(2), seed=0)
+    x = method.generate(torch.arange(2), seed=0).x
     assert x.dtype == torch.float32
     assert seen["first"] == {inside}  # samples are drawn in the same precision
 
@@ -77,20 +77,20 @@ def test_an_overflow_of_float16_skips_the_step_and_lowers_the_scale(tmp_path, ca
     made.precision_plugin.scaler._init_scale = 2.0**40  # its first backward pass overflows
     before = weights(method)
     made.fit(method, datamodule=digits_data())
-    assert not method.stepped
+    assert not method.last_step.made
     assert same(before, weights(method))
     assert same(before, ema.shadows[0])
     assert ema.updates == 0
     assert method.clock.images == 32
     assert made.precision_plugin.scaler.get_scale() == 2.0**39
     assert not made.optimizers[0].state
-    worst = int(method.last_losses.argmax())
-    t = float(method.last_times[worst])
-    sigma = float(method.denoiser.process.sigma(method.last_times[worst].double()))
+    loss = method.last_step.losses["denoiser"]
+    worst = int(loss.shown.argmax())
+    t = float(loss.t[worst])
+    sigma = float(method.denoiser.process.sigma(loss.t[worst].double()))
     what = (
         f"float16 gradients overflowed, the loss scale is {2.0**39:g} now; the gradient is not finite; the largest "
-        f"loss is {float(method.last_losses[worst]):.4g}, of image {worst} at noise level sigma/alpha {sigma:.4g} "
-        f"(t {t:.4g})"
+        f"loss is {float(loss.shown[worst]):.4g}, of image {worst} at noise level sigma/alpha {sigma:.4g} (t {t:.4g})"
     )
     assert f"step 1 changed nothing: {what}\n" in capsys.readouterr().out
     (event,) = events(tmp_path / "run", "skipped")
@@ -102,7 +102,7 @@ def test_overflows_are_not_the_end_however_many_there_are(tmp_path):
     made = trainer(tmp_path, 640, precision="16-mixed", logger=run_logger(tmp_path, method))
     made.precision_plugin.scaler._init_scale = 2.0**30
     made.fit(method, datamodule=digits_data())
-    assert method.stepped
+    assert method.last_step.made
     skipped = events(tmp_path / "run", "skipped")
     assert len(skipped) > 3
     assert [event["step"] for event in skipped] == list(range(1, len(skipped) + 1))
@@ -116,9 +116,9 @@ def test_float16_follows_float32_once_its_scale_fits(tmp_path):
         if precision == "16-mixed":
             made.precision_plugin.scaler._init_scale = 256.0
         made.fit(method, datamodule=digits_data())
-        assert method.stepped
+        assert method.last_step.made
         ends.append(torch.cat([p.flatten() for p in method.parameters()]).detach())
-        norm = float(method.last_gradient_norm)
+        norm = float(method.last_step.gradient_norm)
         assert 1.0 < norm < 100.0  # unscaled before it is measured and clipped
     assert float((ends[0] - ends[1]).abs().max()) < 0.02
 
@@ -138,7 +138,7 @@ def test_a_nan_loss_under_float16_is_one_skipped_step(tmp_path):
     made.fit(method, datamodule=digits_data())
     assert method.clock.steps == 4
     assert method.skipped_steps == 1
-    assert method.stepped
+    assert method.last_step.made
 
 
 def test_gradients_that_stay_nan_end_a_float16_run(tmp_path):

@@ -15,9 +15,9 @@ from torch.distributions import Normal, kl_divergence
 
 from lit_diffusion.backbones import MLP
 from lit_diffusion.data.facts import DataFacts, GreyLevels
-from lit_diffusion.denoisers import NetworkDenoiser, Prediction
+from lit_diffusion.denoisers import InterpolatedVariance, NetworkDenoiser, Prediction
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, linear_betas
 from lit_diffusion.reverse import ReverseChain, bound_term, discretised_log_prob, gaussian_kl, posterior_mean
 
 T = 6
@@ -143,7 +143,7 @@ def test_a_learned_variance_must_have_been_learned():
         ReverseChain("learned").check(network(learned=False))
     assert "\n" not in str(caught.value)
     x0, eps = images()
-    assert at_level(1, x0, eps, learned=False).variance_share is None
+    assert at_level(1, x0, eps, learned=False).reverse_log_variance is None
 
 
 # ---- Kullback and Leibler ----------------------------------------------------------------------------------------
@@ -316,6 +316,7 @@ def test_the_variance_is_the_papers_own_unless_it_is_given():
         (SubVP(), False, "beta"),
         (VE(0.1, 5.0, levels=8), False, "beta_tilde"),
         (VE(0.1, 5.0), False, "beta_tilde"),
+        (Flow(), False, "beta_tilde"),
         (Betas(linear_betas(8)), True, "learned"),
     ):
         denoiser = SimpleNamespace(process=process, learned_variance=learned, data_range=(0.0, 1.0))
@@ -395,7 +396,7 @@ def test_images_have_their_pixels_summed():
                 level=flat.level,
                 u=flat.u,
                 v=flat.v,
-                variance_share=flat.variance_share.view(shape).to(dtype),
+                reverse_log_variance=InterpolatedVariance(flat.reverse_log_variance.share.view(shape).to(dtype)),
             )
             for variance in ("beta", "learned"):
                 expected = bound_term(flat, network(), x0, s, ReverseChain(variance), grey_levels(17))

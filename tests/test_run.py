@@ -393,7 +393,8 @@ EVALUATION = {
         f"{name}-2k": 1.0 for name in ("fid", "fid_infinity", "kid", "is", "precision", "recall", "density", "coverage")
     },
     **{
-        f"{name}/digits-500": 0.5 for name in ("fd", "kd", "is", "near_copies", "memorised", "nn_ratio", "authenticity")
+        f"{name}/digits-500": 0.5
+        for name in ("fd", "fd_infinity", "kd", "is", "near_copies", "memorised", "nn_ratio", "authenticity")
     },
     "seconds": 12.3,
     "samples_file": "samples/evaluation-0000000064.npz",

@@ -21,7 +21,7 @@ from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.figures import scatter
 from lit_diffusion.methods import NCSN
-from lit_diffusion.metrics.features import default_extractor, load_extractor
+from lit_diffusion.metrics.extractors import default_extractor, load_extractor
 from lit_diffusion.metrics.reference import RealData
 from lit_diffusion.samplers import AnnealedLangevin
 
@@ -80,7 +80,7 @@ def test_a_training_with_its_pictures(tmp_path, shape, capsys):
         callbacks.append(Evaluator(every_n_steps=2, samples=10, metrics=["fid", "memorisation"]))
     data = DataModule(from_memory(values_of(shape), None), 8, held_out_fraction=0.1)
     fit(method, data, tmp_path, 16, callbacks=callbacks, logger=run_logger(tmp_path, method))
-    assert method.generate(torch.arange(2), seed=0).shape == (2, *shape)
+    assert method.generate(torch.arange(2), seed=0).x.shape == (2, *shape)
 
     pictures = {path.name.split("-0")[0]: path for path in (tmp_path / "run" / "samples").glob("*.png")}
     said = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.backbones import MLP
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.callbacks import Checkpoint, ProgressBar
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data import Digits, GaussianMixturePoints
-from lit_diffusion.datamodule import DataModule
-from lit_diffusion.methods import DDPM, DSM, NCSN, Method, ScoreSDE
-from lit_diffusion.processes import Process
+from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.methods import DDPM, DSM, NCSN, ScoreSDE
+from lit_diffusion.methods.base import Encoded, Method
+from lit_diffusion.objectives import DenoisingScoreMatching, Loss
+from lit_diffusion.processes import VE, Process
+from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.run import RunLogger
 from lit_diffusion.samplers import (
     DDIM,
@@ -33,6 +39,7 @@ from lit_diffusion.samplers import (
     Sampler,
 )
 from lit_diffusion.trainer import Trainer
+from lit_diffusion.training.module import TrainedModule
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -186,6 +193,57 @@ def toy_dsm(**keys: Any) -> DSM:
     return DSM(MLP((2,), width=16, depth=1, noise_features="none"), **keys)
 
 
+class TwoNetworks(Method):
+    """A denoiser of latents and the autoencoder that makes them, with an optimiser each and one forward pass for both.
+
+    The autoencoder's loss has the denoiser's inside, as a latent score-based model's has; it keeps a number of each
+    datum, which :meth:`after_step` writes into a buffer in the batch's order.
+    """
+
+    weight = 0.01
+    """Of the denoiser's loss inside the autoencoder's."""
+
+    def __init__(self, **training: Any) -> None:
+        denoiser = NetworkDenoiser(Convolutions(), VE(0.1, 2.0, 3), "score", "log_sigma")
+        super().__init__(denoiser, AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True), **training)
+        self.objective = DenoisingScoreMatching(time_law="levels")
+        self.autoencoder = nn.ModuleDict({"encoder": nn.Conv2d(1, 1, 3, padding=1), "decoder": nn.Conv2d(1, 1, 1)})
+        self.register_buffer("remembered", torch.zeros(32))
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
+
+    def encode(self, x: Tensor, noise: SampleNoise) -> Encoded:
+        z = self.autoencoder["encoder"](x) + 0.1 * noise.normal()
+        return Encoded(z, 0.5 * z.flatten(1).square().mean(1))
+
+    def decode(self, z: Tensor, noise: SampleNoise, cond: Condition | None) -> Tensor:
+        return self.autoencoder["decoder"](z) + 0.01 * noise.normal()
+
+    def losses(self, batch: Batch, seed: int) -> dict[str, Loss]:
+        latents = self.encoded(batch, seed)
+        denoising = self.loss(latents, seed)
+        back = self.autoencoder["decoder"](latents.x)
+        error = (back - batch.x).flatten(1).square().sum(1)
+        size = latents.x.flatten(1).square().mean(1)
+        total = error + size + self.weight * denoising.per_sample
+        terms = {"reconstruction": error, "size": size}
+        return {"denoiser": denoising, "autoencoder": Loss(total, terms=terms, kept={"size": size})}
+
+    def loss(self, batch: Batch, seed: int) -> Loss:
+        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)
+
+    def after_step(self, kept: Mapping[str, Tensor]) -> None:
+        self.remembered.copy_(kept["size"])
+
+
+def two_networks(seed: int = 0, **keys: Any) -> TwoNetworks:
+    """The same weights for the same seed."""
+    torch.manual_seed(seed)
+    keys = {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, eps=1e-3), **keys}
+    return TwoNetworks(**keys)
+
+
 def digits_data(batch: int = 32, seed: int = 0, **keys: Any) -> DataModule:
     """The digits, 36 of them held out."""
     data = DataModule(digits(), batch, held_out_fraction=0.02, **keys)
@@ -198,7 +256,7 @@ def points_data(batch: int = 32, size: int = 2000, **keys: Any) -> DataModule:
     return DataModule(GaussianMixturePoints(size=size), batch, **keys)
 
 
-def run_logger(folder: Path, method: Method, **keys: Any) -> RunLogger:
+def run_logger(folder: Path, method: TrainedModule, **keys: Any) -> RunLogger:
     """A run's logger on a method's clock, in ``folder/run``."""
     logger = RunLogger("tiny", run_dir=folder / "run", **keys)
     logger.clock = method.clock
@@ -224,7 +282,7 @@ def trainer(folder: Path, images: int | None = 96, callbacks: Any = (), logger: 
     )
 
 
-def fit(method: Method, data: DataModule, folder: Path, images: int | None = 96, **keys: Any) -> Trainer:
+def fit(method: TrainedModule, data: DataModule, folder: Path, images: int | None = 96, **keys: Any) -> Trainer:
     """Train; returns the Trainer."""
     ckpt_path = keys.pop("ckpt_path", None)
     made = trainer(folder, images, **keys)
@@ -232,9 +290,9 @@ def fit(method: Method, data: DataModule, folder: Path, images: int | None = 96,
     return made
 
 
-def weights(method: Method) -> dict[str, Tensor]:
-    """A copy of a method's parameters."""
-    return {name: p.detach().clone() for name, p in method.denoiser.named_parameters()}
+def weights(method: TrainedModule) -> dict[str, Tensor]:
+    """A copy of a module's parameters."""
+    return {name: p.detach().clone() for name, p in method.named_parameters()}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -1,8 +1,8 @@
 """Networks ``F(x, c_noise, cond)`` that know nothing of diffusion."""
 
 from lit_diffusion.backbones.autoencoder import TiedAutoencoder
-from lit_diffusion.backbones.base import Backbone, Condition
+from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.backbones.mlp import MLP
 from lit_diffusion.backbones.unet import UNet
 
-__all__ = ["MLP", "Backbone", "Condition", "TiedAutoencoder", "UNet"]
+__all__ = ["MLP", "Backbone", "TiedAutoencoder", "UNet"]

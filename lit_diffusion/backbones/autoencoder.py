@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.backbones.base import Backbone, Condition, Shape, resolved_shape
+from lit_diffusion.backbones.base import Backbone, Shape, resolved_shape
+from lit_diffusion.conditions import Condition
 
 
 class TiedAutoencoder(Backbone):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.backbones.layers import dense
+from lit_diffusion.conditions import NO_LABEL, Condition
 from lit_diffusion.errors import UserError
 from lit_diffusion.randomness import keyed_normal
 
@@ -118,8 +118,9 @@ class NoiseEmbedding(nn.Module):
 
         Args:
             c_noise: ``[B]``.
-            cond: its labels are int64 ``[B]`` in ``0 .. K``; without them every label is K. Without classes they are
-                not looked at.
+            cond: its labels are int64 ``[B]`` in ``0 .. K``, where K means no label, as
+                :data:`~lit_diffusion.conditions.NO_LABEL` does; without them every label is K. Without classes they
+                are not looked at.
 
         Returns:
             ``[B, width]`` in the parameters' dtype.
@@ -133,5 +134,5 @@ class NoiseEmbedding(nn.Module):
                 label = None if cond is None else cond.label
                 if label is None:
                     label = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
-                parts.append(self.table(label))
+                parts.append(self.table(torch.where(label == NO_LABEL, self.num_classes, label)))
             return F.silu(sum(parts))

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_diffusion.backbones.base import Backbone, Condition, resolved_shape
+from lit_diffusion.backbones.base import Backbone, resolved_shape
 from lit_diffusion.backbones.embeddings import NoiseEmbedding, NoiseFeatures
 from lit_diffusion.backbones.layers import dense
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError, require_choice
 
 Activation = Literal["silu", "softplus", "tanh"]

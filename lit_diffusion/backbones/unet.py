@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_diffusion.backbones.base import Backbone, Condition, resolved_shape
+from lit_diffusion.backbones.base import Backbone, resolved_shape
 from lit_diffusion.backbones.embeddings import NoiseEmbedding, NoiseFeatures
 from lit_diffusion.backbones.layers import (
     Attention,
@@ -22,6 +22,7 @@ from lit_diffusion.backbones.layers import (
     dense,
 )
 from lit_diffusion.backbones.resampling import Resampling, downsampling, strided_conv, upsampling
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError, require_choice
 
 Normalisation = Literal["group", "conditional_instance"]

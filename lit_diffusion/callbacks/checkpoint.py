@@ -13,14 +13,15 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lit_diffusion import interrupts
 from lit_diffusion.clock import Cadence
+from lit_diffusion.distributed import summed
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import sync_folder
 from lit_diffusion.interrupts import Interrupted
-from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import summed
 from lit_diffusion.run import run_logger_of
 from lit_diffusion.sharding import local
 from lit_diffusion.trainer import callbacks_of
+from lit_diffusion.training.lightning_internals import checkpoint_of
+from lit_diffusion.training.module import TrainedModule
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """The newest checkpoint of a run, and the one before it, which is there if the disk should lose the newest."""
@@ -47,19 +48,20 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop here if any process was asked to: between two steps, when all that follows a step is done."""
+        assert isinstance(pl_module, TrainedModule)
         self._stop_if_asked(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when due."""
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, TrainedModule)
         if self.cadence.due(pl_module.clock):
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end."""
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, TrainedModule)
         self._save_if_behind(trainer, pl_module)
         self._stop_if_asked(trainer, pl_module)
 
@@ -70,64 +72,63 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if run is not None and refused and self.saved_at < 0:
             run.withdraw()
 
-    def _stop_if_asked(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:
-        assert isinstance(method, Method)
-        if not method.interrupted:
+    def _stop_if_asked(self, trainer: pl.Trainer, module: TrainedModule) -> None:
+        if not module.interrupted:
             return
-        self._save_if_behind(trainer, method)
+        self._save_if_behind(trainer, module)
         if (run := run_logger_of(trainer)) is not None:
             run.interrupted = True
         by = interrupts.asked() or "another process's signal"
         # Lightning's launcher takes a child's code for a crash, and kills the process that may still be writing.
         child = not trainer.is_global_zero and isinstance(_environment(trainer), LightningEnvironment)
         raise Interrupted(
-            f"stopped by {by} after {method.clock.images} images, saved in {self.last}: the same command with "
+            f"stopped by {by} after {module.clock.images} images, saved in {self.last}: the same command with "
             f"--run_dir {checkpoint_folder(trainer).parent} --resume auto continues",
             exit_code=0 if child else interrupts.EXIT_CODE,
             quiet=not trainer.is_global_zero,
         )
 
-    def _save_if_behind(self, trainer: pl.Trainer, method: Method) -> None:
-        if self.outdated or self.saved_at != method.clock.images:
-            self.save(trainer, method)
+    def _save_if_behind(self, trainer: pl.Trainer, module: TrainedModule) -> None:
+        if self.outdated or self.saved_at != module.clock.images:
+            self.save(trainer, module)
 
-    def save(self, trainer: pl.Trainer, method: Method) -> None:
+    def save(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         """Write last.ckpt; all processes come.
 
         Raises:
             UserError: see :func:`write_checkpoint`.
         """
         folder = checkpoint_folder(trainer)
-        method.stopwatch.lap("logging")
+        module.stopwatch.lap("logging")
         # Continued from the one before, since the last is damaged: then that one stays until there is a new last one.
         from_previous = self.saved_at < 0 and _same_file(trainer.ckpt_path, folder / PREVIOUS)
-        again = self.saved_at == method.clock.images  # Then the one before is that of an earlier moment.
-        write_checkpoint(trainer, method, folder / LAST, None if from_previous or again else folder / PREVIOUS)
-        method.stopwatch.lap("checkpoint")
+        again = self.saved_at == module.clock.images  # Then the one before is that of an earlier moment.
+        write_checkpoint(trainer, module, folder / LAST, None if from_previous or again else folder / PREVIOUS)
+        module.stopwatch.lap("checkpoint")
         self.last = folder / LAST
-        self.saved_at, self.outdated = method.clock.images, False
+        self.saved_at, self.outdated = module.clock.images, False
 
 
-def save_before_drawing(trainer: pl.Trainer, method: Method, drawn_too: bool = False) -> None:
+def save_before_drawing(trainer: pl.Trainer, module: TrainedModule, drawn_too: bool = False) -> None:
     """Save the run's state, unless that is done; all processes come. What is drawn then can cost nothing but itself.
 
     Args:
         trainer: of the run.
-        method: that is trained.
+        module: that is trained.
         drawn_too: save it again where something was drawn since.
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoint):
-            if callback.saved_at != method.clock.images or (drawn_too and callback.outdated):
-                callback.save(trainer, method)
+            if callback.saved_at != module.clock.images or (drawn_too and callback.outdated):
+                callback.save(trainer, module)
             callback.outdated = True
 
 
-def save_after_drawing(trainer: pl.Trainer, method: Method) -> None:
+def save_after_drawing(trainer: pl.Trainer, module: TrainedModule) -> None:
     """Save what was drawn, too, where the state was saved before it; all processes come."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoint) and callback.outdated:
-            callback.save(trainer, method)
+            callback.save(trainer, module)
 
 
 def _same_file(path: Any, other: Path) -> bool:
@@ -144,12 +145,12 @@ def checkpoint_folder(trainer: pl.Trainer) -> Path:
     return (run.run_dir if run is not None else Path(trainer.default_root_dir)) / "checkpoints"
 
 
-def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: Path | None = None) -> None:
+def write_checkpoint(trainer: pl.Trainer, module: TrainedModule, path: Path, previous: Path | None = None) -> None:
     """Write a checkpoint to a temporary name, sync, rename; all processes come.
 
     Args:
         trainer: whose state it is.
-        method: whose weights.
+        module: whose weights.
         path: of the file; never torn: there is the file before or the new one.
         previous: where the file before stays; None: nowhere.
 
@@ -158,17 +159,17 @@ def write_checkpoint(trainer: pl.Trainer, method: Method, path: Path, previous: 
             run taken over by another process; what was there before is untouched.
     """
     # A finite gradient can still throw the weights out of range: at a learning rate far too large.
-    mine = [local(p.detach()) for p in method.denoiser.parameters()]
+    mine = [local(p.detach()) for p in module.averaged().values()]
     largest = torch._foreach_norm([p for p in mine if p.numel() > 0], float("inf"))  # A share may be empty.
     broken = torch.stack(largest).isfinite().logical_not().sum().double()
     if float(summed(broken)) > 0.0:
         raise UserError(
-            f"training diverged: the weights are not finite at step {method.clock.steps} ({method.clock.images} "
+            f"training diverged: the weights are not finite at step {module.clock.steps} ({module.clock.images} "
             f"images) and are not saved: lower the learning rate, and continue from the checkpoint before, if any",
             ends_run=True,
         )
     # Not Trainer.save_checkpoint: where one process fails to write, it leaves the others waiting.
-    state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    state = checkpoint_of(trainer)
     failure = None
     if trainer.is_global_zero:
         run = run_logger_of(trainer)

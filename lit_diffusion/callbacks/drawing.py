@@ -14,10 +14,10 @@ from lit_diffusion.clock import Cadence
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note, survived
-from lit_diffusion.trainer import callbacks_of
+from lit_diffusion.training.callback import Callback, own_callbacks
 
 
-class Drawing(pl.Callback, ABC):
+class Drawing(Callback, ABC):
     """Draws when its cadence is due and when the training ends, the end only once.
 
     A failure costs the picture, not the run: it is said and recorded, event ``failed``, and counts as drawn, so that it
@@ -31,7 +31,6 @@ class Drawing(pl.Callback, ABC):
     """
 
     writes_to_run = True
-    """Into the run's directory, that is: without a RunLogger there is nothing to do."""
 
     name: str
     """Of what is drawn: the event ``failed`` has it."""
@@ -89,9 +88,8 @@ class Drawing(pl.Callback, ABC):
             method.interrupted = True
         seconds = time.perf_counter() - began
         method.stopwatch.exclude(seconds)
-        for callback in callbacks_of(trainer):
-            if hasattr(callback, "exclude"):  # What measures the training's speed does not count this.
-                callback.exclude(seconds)
+        for callback in own_callbacks(trainer):  # What measures the training's speed does not count this.
+            callback.exclude(seconds)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the end."""

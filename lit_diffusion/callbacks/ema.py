@@ -19,10 +19,11 @@ from torch import Tensor
 
 from lit_diffusion.clock import in_images
 from lit_diffusion.errors import UserError
-from lit_diffusion.methods.base import Method
 from lit_diffusion.run import print_note
 from lit_diffusion.sharding import local, shared_out_like, whole
 from lit_diffusion.trainer import callbacks_of
+from lit_diffusion.training.callback import Callback
+from lit_diffusion.training.module import TrainedModule
 
 
 def named_averages(half_lives: list[int]) -> list[str]:
@@ -47,8 +48,8 @@ def choose_average(half_lives: list[int], weights: str) -> int | None:
     raise UserError(f"weights {weights!r} are not kept; choose one of {', '.join(known)}")
 
 
-class EMA(pl.Callback):
-    """Averages of the denoiser's parameters, kept beside the raw weights in every checkpoint.
+class EMA(Callback):
+    """Averages of the parameters that a module trains, kept beside the raw weights in every checkpoint.
 
     Args:
         half_lives_images: half-lives in images seen, the first is what ``ema`` means; or
@@ -77,18 +78,18 @@ class EMA(pl.Callback):
         self.updates = 0
         self.shadows: list[dict[str, Tensor]] = []
         self._raw: list[Tensor] | None = None
-        """The raw weights, while the denoiser has others."""
+        """The raw weights, while the module has others."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Turn steps into images."""
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, TrainedModule)
         images, steps = self._given
         if images is None and steps is not None:
             if getattr(trainer, "datamodule", None) is None and trainer.state.fn is not None:  # Not as doctor asks.
                 raise UserError(
                     "ema.half_lives_steps: the batch of a DataLoader of one's own is not known; give half_lives_images"
                 )
-            # The method learns its batch from the data only after the callbacks are set up.
+            # The module learns its batch from the data only after the callbacks are set up.
             batch = getattr(getattr(trainer, "datamodule", None), "global_batch_size", pl_module.clock.batch)
             self.half_lives = [in_images("ema", "half_life", None, n, batch) for n in steps]
 
@@ -97,8 +98,8 @@ class EMA(pl.Callback):
 
         Not earlier: sharded weights take a checkpoint's values only after ``on_fit_start``.
         """
-        assert isinstance(pl_module, Method)
-        parameters = dict(pl_module.denoiser.named_parameters())
+        assert isinstance(pl_module, TrainedModule)
+        parameters = pl_module.averaged()
         if not self.shadows:
             self.shadows = [{} for _ in self.half_lives]
         missing = [half_life for half_life, shadow in zip(self.half_lives, self.shadows, strict=True) if not shadow]
@@ -115,18 +116,18 @@ class EMA(pl.Callback):
             for shadow in self.shadows
         ]
 
-    def after_step(self, method: Method) -> None:
-        """Average in the step that was just made; the method calls it, not for a skipped one."""
-        parameters = [local(p.detach()) for p in method.denoiser.parameters()]
+    def after_step(self, module: TrainedModule) -> None:
+        """Average in the step that was just made."""
+        parameters = [local(p.detach()) for p in module.averaged().values()]
         for half_life, shadow in zip(self.half_lives, self.shadows, strict=True):
-            length = min(half_life, self.ramp * method.clock.images)
-            decay = 0.5 ** (method.clock.batch / length)
+            length = min(half_life, self.ramp * module.clock.images)
+            decay = 0.5 ** (module.clock.batch / length)
             torch._foreach_lerp_([local(value) for value in shadow.values()], parameters, 1.0 - decay)
         self.updates += 1
 
     @contextmanager
-    def applied(self, method: Method, weights: str) -> Iterator[None]:
-        """Give the denoiser the named weights inside the block; those it had are back after it, bit for bit.
+    def applied(self, module: TrainedModule, weights: str) -> Iterator[None]:
+        """Give the module the named weights inside the block; those it had are back after it, bit for bit.
 
         A block inside another has the weights that it names, ``raw`` too.
         """
@@ -136,13 +137,13 @@ class EMA(pl.Callback):
             return
         if position is not None and (not self.shadows or not self.shadows[position]):
             raise UserError(f"weights {weights!r} are not in this checkpoint; choose raw")
-        parameters = [local(p.detach()) for p in method.denoiser.parameters()]
+        parameters = [local(p.detach()) for p in module.averaged().values()]
         before, outer = [p.clone() for p in parameters], self._raw
         self._raw = before if outer is None else outer
         given = self._raw
         if position is not None:
             shadow = self.shadows[position]
-            given = [local(shared_out_like(shadow[name], p)) for name, p in method.denoiser.named_parameters()]
+            given = [local(shared_out_like(shadow[name], p)) for name, p in module.averaged().items()]
         torch._foreach_copy_(parameters, given)
         try:
             yield
@@ -171,13 +172,19 @@ def averages_of(trainer: pl.Trainer) -> EMA:
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, EMA)), EMA())
 
 
-def load_average(method: Method, state: Mapping[str, Any] | None, weights: str) -> None:
-    """Give a method the named weights of a checkpoint's EMA state, for good.
+def load_average(module: TrainedModule, state: Mapping[str, Any] | None, weights: str) -> None:
+    """Give a module the named weights of a checkpoint's EMA state, for good.
 
     Raises:
-        UserError: if the checkpoint does not keep them.
+        UserError: if the checkpoint does not keep them, or they are those of another model.
     """
     half_lives = list(state["half_lives"]) if state else []
     position = choose_average(half_lives, weights)
-    if position is not None and state is not None:
-        method.denoiser.load_state_dict(state["shadows"][position], strict=False)
+    if position is None or state is None:
+        return
+    shadow, parameters = state["shadows"][position], module.averaged()
+    if unlike := sorted(shadow.keys() ^ parameters.keys()):
+        raise UserError(f"weights {weights!r} are of another model: {unlike[0]} is not in both; choose raw")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(shadow[name])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
 
 from lit_diffusion.callbacks.checkpoint import (
     checkpoint_folder,
@@ -20,36 +17,29 @@ from lit_diffusion.callbacks.checkpoint import (
     write_checkpoint,
 )
 from lit_diffusion.callbacks.drawing import Drawing
-from lit_diffusion.callbacks.ema import averages_of, choose_average
+from lit_diffusion.callbacks.ema import EMA, averages_of, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
+from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.evaluation import Evaluated, Evaluation, RealSets
+from lit_diffusion.evaluation.sampling import DivergedError
 from lit_diffusion.failures import Failure, agree
 from lit_diffusion.files import atomic_write
-from lit_diffusion.images import image_grid, to_uint8
+from lit_diffusion.images import image_grid
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.families import HIGHER_IS_BETTER
-from lit_diffusion.metrics.features import Extractor, ExtractorName, default_extractor, load_extractor
-from lit_diffusion.metrics.gathering import shares_of_all
-from lit_diffusion.metrics.reference import RealData, Reference, reference_of
-from lit_diffusion.metrics.scores import (
-    MetricName,
-    Result,
-    ScoreOptions,
-    Scores,
-    bias_caveat,
-    choose_metrics,
-    is_better,
-    left_out_line,
-    metrics_left_out,
-)
+from lit_diffusion.metrics.base import ScoreOptions
+from lit_diffusion.metrics.catalogue import CATALOGUE, MetricName, row_of
+from lit_diffusion.metrics.choice import Choice, left_out_line
+from lit_diffusion.metrics.extractors import ExtractorName, default_extractor, load_extractor
+from lit_diffusion.metrics.protocol import differing_keys
+from lit_diffusion.metrics.reference import RealData
+from lit_diffusion.metrics.scores import Result
 from lit_diffusion.precision import precision_name
-from lit_diffusion.protocol import differing_keys
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived, tell_of
+from lit_diffusion.runs.best import best_name, is_among_best, list_best, read_best
 from lit_diffusion.samplers import Sampler
-from lit_diffusion.samplers.base import in_words
-from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 
 Stage = Literal["fit", "test"]
 
@@ -120,12 +110,12 @@ class Evaluator(Drawing):
     ) -> None:
         super().__init__(Cadence.of("eval", every_n_images, every_n_steps))
         for metric in metrics or ():
-            require_choice("eval", "metrics", metric, get_args(MetricName))
-        require_choice("eval", "best", best, get_args(MetricName))
-        if best == "memorisation":
-            raise UserError("eval.best is 'memorisation', which is four figures; choose a metric with one")
-        if "clip_score" in (metrics or ()):
-            raise UserError("eval.metrics: clip_score needs samples with captions: use the command evaluate")
+            require_choice("", "eval.metrics", metric, CATALOGUE)
+            if "captions" in CATALOGUE[metric].needs:
+                raise UserError(f"eval.metrics: {metric} needs samples with captions: use the command evaluate")
+        require_choice("", "eval.best", best, CATALOGUE)
+        if CATALOGUE[best].better is None:
+            raise UserError(f"eval.best is {best!r}, of which no value is better or worse; choose another metric")
         for key, value in (("samples", samples), ("test_samples", test_samples), ("batch_size", batch_size)):
             if isinstance(value, int) and value < 1:
                 raise UserError(f"eval.{key} is {value}; give a positive number")
@@ -154,9 +144,7 @@ class Evaluator(Drawing):
         self.last: dict[str, Any] = {}
         """Images seen, values and protocol of the last evaluation; every checkpoint carries it."""
         self._chosen: int | None = None
-        self._loaded: Extractor | None = None
-        self._scores: Scores | None = None
-        self._training: RealData | None = None
+        self._evaluation: Evaluation | None = None
         self._began = 0.0
         self._began_at = 0
         self._warned = False
@@ -171,7 +159,7 @@ class Evaluator(Drawing):
         """Find out now what would fail hours later: weights of the model and of the extractor, sampler, metrics."""
         assert isinstance(pl_module, Method)
         if self._while_training(trainer):
-            self._check(trainer, pl_module, self._count or COUNTS[0], "fit")
+            self.check(pl_module, self._datamodule(trainer), averages_of(trainer), "fit")
             if self._chosen is not None:
                 self._settle(trainer, pl_module)
 
@@ -213,7 +201,7 @@ class Evaluator(Drawing):
         """Find out what would fail, before the likelihoods take their minutes."""
         assert isinstance(pl_module, Method)
         if self._on:
-            self._check(trainer, pl_module, self.test_samples, "test")
+            self.check(pl_module, self._datamodule(trainer), averages_of(trainer), "test")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The full protocol: every seed, then mean and minimum."""
@@ -229,7 +217,7 @@ class Evaluator(Drawing):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the networks."""
-        self._loaded = self._scores = self._training = None
+        self._evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
         """What ``auto`` chose and the last figures, for a checkpoint."""
@@ -250,32 +238,45 @@ class Evaluator(Drawing):
     def _count(self) -> int | None:
         return self._chosen if self.samples == "auto" else self.samples
 
-    def _walk(self, method: Method, stage: Stage) -> Sampler:
+    def _sampler(self, method: Method, stage: Stage) -> Sampler:
         return (self.sampler if stage == "fit" else self.test_sampler) or method.sampler
 
-    def _weights(self, trainer: pl.Trainer) -> str:
-        return averages_of(trainer).kept(self.weights)
+    def check(self, method: Method, data: DataModule, averages: EMA, stage: Stage) -> tuple[Evaluation, Choice]:
+        """What an evaluation would measure, found out before any work; the extractor's weights are read.
 
-    def _check(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> list[MetricName]:
-        """The metrics that can be had; loads the extractor."""
-        choose_average(averages_of(trainer).half_lives, self._weights(trainer))
-        method.check_walk(self._walk(method, stage))
-        data = self._datamodule(trainer)
-        if self._loaded is None:
-            shape = tuple(data.facts.shape)
-            name = default_extractor(shape) if self.extractor == "auto" else self.extractor
-            self._loaded = load_extractor(name, shape, self.weights_path)
-        real = len(self._indices(data))
-        if real < 2:
+        Args:
+            method: the model.
+            data: its data.
+            averages: of the weights that are kept.
+            stage: while training, or by ``test``.
+
+        Raises:
+            UserError: for anything that cannot be had.
+        """
+        choose_average(averages.half_lives, averages.kept(self.weights))
+        method.check_walk(self._sampler(method, stage))
+        evaluation = self._evaluation = self._evaluation or self._made(data)
+        choice = evaluation.choose((self._count or COUNTS[0]) if stage == "fit" else self.test_samples)
+        if self.keep and stage == "fit" and self.best not in choice.metrics:
             raise UserError(
-                f"eval.reference {self.reference}: there are {real} such data; hold out more, or take train"
+                f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(choice.metrics)}"
             )
-        chosen = choose_metrics(
-            self.metrics, self._loaded, count, real, self.options, training_count=len(data.train_indices)
-        )
-        if self.keep and stage == "fit" and self.best not in chosen:
-            raise UserError(f"eval.best is {self.best!r}, which is not among the metrics here: {', '.join(chosen)}")
-        return chosen
+        return evaluation, choice
+
+    def _made(self, data: DataModule) -> Evaluation:
+        shape = tuple(data.facts.shape)
+        name = default_extractor(shape) if self.extractor == "auto" else self.extractor
+        extractor = load_extractor(name, shape, self.weights_path)
+        held_out = self.reference == "held_out"
+        training = RealData.of(data.source, data.train_indices, "train")
+        reference = RealData.of(data.held_out_source, data.held_out_indices, "held_out") if held_out else training
+        if reference.count < 2:
+            raise UserError(
+                f"eval.reference {self.reference}: there are {reference.count} such data; hold out more, or take train"
+            )
+        mirrored = RealData.of(data.source, data.train_indices, "train", mirrored=True) if data.flip else None
+        sets = RealSets(reference, shape, training, mirrored, data.class_counts(held_out))
+        return Evaluation(sets, extractor, self.metrics, self.options, PAIRS, say=print_note)
 
     @staticmethod
     def _datamodule(trainer: pl.Trainer) -> DataModule:
@@ -284,111 +285,54 @@ class Evaluator(Drawing):
             raise UserError("evaluation compares with a lit_diffusion DataModule: trainer.fit(method, datamodule=...)")
         return datamodule
 
-    def _indices(self, data: DataModule) -> Tensor:
-        return data.train_indices if self.reference == "train" else data.held_out_indices
-
-    def _class_counts(self, data: DataModule) -> tuple[int, ...] | None:
-        """Of the reference: samples whose classes come as often differ from it by what they look like alone."""
-        return data.class_counts(held_out=self.reference == "held_out")
-
-    def _real(self, data: DataModule) -> RealData:
-        source = data.source if self.reference == "train" else data.held_out_source
-        return RealData.of(source, self._indices(data), self.reference)
-
-    def _make_scores(self, trainer: pl.Trainer, method: Method, count: int, stage: Stage) -> Scores:
-        """Ready to take samples in; what is known of the real data is found once a run."""
-        chosen = self._check(trainer, method, count, stage)
-        assert self._loaded is not None
-        data, extractor = self._datamodule(trainer), self._loaded.to(method.device)
-        if self._scores is None:
-            shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-
-            def known(real: RealData) -> Reference:
-                return reference_of(real, extractor, None, trainer.global_rank, trainer.world_size, shown, print_note)
-
-            real = self._real(data)  # Made once: finding out which data these are may read them all.
-            reference = known(real)
-            training = mirrored = None
-            if "memorisation" in chosen:
-                train = (data.source, data.train_indices, "train")
-                self._training = real if self.reference == "train" else RealData.of(*train)
-                training = reference if self.reference == "train" else known(self._training)
-                mirrored = known(RealData.of(*train, mirrored=True)) if data.flip else None
-            left_out = metrics_left_out(
-                self.metrics, extractor, count, real.count, self.options, training_count=len(data.train_indices)
-            )
-            self._scores = Scores(
-                *(chosen, extractor, reference, tuple(data.facts.shape), self.options, PAIRS),
-                training=training,
-                mirrored=mirrored,
-                left_out=left_out,
-            )
-        self._scores.to(method.device)
-        return self._scores
-
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
     def _evaluate(self, trainer: pl.Trainer, method: Method, count: int, seed: int, stage: Stage) -> Result | None:
-        """All processes come; None if the walk diverged while training, which a later evaluation may not."""
+        """All processes come; None if the sampler diverged while training, which a later evaluation may not."""
         began = time.perf_counter()
-        scores = self._make_scores(trainer, method, count, stage)
-        scores.survives = stage == "fit"
-        weights = self._weights(trainer)
-        walk = self._walk(method, stage)
-        mine = Share.of(count, self.batch_size, trainer.global_rank, trainer.world_size)
-        counts = self._class_counts(self._datamodule(trainer))
-        kept: dict[int, np.ndarray] = {}
+        averages = averages_of(trainer)
+        evaluation, choice = self.check(method, self._datamodule(trainer), averages, stage)
+        weights = averages.kept(self.weights)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         try:
-            with averages_of(trainer).applied(method, weights):
-                made = generate_in_batches(
-                    method, mine, seed, self.batch_size, walk, show_progress=shown, class_counts=counts
+            with averages.applied(method, weights):
+                evaluated = evaluation.of_model(
+                    method,
+                    self._sampler(method, stage),
+                    count,
+                    seed,
+                    self.batch_size,
+                    keep=KEPT_SAMPLES,
+                    survives=stage == "fit",
+                    show_progress=shown,
                 )
-                for index, x in made:
-                    if len(index) == 0:  # A batch for the others' sake.
-                        continue
-                    data = self._as_seen(method, x)
-                    scores.update(data, index)
-                    kept |= {int(i): data[k] for k, i in enumerate(index) if i < KEPT_SAMPLES}
-            result = scores.compute(count)
         except DivergedError as error:
             if stage == "test":
                 raise
-            print_note(f"evaluation at {method.clock.images} images: {error}; no figures this time")
+            print_note(f"evaluation at {method.clock.images} images: {error}; no values this time")
             tell_of(trainer, self.name, [Failure.of(error)], said=True)
             return None
-        finally:
-            scores.release()
+        result = evaluated.result
         for metric, failures in result.failed.items():
             tell_of(trainer, f"{self.name}/{metric}", failures)
         if not result.values:
             return None
         result.protocol.update(
-            weights=weights,
-            seed=seed,
-            sampler=in_words(walk, method.denoiser),
-            network_evaluations=walk.evaluations,
-            backbone_precision=precision_name(method.denoiser.autocast_dtype),
-            stage=stage,
+            weights=weights, backbone_precision=precision_name(method.denoiser.backbone.autocast_dtype), stage=stage
         )
         if method.num_classes is not None:
             result.protocol["labels"] = f"as in the {'training' if self.reference == 'train' else 'held-out'} data"
-        if self._datamodule(trainer).flip:
+        if evaluation.data.mirrored is not None:
             result.protocol["reference_mirrored"] = False  # Half of what such a model learns to make is not in it.
-        self._record(trainer, method, result, kept, time.perf_counter() - began)
+        self._record(trainer, method, evaluated, choice, time.perf_counter() - began)
         return result
 
-    @staticmethod
-    def _as_seen(method: Method, x: Tensor) -> np.ndarray:
-        """What extractors take: bytes of images, points as they are."""
-        facts = method.require_facts()
-        return to_uint8(x, facts) if facts.is_image else x.float().numpy()
-
     def _record(
-        self, trainer: pl.Trainer, method: Method, result: Result, kept: dict[int, np.ndarray], seconds: float
+        self, trainer: pl.Trainer, method: Method, evaluated: Evaluated, choice: Choice, seconds: float
     ) -> None:
+        result = evaluated.result
         protocol = result.protocol
-        shares = shares_of_all(kept)
+        shares = shares_of_all(evaluated.kept)
         said = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
         print_note(f"evaluation at {method.clock.images} images, seed {protocol['seed']}: {said} ({seconds:.1f} s)")
         if result.flagged:
@@ -396,17 +340,15 @@ class Evaluator(Drawing):
                 "  these samples look like copies of training images (near_copies): see samples/neighbours-*.png; more "
                 "data, dropout, mirroring or a shorter training help"
             )
-        assert self._scores is not None
-        caveat = bias_caveat(self._scores.extractor, protocol["n_fake"]) if "fid" in self._scores.metrics else None
         if not self._warned:
             self._warned = True
-            if caveat is not None:
+            for caveat in choice.caveats:
                 print_note(f"  note: {caveat}")
             if result.left_out:
                 print_note(f"  left out: {left_out_line(result.left_out)}")
         run = run_logger_of(trainer)
         if run is not None and trainer.is_global_zero:
-            self._write(trainer, run, method, result, shares, seconds)
+            self._write(run, method, evaluated, shares, seconds)
         agree()
         self.last = {"images": method.clock.images, "values": dict(result.values), "protocol": dict(protocol)}
         if run is not None and (protocol["stage"] == "fit" or protocol["seed"] == self.test_seeds[0]):
@@ -416,21 +358,22 @@ class Evaluator(Drawing):
 
     def _write(
         self,
-        trainer: pl.Trainer,
         run: RunLogger,
         method: Method,
-        result: Result,
+        evaluated: Evaluated,
         shares: list[dict[int, np.ndarray]],
         seconds: float,
     ) -> None:
         """Some of the samples, and the event."""
+        result = evaluated.result
         protocol = result.protocol
         images = {index: image for share in shares for index, image in share.items()}
         name = f"evaluation-{method.clock.images:010d}" + (
             f"-seed{protocol['seed']}" if protocol["stage"] == "test" else ""
         )
         path = run.run_dir / "samples" / f"{name}.npz"
-        counts = self._class_counts(self._datamodule(trainer))
+        assert self._evaluation is not None
+        counts = self._evaluation.data.class_counts
         cond = method.condition_by_counts(torch.tensor(sorted(images)), protocol["seed"], counts)
         labels = label_arrays(None if cond is None else cond.label, method.require_facts().class_names)
         with atomic_write(path) as file:
@@ -446,23 +389,18 @@ class Evaluator(Drawing):
         }
         if result.left_out:
             values["left_out"] = result.left_out
-        if (strays := self._walk(method, protocol["stage"]).strays).count:
-            values["strays"] = asdict(strays)
+        if evaluated.strays.count:
+            values["strays"] = asdict(evaluated.strays)
         if result.intervals:
             values["intervals"] = {key: list(interval) for key, interval in result.intervals.items()}
         run.record("evaluation", values)
 
     def _draw_pairs(self, run: RunLogger, method: Method, result: Result) -> None:
         """The samples closest to training images, each above the image."""
-        assert self._scores is not None
         if not result.pairs:
             return
-        assert self._training is not None
-        positions = torch.tensor([pair.neighbour for pair in result.pairs])
-        real = self._training.values(self._scores.training.positions[positions])
-        for row, pair in enumerate(result.pairs):
-            if pair.mirrored:
-                real[row] = real[row][:, ::-1].copy()
+        assert self._evaluation is not None
+        real = self._evaluation.nearest_training_data(result.pairs)
         both = np.concatenate((np.stack([pair.image for pair in result.pairs]), real))
         caption = f"samples nearest to a training image, above it; {method.clock.images} images seen"
         distances = {"distances": [round(pair.distance, 6) for pair in result.pairs]}
@@ -477,7 +415,10 @@ class Evaluator(Drawing):
         per_image = elapsed / max(method.clock.images - self._began_at, method.clock.batch)
         images, steps = self.cadence.images, self.cadence.steps
         between = per_image * min(images or float("inf"), (steps or float("inf")) * method.clock.batch)
-        each = self._seconds_a_sample(trainer, method) / trainer.world_size
+        evaluation, _ = self.check(method, self._datamodule(trainer), averages_of(trainer), "fit")
+        batch = min(self.batch_size, COUNTS[0])
+        each = evaluation.seconds_a_sample(method, self._sampler(method, "fit"), batch, self.seed)
+        each /= trainer.world_size
         affordable = [count for count in COUNTS if count * each <= self.budget * between]
         self._chosen = int(shares_of_all(affordable[-1] if affordable else COUNTS[0])[0])
         share = self._chosen * each / between
@@ -490,21 +431,6 @@ class Evaluator(Drawing):
             run.record("budget", {"samples": self._chosen, "seconds_a_sample": each, "share": share})
         self._settle(trainer, method)
         return self._chosen
-
-    def _seconds_a_sample(self, trainer: pl.Trainer, method: Method) -> float:
-        """Of one process, generated and seen by the extractor; measured on one batch, after a first one."""
-        scores = self._make_scores(trainer, method, COUNTS[0], "fit")
-        batch = min(self.batch_size, COUNTS[0])
-        indices = torch.arange(batch)
-        seconds = 0.0
-        for _ in range(2):
-            agree()
-            began = time.perf_counter()
-            cond = method.condition_by_counts(indices, self.seed, self._class_counts(self._datamodule(trainer)))
-            x = method.generate(indices, self.seed, cond, self._walk(method, "fit"))
-            scores.extractor(self._as_seen(method, x.nan_to_num().cpu()))
-            seconds = time.perf_counter() - began
-        return seconds / batch
 
     def _settle(self, trainer: pl.Trainer, method: Method) -> None:
         """Write the chosen count where the configuration said ``auto``."""
@@ -522,29 +448,19 @@ class Evaluator(Drawing):
         """Save the checkpoint if it is among the best; the list is truth, and a file goes only once it is off it."""
         if not self.keep or run_logger_of(trainer) is None:
             return
-        assert self._scores is not None
-        key = self._scores.key(self.best, result.protocol["n_fake"])
-        if key not in result.values:  # Its computation failed: the best so far stay.
+        key = next((key for key in result.values if row_of(key) is CATALOGUE[self.best]), None)
+        if key is None:  # Its computation failed: the best so far stay.
             return
         folder = checkpoint_folder(trainer)
-        # Figures may differ in the last digit between processes: what one of them has counts.
+        # Values may differ in the last digit between processes: what one of them has counts.
         mine = (result.values[key], read_best(folder) if trainer.is_global_zero else [])
         value, listed = shares_of_all(mine)[0]
-        others = [entry for entry in listed if entry["metric"] != key]
-        before = [entry for entry in listed if entry["metric"] == key]
-        kept = [entry for entry in before if entry["images"] != method.clock.images]
-        if not is_better(self.best, value, kept[self.keep - 1]["value"] if len(kept) >= self.keep else None):
+        entry = (self.best, key, value, method.clock.images, self.keep)
+        if not is_among_best(listed, *entry):
             return
-        name = f"best-{method.clock.images:010d}-{key.replace('/', '-')}-{value:.4g}.ckpt"
-        write_checkpoint(trainer, method, folder / name)
-        if not trainer.is_global_zero:
-            return
-        kept.append({"file": name, "metric": key, "value": value, "images": method.clock.images})
-        kept.sort(key=lambda entry: entry["value"], reverse=self.best in HIGHER_IS_BETTER)
-        with atomic_write(folder / BEST) as file:
-            file.write((json.dumps([*kept[: self.keep], *others], indent=1) + "\n").encode())
-        for name in {entry["file"] for entry in before} - {entry["file"] for entry in kept[: self.keep]}:
-            (folder / name).unlink(missing_ok=True)
+        write_checkpoint(trainer, method, folder / best_name(key, value, method.clock.images))
+        if trainer.is_global_zero:
+            list_best(folder, listed, *entry)
 
     # ---- the end of a test -------------------------------------------------------------------------------------
 
@@ -569,21 +485,3 @@ class Evaluator(Drawing):
         run = run_logger_of(trainer)
         if run is not None:
             run.record("test", summary)
-
-
-BEST = "best.json"
-"""Lists the best checkpoints, best first: file, metric, value, images."""
-
-
-def read_best(folder: Path) -> list[dict[str, Any]]:
-    """The best checkpoints that a folder lists; none where there is no list."""
-    path = folder / BEST
-    if not path.is_file():
-        return []
-    try:
-        entries = json.loads(path.read_text())
-        found = [{key: entry[key] for key in ("file", "metric", "value", "images")} for entry in entries]
-        return [entry for entry in found if (folder / entry["file"]).is_file()]
-    except (OSError, ValueError, KeyError, TypeError):
-        print_note(f"{path} is damaged and is written again")
-        return []

@@ -9,32 +9,29 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.figures import bars_panel, lines_panel, new_figure, render
-from lit_diffusion.images import to_uint8
-from lit_diffusion.likelihood import (
-    Probe,
-    Trace,
-    bits_per_dimension,
-    dequantised,
-    flow_log_prob,
-    require_chain,
-    variational_bound,
+from lit_diffusion.evaluation.bits import (
+    BoundBits,
+    BoundSettings,
+    Held,
+    ODEBits,
+    ODESettings,
+    frechet_by_time,
+    pixel_moments,
 )
+from lit_diffusion.figures import bars_panel, lines_panel, new_figure, render
+from lit_diffusion.likelihood import Probe, Trace, require_chain
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics import Moments, frechet_distance
 from lit_diffusion.processes import Process
-from lit_diffusion.randomness import SampleNoise, stream_key
-from lit_diffusion.reverse import ReverseChain, ReverseVariance
+from lit_diffusion.reverse import ReverseVariance
 from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
-from lit_diffusion.samplers.base import CountedDenoiser, Spacing, subsequence
-from lit_diffusion.samplers.ode import integrate, refuse_grid_only
+from lit_diffusion.samplers.ode import refuse_grid_only
+from lit_diffusion.samplers.times import timesteps_to_zero
 
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
 
@@ -42,41 +39,11 @@ BREAKDOWN_BINS = 20
 """Bars of the bound by noise level, each of equally many steps."""
 
 
-class _Mean:
-    """Mean and standard error of values that several processes hold."""
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
-
-    def add(self, values: Tensor) -> None:
-        """``[B]``."""
-        values = values.detach().to("cpu", torch.float64)
-        self.sums += torch.stack(
-            (torch.tensor(float(len(values)), dtype=torch.float64), values.sum(), (values**2).sum())
-        )
-
-    def result(self, trainer: pl.Trainer) -> tuple[float, float, int]:
-        """Over all processes: mean, standard error (NaN of a single value, which has none), count."""
-        count, total, squares = _summed(trainer, self.sums).tolist()
-        mean = total / count
-        if count < 2:
-            return mean, math.nan, int(count)
-        variance = max(0.0, squares / count - mean**2) * count / (count - 1.0)
-        return mean, math.sqrt(variance / count), int(count)
-
-
 def _with_error(name: str, mean: float, error: float) -> tuple[dict[str, float], str]:
     """For the event and for the terminal: a value with its standard error, where it has one."""
     if math.isnan(error):
         return {name: mean}, f"{mean:.4f}"
     return {name: mean, f"{name}_error": error}, f"{mean:.4f} +- {error:.4f}"
-
-
-def _summed(trainer: pl.Trainer, values: Tensor) -> Tensor:
-    """Added up over the processes."""
-    reduced = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")
-    assert isinstance(reduced, Tensor)
-    return reduced.to("cpu", torch.float64)
 
 
 class Likelihood(pl.Callback):
@@ -191,15 +158,15 @@ class Likelihood(pl.Callback):
         if self._chosen and isinstance(data, DataModule) and len(data.held_out_indices) == 0:
             print_note(f"test: not measured: {', '.join(self._chosen)}: no data are held out")
             self._chosen = []
-        self._reset()
+        self._reset(pl_module)
 
     def _fitting(self, method: Method) -> list[Metric]:
         """Those asked for, each checked; by default those that fit, with a note for one that does not."""
         wanted: list[Metric] = ["bpd_ode", "bpd_bound"] if self.metrics is None else list(self.metrics)
         if "bpd_bound" in wanted and method.denoiser.process.levels != 1:
             # A key that is given wrongly is a mistake, not a metric that does not fit.
-            self._chain(method).check(method.denoiser)
-            subsequence(method.denoiser.process, self.bound_steps)
+            self._bound_settings(method).chain.check(method.denoiser)
+            timesteps_to_zero(method.denoiser.process, self.bound_steps)
         chosen: list[Metric] = []
         for metric in wanted:
             try:
@@ -226,12 +193,25 @@ class Likelihood(pl.Callback):
             return [time for time in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5) if time >= process.t_min] or [process.t_min]
         return sorted(set(given), reverse=True)
 
-    def _reset(self) -> None:
-        self._ode, self._bound, self._prior, self._decoder, self._kl = (_Mean() for _ in range(5))
-        self._by_step: Tensor | None = None
-        self._times = torch.zeros(0)
-        self._by_time = [_Mean() for _ in self._times_drawn]
-        self._evaluations: list[int] = []
+    def _reset(self, method: Method) -> None:
+        self._ode = ODEBits(method, self._ode_settings, self.seed)
+        self._bound = BoundBits(method, self._bound_settings(method), self.seed)
+        self._by_time = [
+            ODEBits(method, replace(self._ode_settings, t_min=time), self.seed) for time in self._times_drawn
+        ]
+
+    @property
+    def _ode_settings(self) -> ODESettings:
+        return ODESettings(self.trace, self.probe, self.probes, self.rtol, self.atol, self.t_min)
+
+    def _bound_settings(self, method: Method) -> BoundSettings:
+        chain, sampler = method.reverse_chain, method.sampler
+        if self.bound_variance is not None:
+            chain = replace(chain, variance=self.bound_variance)
+        if not isinstance(sampler, Ancestral):
+            return BoundSettings(chain, self.bound_steps, sampled=self.bound_sampled)
+        steps = sampler.steps if self.bound_steps is None else self.bound_steps
+        return BoundSettings(chain, steps, sampler.spacing, self.bound_sampled)
 
     def on_test_batch_end(
         self,
@@ -246,88 +226,34 @@ class Likelihood(pl.Callback):
         assert isinstance(pl_module, Method)
         if not isinstance(batch, Batch) or int(batch.index[0]) == NOBODYS:  # Nothing is held out, or nobody's.
             return
-        name = f"batch {batch_idx + 1}"
+        held, name = Held(batch.x, batch.index, batch.cond), f"batch {batch_idx + 1}"
         if "bpd_ode" in self._chosen:
-            self._ode.add(self._bits_by_ode(trainer, pl_module, batch, self.t_min, f"{name}: ODE"))
+            self._take(trainer, self._ode, held, f"{name}: ODE")
         if "bpd_bound" in self._chosen:
-            self._add_bound(trainer, pl_module, batch, f"{name}: bound")
-        if "smallest_time" in self._chosen:
-            for time, mean in zip(self._times_drawn, self._by_time, strict=True):
-                mean.add(self._bits_by_ode(trainer, pl_module, batch, time, f"{name}: ODE from {time:g}"))
+            with self._bar(trainer, 1, f"{name}: bound") as bar:
 
-    def _noise(self, method: Method, batch: Batch) -> SampleNoise:
-        seed = stream_key(self.seed, "evaluation")
-        return SampleNoise(seed, batch.index, tuple(batch.x.shape[1:]))
+                def on_step(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                self._bound.take(held, on_step)
+        if "smallest_time" in self._chosen:
+            for time, bits in zip(self._times_drawn, self._by_time, strict=True):
+                self._take(trainer, bits, held, f"{name}: ODE from {time:g}")
+
+    def _take(self, trainer: pl.Trainer, bits: ODEBits, held: Held, name: str) -> None:
+        process = bits.model.denoiser.process
+        start, end = bits.settings.t_min or process.t_min, process.t_max
+        with self._bar(trainer, 100, name) as bar:
+
+            def on_time(t: float) -> None:
+                bar.update(int(100 * (t - start) / (end - start)) - bar.n)
+
+            bits.take(held, on_time)
 
     def _bar(self, trainer: pl.Trainer, total: int, name: str) -> tqdm[Any]:
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         return tqdm(total=total, desc=name, leave=False, disable=not shown, unit="%" if total == 100 else " steps")
-
-    def _bits_by_ode(self, trainer: pl.Trainer, method: Method, batch: Batch, t_min: float | None, name: str) -> Tensor:
-        """Bits per dimension ``[B]``."""
-        grey_levels = method.require_facts().grey_levels
-        noise = self._noise(method, batch)
-        start = method.denoiser.process.t_min if t_min is None else t_min
-        with self._bar(trainer, 100, name) as bar:
-
-            def on_time(t: float) -> None:
-                bar.update(int(100 * (t - start) / (1.0 - start)) - bar.n)
-
-            # Its cost in nats is that of the encoder, 0 where data are diffused as they are.
-            z, nats = method.encode(dequantised(batch.x, noise, grey_levels))
-            found = flow_log_prob(
-                method.denoiser,
-                z,
-                noise,
-                batch.cond,
-                self.trace,
-                self.probe,
-                self.probes,
-                self.rtol,
-                self.atol,
-                start,
-                on_time=on_time,
-            )
-        self._evaluations.append(found.evaluations)
-        return bits_per_dimension(found.log_prob - nats, batch.x[0].numel(), grey_levels)
-
-    def _chain(self, method: Method) -> ReverseChain:
-        own = method.reverse_chain
-        return own if self.bound_variance is None else replace(own, variance=self.bound_variance)
-
-    @staticmethod
-    def _spacing(method: Method) -> Spacing:
-        return method.sampler.spacing if isinstance(method.sampler, Ancestral) else "uniform"
-
-    def _add_bound(self, trainer: pl.Trainer, method: Method, batch: Batch, name: str) -> None:
-        dimension = batch.x[0].numel()
-        walk = method.sampler if isinstance(method.sampler, Ancestral) else None
-        with self._bar(trainer, 1, name) as bar:
-
-            def on_step(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            bound = variational_bound(
-                method.denoiser,
-                batch.x,
-                self._noise(method, batch),
-                self._chain(method),
-                method.require_facts().grey_levels,
-                batch.cond,
-                walk.steps if walk is not None and self.bound_steps is None else self.bound_steps,
-                self._spacing(method),
-                self.bound_sampled,
-                on_step,
-            )
-        scale = 1.0 / (dimension * math.log(2.0))
-        self._bound.add(bound.total * scale)
-        self._prior.add(bound.prior * scale)
-        self._decoder.add(bound.decoder * scale)
-        self._kl.add(bound.kl * scale)
-        by_step = (bound.steps * scale).sum(0).cpu()
-        self._by_step = by_step if self._by_step is None else self._by_step + by_step
-        self._times = bound.times.cpu()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the processes' shares together, print, record and draw; give the model its own weights back."""
@@ -335,7 +261,7 @@ class Likelihood(pl.Callback):
         run = run_logger_of(trainer)
         if self._chosen:
             print_note(f"test with weights {self._used_weights}:")
-        ode = self._report_ode(trainer, run) if "bpd_ode" in self._chosen else None
+        ode = self._report_ode(run) if "bpd_ode" in self._chosen else None
         bound = self._report_bound(trainer, pl_module, run) if "bpd_bound" in self._chosen else None
         if ode is not None and bound is not None:
             print_note(
@@ -363,12 +289,11 @@ class Likelihood(pl.Callback):
 
     @property
     def _ode_protocol(self) -> dict[str, Any]:
-        trace = self.trace if self.trace == "exact" else f"hutchinson, {self.probes} {self.probe}"
-        return {**self._protocol, "trace": trace, "rtol": self.rtol, "atol": self.atol}
+        return {**self._protocol, **self._ode_settings.protocol()}
 
-    def _report_ode(self, trainer: pl.Trainer, run: RunLogger | None) -> float:
-        mean, error, count = self._ode.result(trainer)
-        low, high = min(self._evaluations), max(self._evaluations)
+    def _report_ode(self, run: RunLogger | None) -> float:
+        mean, error, count = self._ode.mean.compute()
+        low, high = min(self._ode.evaluations), max(self._ode.evaluations)
         evaluations = f"{low}" if low == high else f"{low} to {high}"
         measured, said = _with_error("bpd_ode", mean, error)
         values: dict[str, Any] = {**measured, "images": count, **self._ode_protocol, "t_min": self.t_min}
@@ -381,18 +306,13 @@ class Likelihood(pl.Callback):
         return mean
 
     def _report_bound(self, trainer: pl.Trainer, method: Method, run: RunLogger | None) -> float:
-        mean, error, count = self._bound.result(trainer)
-        parts = {
-            name: part.result(trainer)[0]
-            for name, part in (("prior", self._prior), ("kl", self._kl), ("decoder", self._decoder))
-        }
-        assert self._by_step is not None
-        by_step = _summed(trainer, self._by_step) / count
-        chain = self._chain(method).in_words(method.denoiser, method.require_facts().grey_levels is not None)
-        measured, said = _with_error("bpd_bound", mean, error)
-        values: dict[str, Any] = {**measured, "images": count, **self._protocol}
-        values |= {f"bpd_bound_{name}": value for name, value in parts.items()}
-        values |= {"steps": len(by_step), "spacing": self._spacing(method), "sampled": self.bound_sampled, **chain}
+        found, settings = self._bound.result(), self._bound.settings
+        chain = settings.chain.in_words(method.denoiser, method.grey_levels is not None)
+        measured, said = _with_error("bpd_bound", found.value, found.error)
+        values: dict[str, Any] = {**measured, "images": found.count, **self._protocol}
+        values |= {f"bpd_bound_{name}": value for name, value in found.parts.items()}
+        by_step, parts = found.by_step, found.parts
+        values |= {"steps": len(by_step), "spacing": settings.spacing, "sampled": settings.sampled, **chain}
         print_note(
             f"  bits/dim by the bound  {said}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
             f"decoder {parts['decoder']:.4f}; {len(by_step)} steps, variance {chain['variance']}, "
@@ -401,13 +321,13 @@ class Likelihood(pl.Callback):
         # The decoder's step is not one of the KL terms: it has its own number.
         groups = torch.arange(1, len(by_step)).tensor_split(min(BREAKDOWN_BINS, len(by_step) - 1))
         bits = [float(by_step[group].sum()) for group in groups]
-        ends = [(float(self._times[group[0]]), float(self._times[group[-1]])) for group in groups]
+        ends = [(float(found.times[group[0]]), float(found.times[group[-1]])) for group in groups]
         if run is not None:
             run.record("test", {**values, "kl_by_time": bits, "times": [list(pair) for pair in ends]})
         with survived(trainer, "bound-by-noise-level"):
             if run is not None and trainer.is_global_zero:
                 self._draw_bound(run, method, bits, ends, parts["kl"])
-        return mean
+        return found.value
 
     def _draw_bound(
         self, run: RunLogger, method: Method, bits: list[float], ends: list[tuple[float, float]], kl: float
@@ -421,9 +341,8 @@ class Likelihood(pl.Callback):
     # ---- bits per dimension and Frechet distance against the smallest time ---------------------------------------
 
     def _report_smallest_time(self, trainer: pl.Trainer, method: Method, run: RunLogger | None) -> None:
-        bits = [mean.result(trainer)[0] for mean in self._by_time]
-        facts = method.require_facts()
-        distances = self._frechet_by_time(trainer, method) if facts.is_image else None
+        bits = [each.mean.compute()[0] for each in self._by_time]
+        distances = self._frechet_by_time(trainer, method) if method.require_facts().is_image else None
         times = self._times_drawn
         for position, time in enumerate(times):
             distance = "" if distances is None else f", fd/pixels-{self.samples} {distances[position]:.4f}"
@@ -448,38 +367,17 @@ class Likelihood(pl.Callback):
             lines_panel(axes[0, 1], times, {"ODE": distances}, "smallest time", "Frechet distance", title, log_x=True)
         run.picture("smallest-time", render(figure), "bits per dimension and Frechet distance", self._ode_protocol)
 
-    @torch.no_grad()
     def _frechet_by_time(self, trainer: pl.Trainer, method: Method) -> list[float]:
-        """Of samples of the ODE, stopped at each of the times of one and the same solution."""
-        facts, process = method.require_facts(), method.denoiser.process
-        dimension = math.prod(facts.shape)
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(data, DataModule)
+        parts = torch.arange(len(data.train_indices)).split(1000)
+        real = pixel_moments(method, (data.training_values(indices) for indices in parts))
+        with self._bar(trainer, 1, "samples for the figure") as bar:
 
-        def pixels(x: Tensor) -> Tensor:
-            return torch.from_numpy(to_uint8(x, facts)).flatten(1).double() / 255.0
+            def on_batch(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
 
-        made = [Moments(dimension) for _ in self._times_drawn]
-        denoiser = CountedDenoiser(method.denoiser)
-        mine = torch.arange(self.samples)[trainer.global_rank :: trainer.world_size]
-        parts = mine.split(250)
-        with self._bar(trainer, len(parts), "samples for the figure") as bar:
-            for indices in parts:
-                noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape)
-                cond = method.condition_by_counts(indices, self.seed, facts.class_counts)
-
-                def velocity(t: Tensor, x: Tensor, cond: Any = cond) -> Tensor:
-                    return denoiser(x, t, cond).velocity
-
-                x = (process.prior_std * noise.normal()).double()
-                states = integrate(process, velocity, x, (1.0, *self._times_drawn), self.rtol, self.atol)[1:]
-                for moments, state in zip(made, states, strict=True):
-                    moments.add(pixels(method.decode(state.float())))
-                bar.update(1)
-        for moments in made:
-            moments.sums = _summed(trainer, moments.sums)
-        real = Moments(dimension)
-        datamodule = getattr(trainer, "datamodule", None)
-        assert isinstance(datamodule, DataModule)
-        for indices in torch.arange(len(datamodule.train_indices)).split(1000):
-            real.add(pixels(datamodule.training_values(indices)))
-        reference = real.gaussian()
-        return [frechet_distance(reference, moments.gaussian()) for moments in made]
+            return frechet_by_time(
+                method, real, self._times_drawn, self._ode_settings, self.samples, self.seed, on_batch=on_batch
+            )

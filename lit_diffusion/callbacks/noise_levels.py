@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.clock import Cadence
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data import GaussianMixturePoints
 from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.figures import lines_panel, new_figure, render
 from lit_diffusion.methods.base import Method
@@ -76,7 +76,7 @@ class NoiseLevels(Drawing):
         """The times of the noise levels, rising: float64 ``[levels]``, fewer where the grid has fewer."""
         process = method.denoiser.process
         if process.levels is None:
-            return torch.linspace(process.t_min, 1.0, self.levels, dtype=torch.float64)
+            return torch.linspace(process.t_min, process.t_max, self.levels, dtype=torch.float64)
         grid = process.grid()
         count = min(self.levels, len(grid))
         return grid[torch.linspace(0, len(grid) - 1, count).round().long()]
@@ -104,10 +104,11 @@ class NoiseLevels(Drawing):
         batch = data.training_batch(torch.arange(min(self.images, len(data.train_indices))))
         cond = None if batch.cond is None else batch.cond.to(method.device)
         batch = Batch(batch.x.to(method.device), batch.index.to(method.device), cond)
+        batch = method.encoded(batch, method.seed)
         x = batch.x
         eps = keyed_normal(method.seed, "noise levels", batch.index, tuple(x.shape[1:]))
         times = self.times(method)
-        mixture = known_mixture(trainer)
+        mixture = known_mixture(trainer) if method.diffuses_data else None
         exact = None if mixture is None else ExactDenoiser(mixture, method.denoiser.process)
         parameters = [p for p in method.denoiser.parameters() if p.requires_grad]
         losses, norms, errors = [], [], []

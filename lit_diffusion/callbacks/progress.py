@@ -12,14 +12,16 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion.clock import Cadence
+from lit_diffusion.distributed import many_processes, summed
 from lit_diffusion.failures import agree
 from lit_diffusion.flops import TRAINING
-from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import many_processes, summed
 from lit_diffusion.run import run_logger_of, survived
+from lit_diffusion.training.callback import Callback
+from lit_diffusion.training.module import TrainedModule
 
 
 class ProgressBar(TQDMProgressBar):
@@ -33,7 +35,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, TrainedModule)
         total = getattr(trainer, "max_images", None)
         if total is None and trainer.max_steps > 0:
             total = trainer.max_steps * pl_module.clock.batch
@@ -58,15 +60,15 @@ class ProgressBar(TQDMProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar; the loss shown is an average over about the last fifty steps."""
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, TrainedModule)
         assert self._images is not None
         with suppress(OSError, ValueError):  # A terminal that is gone, a full disk that the output goes to.
             self._show(pl_module)
 
-    def _show(self, pl_module: Method) -> None:
+    def _show(self, pl_module: TrainedModule) -> None:
         assert self._images is not None
-        if pl_module.stepped and not self.is_disabled:
-            self._smooth = 0.98 * self._smooth + 0.02 * float(pl_module.last_loss)
+        if pl_module.last_step.made and not self.is_disabled:
+            self._smooth = 0.98 * self._smooth + 0.02 * float(pl_module.last_step.loss)
             self._weight = 0.98 * self._weight + 0.02
             self._images.set_postfix(loss=f"{self._smooth / self._weight:.4g}", refresh=False)
         self._images.update(pl_module.clock.batch)
@@ -89,11 +91,12 @@ LOSS_BINS = 10
 """Equal parts of [0, 1] whose losses are told apart: ``loss@0.05`` is of the noise levels with t below 0.1."""
 
 
-class Telemetry(pl.Callback):
+class Telemetry(Callback):
     """Writes what a training does to metrics.jsonl and the dashboard: losses, speed, memory.
 
-    An event ``train`` has the loss, the gradient's norm and the loss by time, averages over the steps since the last
-    event that were not skipped; ``images_per_second`` of all processes; ``seconds_per_step`` and its parts on process 0
+    An event ``train`` has the loss, its named terms, the gradient's norm and the loss by time, averages over the steps
+    since the last event that were not skipped (of several networks each has its own, ``<network>/loss``, beside the
+    sum); ``images_per_second`` of all processes; ``seconds_per_step`` and its parts on process 0
     (``seconds/data``, ..., see :data:`~lit_diffusion.stopwatch.PARTS`); ``tflops``, the backbone's floating-point
     operations a second on all processes, in 10^12; and the largest memory of process 0 so far, in GB.
 
@@ -111,19 +114,21 @@ class Telemetry(pl.Callback):
 
     def __init__(self, every_n_images: int | None = None, every_n_steps: int | None = 50) -> None:
         self.cadence = Cadence.of("telemetry", every_n_images, every_n_steps)
-        self._sums: list[torch.Tensor] = []
-        self._by_time = torch.zeros(2, LOSS_BINS, dtype=torch.float64)
+        self._values: dict[str, list[Tensor]] = {}
+        """Of every step since the last event."""
+        self._by_time: dict[str, Tensor] = {}
+        """Sums of losses and their numbers in each part of the time, ``[2, LOSS_BINS]``, of each network's loss."""
         self._since = 0.0
         self._steps = 0
         self._trouble: Exception | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the watch; a continued run goes on with the averages that it was in the middle of."""
-        assert isinstance(pl_module, Method)
-        self._sums = [pair.to(pl_module.device) for pair in self._sums]
-        self._by_time = self._by_time.to(pl_module.device)
-        if not trainer.is_global_zero:  # Process 0 has taken the sums of all out of the checkpoint.
-            self._by_time.zero_()
+        assert isinstance(pl_module, TrainedModule)
+        self._values = {name: [v.to(pl_module.device) for v in values] for name, values in self._values.items()}
+        # Process 0 has taken the sums of all out of the checkpoint.
+        mine = 1.0 if trainer.is_global_zero else 0.0
+        self._by_time = {name: mine * sums.to(pl_module.device) for name, sums in self._by_time.items()}
         pl_module.stopwatch.read()
         pl_module.stopwatch.mark()
         self._since, self._steps = time.perf_counter(), 0
@@ -134,21 +139,23 @@ class Telemetry(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was added up since the last event, over all processes, which all come."""
-        shares = torch.stack(self._sums) if self._sums else torch.zeros(0, 2)
         world_size = dist.get_world_size() if many_processes() else 1
-        return {"sums": summed(shares) / world_size, "by_time": summed(self._by_time)}
+        return {
+            "values": {name: summed(torch.stack(values)) / world_size for name, values in self._values.items()},
+            "by_time": {name: summed(sums) for name, sums in self._by_time.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on adding up."""
-        self._sums = list(state_dict["sums"])
-        self._by_time = state_dict["by_time"].clone()
+        self._values = {name: list(values) for name, values in state_dict["values"].items()}
+        self._by_time = {name: sums.clone() for name, sums in state_dict["by_time"].items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up; write when due."""
-        assert isinstance(pl_module, Method)
-        if pl_module.stepped:
+        assert isinstance(pl_module, TrainedModule)
+        if pl_module.last_step.made:
             try:
                 self._add_up(pl_module)
             except Exception as error:  # Not told before the next event is due: a step has no exchange for it.
@@ -158,59 +165,72 @@ class Telemetry(pl.Callback):
             return
         with survived(trainer, "telemetry"):
             self._write(trainer, pl_module)
-        self._sums.clear()
-        self._by_time.zero_()
+        self._values.clear()
+        self._by_time.clear()
         self._since, self._steps = time.perf_counter(), 0
 
-    def _add_up(self, method: Method) -> None:
-        self._sums.append(torch.stack((method.last_loss, method.last_gradient_norm)))
-        bins = (method.last_times * LOSS_BINS).ceil().long().clamp(1, LOSS_BINS) - 1
-        losses = method.last_losses.to(self._by_time.dtype)
-        self._by_time[0].index_add_(0, bins, losses)
-        self._by_time[1].index_add_(0, bins, torch.ones_like(losses))
+    def _add_up(self, module: TrainedModule) -> None:
+        step = module.last_step
+        values = {"loss": step.loss, "gradient_norm": step.gradient_norm}
+        for name, loss in step.losses.items():
+            prefix = step.prefix(name)
+            terms = {"loss": loss.per_sample, **loss.terms} if prefix else loss.terms
+            values |= {f"{prefix}{term}": value.mean() for term, value in terms.items()}
+            if loss.t is not None:
+                bins = (loss.t * LOSS_BINS).ceil().long().clamp(1, LOSS_BINS) - 1
+                new = torch.zeros(2, LOSS_BINS, dtype=torch.float64, device=bins.device)
+                sums = self._by_time.setdefault(prefix, new)
+                shown = loss.shown.to(sums.dtype)
+                sums[0].index_add_(0, bins, shown)
+                sums[1].index_add_(0, bins, torch.ones_like(shown))
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
 
-    def _write(self, trainer: pl.Trainer, pl_module: Method) -> None:
+    def _write(self, trainer: pl.Trainer, module: TrainedModule) -> None:
         if self._trouble is not None:
             trouble, self._trouble = self._trouble, None
             raise trouble
         agree()
         run = run_logger_of(trainer)
-        if self._sums:
-            loss, norm = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean").tolist()
-        else:
-            loss = norm = float("nan")
-        totals, counts = trainer.strategy.reduce(self._by_time, reduce_op="sum").tolist()
+        values = {"loss": float("nan"), "gradient_norm": float("nan")}  # As of an event of skipped steps alone.
+        for name, each in self._values.items():
+            values[name] = float(trainer.strategy.reduce(torch.stack(each).mean(), reduce_op="mean"))
+        by_time = {}
+        for prefix, sums in self._by_time.items():
+            totals, counts = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+            for k in range(LOSS_BINS):
+                if counts[k] > 0:
+                    by_time[f"{prefix}loss@{(k + 0.5) / LOSS_BINS:.2f}"] = totals[k] / counts[k]
         if run is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
+            rates = {
+                f"{module.last_step.prefix(name)}learning_rate": optimizer.param_groups[0]["lr"]
+                for name, optimizer in zip(module.trained(), trainer.optimizers, strict=True)
+            }
             run.record(
                 "train",
                 {
-                    "loss": loss,
-                    "gradient_norm": norm,
-                    "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-                    "skipped_steps": pl_module.skipped_steps,
+                    **values,
+                    **rates,
+                    "skipped_steps": module.skipped_steps,
                     **({} if scaler is None else {"loss_scale": scaler.get_scale()}),
-                    **self._speed(pl_module),
-                    **{
-                        f"loss@{(k + 0.5) / LOSS_BINS:.2f}": totals[k] / counts[k]
-                        for k in range(LOSS_BINS)
-                        if counts[k] > 0
-                    },
+                    **self._speed(module),
+                    **by_time,
                 },
             )
 
-    def _speed(self, method: Method) -> dict[str, float]:
+    def _speed(self, module: TrainedModule) -> dict[str, float]:
         step = (time.perf_counter() - self._since) / self._steps
-        images = method.clock.batch / step
+        images = module.clock.batch / step
         parts = {
-            f"seconds/{name}": round(seconds / self._steps, 6) for name, seconds in method.stopwatch.read().items()
+            f"seconds/{name}": round(seconds / self._steps, 6) for name, seconds in module.stopwatch.read().items()
         }
         speed = {"images_per_second": round(images, 1), "seconds_per_step": round(step, 6), **parts}
-        if method.flops is not None:
-            speed["tflops"] = round(TRAINING * method.flops * images / 1e12, 4)
+        if module.flops is not None:
+            speed["tflops"] = round(TRAINING * module.flops * images / 1e12, 4)
         speed["memory_gb"] = round(resident_memory() / 1e9, 3)
-        if method.device.type == "cuda":
-            speed["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(method.device) / 1e9, 3)
+        if module.device.type == "cuda":
+            speed["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(module.device) / 1e9, 3)
         return speed
 
 

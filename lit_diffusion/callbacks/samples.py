@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_diffusion import samplers
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
 from lit_diffusion.clock import Cadence
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.datamodule import DataModule
+from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.failures import Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.gathering import shares_of_all
+from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.run import print_note, run_logger_of
 from lit_diffusion.samplers.base import Progress, Strays
-from lit_diffusion.sampling import DivergedError, Share, generate_in_batches
 
 FILM_ROWS = 16
 """A film strip has at most so many rows, evenly spaced over the levels."""
@@ -47,11 +50,16 @@ class _Film:
         else:
             self.frames.append((progress.t, frame))
 
-    def rows(self, end: Tensor) -> list[Tensor]:
-        """At most ``FILM_ROWS`` frames, the last of them the finished samples."""
+    def rows(self, end: Tensor, decode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """At most ``FILM_ROWS`` frames, the last of them the finished samples.
+
+        Args:
+            end: the finished samples.
+            decode: from the space that is diffused, where the frames are, to data.
+        """
         frames = [frame for _, frame in self.frames]
         keep = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FILM_ROWS - 1)).round().astype(int))
-        return [*(frames[k] for k in keep), end[: self.columns].detach().float().cpu()]
+        return [*(decode(frames[k]).float().cpu() for k in keep), end[: self.columns].detach().float().cpu()]
 
 
 def in_their_order(shares: Sequence[Tensor]) -> Tensor:
@@ -121,24 +129,31 @@ class Samples(Drawing):
         try:
             with averages_of(trainer).applied(method, weights):
                 made = generate_in_batches(
-                    method, share, self.seed, each, show_progress=False, on_step=film if self.film_columns else None
+                    method,
+                    share,
+                    self.seed,
+                    each,
+                    show_progress=False,
+                    on_step=film if self.film_columns else None,
+                    say=print_note,
                 )
-                x = torch.cat([x for _, x in made])
+                (drawn,) = made  # One batch on each process.
+                rows = film.rows(drawn.x, partial(self._decoded, method, share.indices[: film.columns]))
         except DivergedError as error:
             print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
             run.fail(self.name, [Failure.of(error)], said=True)
             return
-        shares = shares_of_all((x, film.rows(x)))
+        shares = shares_of_all((drawn.x, rows))
         if not trainer.is_global_zero:
             return
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
         values: dict[str, Any] = {
             "weights": weights,
             "seed": self.seed,
-            "network_evaluations": method.sampler.evaluations,
+            "network_evaluations": drawn.evaluations,
         }
-        if method.sampler.strays.count:
-            values["strays"] = asdict(method.sampler.strays)
+        if drawn.strays.count:
+            values["strays"] = asdict(drawn.strays)
         x = in_their_order([x for x, _ in shares])
         self.last = run.picture("samples", image_grid(to_uint8(x, facts)), caption, values)
         if self.film_columns:
@@ -146,6 +161,12 @@ class Samples(Drawing):
             height = min(len(rows) for _, rows in shares)
             strip = torch.cat([in_their_order([rows[k - height] for _, rows in shares]) for k in range(height)])
             run.picture("film", image_grid(to_uint8(strip, facts), self.film_columns), caption, values)
+
+    @torch.no_grad()
+    def _decoded(self, method: Method, indices: Tensor, z: Tensor) -> Tensor:
+        """States of samples ``indices`` as data, decoded as the finished ones are."""
+        noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape).stream("decode")
+        return method.decode(z.to(method.device), noise, method.condition(indices))
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the model the weights that its samples are made with."""
@@ -164,7 +185,7 @@ class Samples(Drawing):
     ) -> None:
         """Keep which its samples are, and how far they went astray."""
         assert isinstance(pl_module, Method)
-        self._farthest.append(pl_module.sampler.farthest.cpu())
+        self._farthest.append(outputs.farthest.cpu())
         self._numbers.append(batch.cpu())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,7 +200,7 @@ class Samples(Drawing):
         """Bring the samples of all processes together, in their order, as ``samples/predict.npz``."""
         assert isinstance(pl_module, Method)
         facts, run = pl_module.require_facts(), run_logger_of(trainer)
-        made = [x.cpu() for x in trainer.predict_loop.predictions if isinstance(x, Tensor)]
+        made = [made.x.cpu() for made in trainer.predict_loop.predictions if isinstance(made, samplers.Samples)]
         mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
         farthest = torch.cat([torch.zeros(0), *self._farthest])
         numbers = torch.cat([torch.zeros(0, dtype=torch.int64), *self._numbers])

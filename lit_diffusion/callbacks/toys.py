@@ -16,8 +16,8 @@ from torch import Tensor
 from lit_diffusion.callbacks.checkpoint import save_before_drawing
 from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.callbacks.noise_levels import known_mixture, score_error
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.figures import field_panel, new_figure, points_panel, render
 from lit_diffusion.methods.base import Method
@@ -210,7 +210,7 @@ class ModeWeights(_AtEnd):
             points_panel(axes[row, 0], data.numpy(), f"data: {values['data']:.3f} in the first mode", limits)
             for column, (walk_name, sampler) in enumerate(columns, start=1):
                 walk_noise = SampleNoise(1, torch.arange(self.count, device=method.device), (2,))
-                x = sampler.sample(denoiser, walk_noise).cpu()
+                x = sampler.sample(denoiser, walk_noise).x.cpu()
                 share = values[f"{score_name}_{walk_name}"] = self._first_mode(mixture, x)
                 title = f"{walk_name} with the {score_name} score: {share:.3f}"
                 points_panel(axes[row, column], x.numpy(), title, limits)

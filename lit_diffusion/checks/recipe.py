@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
@@ -23,13 +24,13 @@ from lit_diffusion.callbacks.ema import choose_average
 from lit_diffusion.checks import Finding, first_line, in_bytes, machine, note, ok, problem, warning
 from lit_diffusion.cli import CLI
 from lit_diffusion.cli import main as run_cli
-from lit_diffusion.clock import Cadence, in_images
+from lit_diffusion.clock import Cadence
 from lit_diffusion.data.facts import in_brief
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
-from lit_diffusion.metrics.features import default_extractor, load_extractor
-from lit_diffusion.metrics.scores import bias_caveat, choose_metrics, left_out_line, metrics_left_out
+from lit_diffusion.metrics.choice import left_out_line
+from lit_diffusion.metrics.reference import RealData
 from lit_diffusion.metrics.weights import WEIGHTS
 from lit_diffusion.precision import precision_name
 from lit_diffusion.processes import VE
@@ -266,12 +267,12 @@ def prior_mismatch(recipe: Recipe) -> Iterator[Finding]:
     process = recipe.method.denoiser.process
     if isinstance(process, VE):
         return
-    end = process.level(torch.ones(1, dtype=torch.float64))
+    end = process.level(torch.tensor([process.t_max], dtype=torch.float64))
     alpha, ratio = float(end.alpha), (float(end.sigma) / process.prior_std) ** 2
     power = float(recipe.first.double().square().mean()) / process.prior_std**2
     # Of N(alpha x, sigma^2) from N(0, prior^2), averaged over the data.
     gap = 0.5 * (alpha**2 * power + ratio - 1.0 - math.log(ratio)) / math.log(2.0)
-    said = f"at t = 1 the data weigh alpha = {alpha:.2g}, {gap:.2g} bits a dimension from the prior"
+    said = f"at t = {process.t_max:g} the data weigh alpha = {alpha:.2g}, {gap:.2g} bits a dimension from the prior"
     if gap > PRIOR_GAP:
         yield warning(
             f"{said}: samples start from noise that training never saw",
@@ -339,7 +340,7 @@ def averages(recipe: Recipe) -> Iterator[Finding]:
 
 def warmup(recipe: Recipe) -> Iterator[Finding]:
     """The warm-up of the learning rate against the run."""
-    images = in_images("model", "warmup", *recipe.method.warmup, batch=recipe.batch)
+    images = max(recipe.method.warmup_of(name, recipe.batch) for name in recipe.method.trained())
     if recipe.length is None or images == 0:
         return
     said = f"the learning rate warms up over {images:,} of {recipe.length:,} images"
@@ -451,35 +452,28 @@ def likelihoods(recipe: Recipe) -> Iterator[Finding]:
 
 def evaluation(recipe: Recipe) -> Iterator[Finding]:
     """Whether the figures that are asked for can be had."""
-    evaluator, method, facts = recipe.callback(Evaluator), recipe.method, recipe.data.facts
+    evaluator = recipe.callback(Evaluator)
     if evaluator.metrics == [] or evaluator.cadence == Cadence():
         yield note("no figures of samples while training", "set eval.every_n_images")
         return
-    (evaluator.sampler or method.sampler).check(method.denoiser)
-    choose_average(recipe.half_lives, recipe.callback(EMA).kept(evaluator.weights))
-    shape = tuple(facts.shape)
-    name = default_extractor(shape) if evaluator.extractor == "auto" else evaluator.extractor
-    extractor = load_extractor(name, shape, evaluator.weights_path)  # Checks the file's sha256 as well.
+    averages = recipe.callback(EMA)
+    averages.setup(recipe.trainer, recipe.method, "fit")  # Turns steps into images.
+    found, choice = evaluator.check(recipe.method, recipe.data, averages, "fit")  # And the weights' sha256.
+    name, real = found.extractor.name, found.data.reference
     if name in WEIGHTS:
-        yield ok(f"weights of {name} are here, sha256 {extractor.sha256[:16]}...")
-    train = evaluator.reference == "train"
-    real = len(recipe.data.train_indices if train else recipe.data.held_out_indices)
-    if real < 2:
-        raise UserError(f"eval.reference {evaluator.reference}: there are {real} such data; hold out more")
-    count = 500 if evaluator.samples == "auto" else evaluator.samples
-    given = (evaluator.metrics, extractor, count, real, evaluator.options)
-    chosen = choose_metrics(*given, training_count=len(recipe.data.train_indices))
-    if evaluator.keep and evaluator.best not in chosen:
-        raise UserError(f"eval.best is {evaluator.best!r}, which is not among the metrics here: {', '.join(chosen)}")
+        yield ok(f"weights of {name} are here, sha256 {found.extractor.sha256[:16]}...")
     if evaluator.samples == "auto":
         yield note("eval.samples auto: the count is found at the first evaluation", "give a number to compare runs")
-    elif caveat := bias_caveat(extractor, count):
-        yield note(caveat, f"raise eval.samples to {extractor.dimension} at least")
-    if left_out := metrics_left_out(*given, training_count=len(recipe.data.train_indices)):
-        yield note(f"left out: {left_out_line(left_out)}")
-    if real < extractor.dimension:
-        yield note(f"{real} real data are fewer than the {extractor.dimension} dimensions of features of {name}")
-    yield ok(f"{', '.join(chosen)} of {evaluator.samples} samples in features of {name}, against {real} data")
+    else:
+        for caveat in choice.caveats:
+            yield note(caveat, "raise eval.samples")
+    if choice.left_out:
+        yield note(f"left out: {left_out_line(choice.left_out)}")
+    assert isinstance(real, RealData)
+    if real.count < (dimension := found.extractor.dimension):
+        yield note(f"{real.count} real data are fewer than the {dimension} dimensions of features of {name}")
+    measured = f"{', '.join(choice.metrics)} of {evaluator.samples} samples in features of {name}"
+    yield ok(f"{measured}, against {real.count} data")
 
 
 # ---- what it runs on ---------------------------------------------------------------------------------------------
@@ -518,11 +512,11 @@ def compiling(recipe: Recipe) -> Iterator[Finding]:
         yield ok("trainer.compile finds a compiler")
 
 
-def states_of(method: Method) -> int:
-    """Numbers that the optimiser keeps for each weight: 2 of Adam; found by a step on a tiny parameter."""
+def states_of(make_optimizer: OptimizerCallable) -> int:
+    """Numbers that an optimiser keeps for each weight: 2 of Adam; found by a step on a tiny parameter."""
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
-    optimizer = method.make_optimizer([weight])
+    optimizer = make_optimizer([weight])
     optimizer.step()
     return sum(
         1 for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.shape == weight.shape
@@ -530,12 +524,16 @@ def states_of(method: Method) -> int:
 
 
 def sizes(recipe: Recipe) -> tuple[int, int, int]:
-    """Parameters of the backbone; bytes of a checkpoint; bytes in training, but for activations."""
-    parameters = list(recipe.method.denoiser.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    kept = 1 + states_of(recipe.method) + len(recipe.half_lives)
-    # Besides what is kept: gradients, and the raw weights while a picture has an average.
-    return sum(p.numel() for p in parameters), kept * weights, (kept + 2) * weights
+    """Parameters that are trained; bytes of a checkpoint; bytes in training, but for activations."""
+    parameters = checkpoint = training = 0
+    for name, network in recipe.method.trained().items():
+        weights = sum(p.numel() * p.element_size() for p in network.parameters())
+        kept = 1 + states_of(recipe.method.optimizer_of(name)) + len(recipe.half_lives)
+        parameters += sum(p.numel() for p in network.parameters())
+        checkpoint += kept * weights
+        # Besides what is kept: gradients, and the raw weights while a picture has an average.
+        training += (kept + 2) * weights
+    return parameters, checkpoint, training
 
 
 def memory(recipe: Recipe) -> Iterator[Finding]:

@@ -6,9 +6,9 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,25 +20,21 @@ from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.data.as_given import classes_as_given, images_as_given
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, meant, require_choice
+from lit_diffusion.evaluation import Evaluation, RealSets
+from lit_diffusion.evaluation.measure import Batch
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
-from lit_diffusion.metrics.features import (
+from lit_diffusion.metrics.base import ScoreOptions
+from lit_diffusion.metrics.catalogue import CATALOGUE, default_metrics
+from lit_diffusion.metrics.choice import Choice, left_out_line
+from lit_diffusion.metrics.extractors import (
     CLIP,
     Extractor,
     default_extractor,
     load_extractor,
 )
-from lit_diffusion.metrics.reference import RealData, Reference, reference_of, reference_of_moments
-from lit_diffusion.metrics.scores import (
-    MetricName,
-    Result,
-    ScoreOptions,
-    Scores,
-    bias_caveat,
-    choose_metrics,
-    left_out_line,
-    metrics_left_out,
-)
+from lit_diffusion.metrics.reference import RealData, Reference, reference_of_moments
+from lit_diffusion.metrics.scores import Result
 from lit_diffusion.parser import Parser, users_own_errors
 from lit_diffusion.run import print_note
 
@@ -65,9 +61,8 @@ def _parser() -> Parser:
         "--metrics",
         type=str | None,
         default=None,
-        help=f"With commas: {','.join(get_args(MetricName))}. Default: all that fit, without fid_infinity and "
-        "clip_score. Of features that are not Inception's, the Frechet distance is named fd/..., the kernel distance "
-        "kd/....",
+        help=f"With commas: {','.join(CATALOGUE)}. Default: of {','.join(default_metrics())} all that fit. Of features "
+        "that are not Inception's, the Frechet distance is named fd/..., the kernel distance kd/....",
     )
     parser.add_argument(
         "--extractor",
@@ -118,36 +113,41 @@ def main(arguments: Sequence[str]) -> None:
         clip = CLIP(options.clip_weights_path)
         clip.to(device)
     reference, real_classes = _reference(options.reference, samples.shape, extractor)
-    has_features = len(reference.features) > 0
-    given = (extractor, samples.count, len(reference.features), score_options, has_features, captions is not None)
-    chosen = choose_metrics(wanted, *given)
-    left_out = metrics_left_out(wanted, *given)
-    scores = Scores(chosen, extractor, reference, samples.shape, score_options, clip=clip, left_out=left_out)
+    evaluation = Evaluation(
+        RealSets(reference, samples.shape), extractor, wanted, score_options, clip=clip, say=print_note
+    )
+    choice = evaluation.choose(samples.count, has_captions=captions is not None)
     brightest = 0
-    for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
-        words = None if captions is None else [captions[i] for i in part.tolist()]
-        images = samples.values(part)
-        brightest = max(brightest, int(images.max()))
-        scores.update(images, part, words)
-    result = scores.compute(samples.count)
+
+    def batches() -> Iterator[Batch]:
+        nonlocal brightest
+        for part in tqdm(torch.arange(samples.count).split(options.batch_size), desc="samples", unit=" batches"):
+            words = None if captions is None else [captions[i] for i in part.tolist()]
+            images = samples.values(part)
+            brightest = max(brightest, int(images.max()))
+            yield part, images, words
+
+    result = evaluation.of_batches(
+        batches(), samples.count, device, has_captions=captions is not None, show_progress=True
+    )
     result.protocol.update(
         samples=str(options.samples), samples_fingerprint=samples.record["fingerprint"], stage="evaluate"
     )
-    if "memorisation" in chosen:
+    if "memorisation" in choice.metrics:
         result.protocol["memorisation_split"] = "the reference as given, whatever the model was trained on"
-    caveat = _caveat(samples, brightest, reference)
+    caveat = _caveat(samples, brightest, reference.record)
     if caveat := caveat or other_shares(classes_as_given(options.samples, source), real_classes):
         result.protocol["caveat"] = caveat
-    _print(result, extractor, samples.count)
+    _print(result, choice, samples.count)
     if out is not None:
         with atomic_write(out) as file:
             file.write((json.dumps(as_plain(result), indent=1) + "\n").encode())
         sys.stdout.write(f"wrote {out}\n")
 
 
-def _caveat(samples: RealData, brightest: int, reference: Reference) -> str | None:
+def _caveat(samples: RealData, brightest: int, reference: dict[str, Any]) -> str | None:
     """What makes all the figures worth less than they look."""
-    if samples.record["fingerprint"] == reference.record.get("fingerprint"):
+    if samples.record["fingerprint"] == reference.get("fingerprint"):
         return "the samples are the reference itself, so these figures are of no model"
     if 0 < brightest < DARK:
         return (
@@ -169,13 +169,13 @@ def as_plain(result: Result) -> dict[str, Any]:
     }
 
 
-def _metrics(given: str) -> list[MetricName]:
+def _metrics(given: str) -> list[str]:
     names = [name.strip() for name in given.strip("[]").split(",") if name.strip()]
     for name in names:
-        require_choice("", "--metrics", name, get_args(MetricName))
+        require_choice("", "--metrics", name, CATALOGUE)
     if not names:
         raise UserError("--metrics is empty; name one, e.g. --metrics fid,precision,recall")
-    return cast("list[MetricName]", names)
+    return names
 
 
 def _captions(path: Path, count: int) -> list[str]:
@@ -215,7 +215,9 @@ def other_shares(samples: Sequence[str] | None, real: Sequence[str] | None) -> s
     )
 
 
-def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> tuple[Reference, list[str] | None]:
+def _reference(
+    given: str, shape: tuple[int, ...], extractor: Extractor
+) -> tuple[RealData | Reference, list[str] | None]:
     """Of images, of moments, or of a data source; and the classes of its images, where they are known.
 
     Raises:
@@ -240,8 +242,7 @@ def _reference(given: str, shape: tuple[int, ...], extractor: Extractor) -> tupl
         )
     extractor.require_fit(tuple(source.shape))
     _say_notes(source)
-    real = RealData.of(source, torch.arange(len(source)), "all")
-    return reference_of(real, extractor, show_progress=True, say=print_note), classes_as_given(path, source)
+    return RealData.of(source, torch.arange(len(source)), "all"), classes_as_given(path, source)
 
 
 def _say_notes(source: Source) -> None:
@@ -273,7 +274,7 @@ def _source(name: str) -> Source:
     return found
 
 
-def _print(result: Result, extractor: Extractor, count: int) -> None:
+def _print(result: Result, choice: Choice, count: int) -> None:
     protocol = result.protocol
     sys.stdout.write(
         f"{count} samples against {protocol['n_real'] or 'the moments'} of {protocol['reference_source']}, "
@@ -292,6 +293,5 @@ def _print(result: Result, extractor: Extractor, count: int) -> None:
         sys.stdout.write(f"  note: {protocol['caveat']}\n")
     if result.flagged:
         sys.stdout.write("  note: many samples are copies of reference images (near_copies)\n")
-    caveat = bias_caveat(extractor, count) if any(name.startswith(("fid", "fd/")) for name in result.values) else None
-    if caveat is not None:
+    for caveat in choice.caveats:
         sys.stdout.write(f"  note: {caveat}\n")

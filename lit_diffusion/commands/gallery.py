@@ -22,8 +22,8 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.formats import FORMAT_VERSION
 from lit_diffusion.images import about_shown, as_shown, png_bytes
+from lit_diffusion.metrics.protocol import differing_keys
 from lit_diffusion.parser import Parser
-from lit_diffusion.protocol import differing_keys
 from lit_diffusion.run import print_note
 from lit_diffusion.yaml_files import read_yaml
 

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.checkpoints import build_datamodule
 from lit_diffusion.commands.options import (
     add_model_options,
@@ -19,6 +18,7 @@ from lit_diffusion.commands.options import (
     require_positive,
 )
 from lit_diffusion.commands.outputs import RULE, output_path
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
 from lit_diffusion.interpolation import interpolate
@@ -79,16 +79,19 @@ def main(arguments: Sequence[str]) -> None:
     if options.between == "samples":
         noise = SampleNoise(options.seed, torch.arange(2 * pairs, device=method.device), method.sample_shape)
         both = sampler.start(method.denoiser.process, noise)
-        made = interpolate(method, both[:pairs], both[pairs:], options.columns, sampler, cond)
+        found = interpolate(method, both[:pairs], both[pairs:], options.columns, sampler, cond)
+        made = found.x
     else:
         x, labels = _held_out(method, 2 * pairs, options.label)
         parts = slice(0, pairs), slice(pairs, 2 * pairs)
         conds = [None if labels is None else Condition(label=labels[part]) for part in parts]
+        noise = SampleNoise(options.seed, torch.arange(2 * pairs, device=method.device), tuple(x.shape[1:]))
+        z = method.encode(x, noise.stream("encode")).z
         first, second = (
-            sampler.encode(method.denoiser, method.encode(x[part])[0], of_part)
-            for part, of_part in zip(parts, conds, strict=True)
+            sampler.encode(method.denoiser, z[part], of_part).x for part, of_part in zip(parts, conds, strict=True)
         )
-        made = interpolate(method, first, second, options.columns, sampler, *conds)
+        found = interpolate(method, first, second, options.columns, sampler, *conds)
+        made = found.x
         error = (torch.cat((made[:, 0], made[:, -1])) - x).square().mean().sqrt()
         made = torch.cat((x[:pairs, None], made, x[pairs:, None]), dim=1)
         sys.stdout.write(
@@ -97,9 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     if not torch.isfinite(made).all():
         raise UserError("the walk diverged (NaN or infinity): use other weights")
     save_png(image_grid(to_uint8(made.flatten(0, 1), facts), made.shape[1]), out)
-    sys.stdout.write(
-        f"wrote {pairs} rows of {made.shape[1]} images to {out} ({sampler.evaluations} evaluations each)\n"
-    )
+    sys.stdout.write(f"wrote {pairs} rows of {made.shape[1]} images to {out} ({found.evaluations} evaluations each)\n")
     if shown := about_shown(facts.shape[0]):
         sys.stdout.write(f"note: {shown}\n")
 

@@ -11,7 +11,6 @@ from jsonargparse import Namespace
 
 from lit_diffusion import threads
 from lit_diffusion.checkpoints import load
-from lit_diffusion.cuda_graphs import RecordedBackbone
 from lit_diffusion.errors import UserError, nearest
 from lit_diffusion.methods.base import Method
 from lit_diffusion.parser import Parser, users_own_errors
@@ -73,13 +72,15 @@ def load_model(options: Namespace) -> Method:
     """
     use_threads(options)
     method = load(options.ckpt_path, options.weights, choose_device(options.device))
-    method.denoiser.autocast_dtype = autocast_dtype(options.precision)
-    if options.compile:
-        method.denoiser.compile_backbone(getattr(options, "batch_size", None))
-    if options.cuda_graphs:
-        if method.device.type != "cuda":
-            raise UserError(f"--cuda_graphs needs a CUDA device, and the model is on {method.device}; leave it out")
-        method.denoiser.recorded = RecordedBackbone(method.denoiser.backbone)
+    if options.cuda_graphs and method.device.type != "cuda":
+        raise UserError(f"--cuda_graphs needs a CUDA device, and the model is on {method.device}; leave it out")
+    for network in method.networks():
+        network.run_as(
+            autocast_dtype(options.precision),
+            compiled=options.compile,
+            rows=getattr(options, "batch_size", None),
+            cuda_graphs=options.cuda_graphs,
+        )
     return method
 
 

@@ -18,8 +18,8 @@ from lit_diffusion import __version__
 from lit_diffusion.commands.outputs import output_path, require_reports_folder
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
+from lit_diffusion.metrics.protocol import differing_keys
 from lit_diffusion.parser import Parser
-from lit_diffusion.protocol import differing_keys
 from lit_diffusion.reporting import (
     Event,
     Panel,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from lit_diffusion.data.dataset_json import DATASET_JSON, labels_text
 from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.files import atomic_write, write_set
 from lit_diffusion.images import about_shown, image_grid, png_bytes, save_png, to_uint8
 from lit_diffusion.parser import Parser
+from lit_diffusion.run import print_note
 from lit_diffusion.samplers.base import in_words
-from lit_diffusion.sampling import generate_in_batches
 
 ENDINGS = (".npz", ".png")
 
@@ -86,11 +87,25 @@ def main(arguments: Sequence[str]) -> None:
     cond = method.condition_by_counts(indices, options.seed, counts, options.label)
     labels = None if cond is None else cond.label
     sampler = choose_sampler(method.sampler, name, keys)
-    batches = generate_in_batches(
-        method, indices, options.seed, options.batch_size, sampler, options.label, class_counts=counts
-    )
+    evaluations = 0
+
+    def drawn() -> Iterator[Tensor]:
+        nonlocal evaluations
+        for batch in generate_in_batches(
+            method,
+            indices,
+            options.seed,
+            options.batch_size,
+            sampler,
+            options.label,
+            class_counts=counts,
+            say=print_note,
+        ):
+            evaluations = max(evaluations, batch.evaluations)
+            yield batch.x
+
     if facts.is_image:
-        images = np.concatenate([to_uint8(x, facts) for _, x in batches])
+        images = np.concatenate([to_uint8(x, facts) for x in drawn()])
         about = {
             **{key: options[key] for key in ("ckpt_path", "weights", "seed", "label")},
             "images_seen": method.clock.images,
@@ -99,8 +114,8 @@ def main(arguments: Sequence[str]) -> None:
         }
         write_images(images, out, about, labels, facts.class_names)
     else:
-        write_points(torch.cat([x for _, x in batches]).numpy(), out, facts, labels)
-    sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({sampler.evaluations} network evaluations each)\n")
+        write_points(torch.cat(list(drawn())).numpy(), out, facts, labels)
+    sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({evaluations} network evaluations each)\n")
     if labels is not None:
         said = "all classes in turn" if counts is None else "as often as in the training data"
         if options.label is not None:

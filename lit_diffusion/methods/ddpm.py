@@ -9,7 +9,7 @@ from the reverse chain (algorithm 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingLoss, DiffusionObjective
+from lit_diffusion.objectives import DiffusionObjective, Loss
 from lit_diffusion.objectives.diffusion import LevelLaw, LossName
 from lit_diffusion.processes import Betas, cosine_betas, linear_betas
 from lit_diffusion.reverse import ReverseVariance
@@ -48,7 +48,7 @@ class DDPM(Method):
         time_law: ``levels`` draws all levels alike, ``second_moment`` those with the larger losses more often;
             held-out losses are of all levels alike.
         sampler: default sampler, null for ancestral sampling on all levels with this variance.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(
@@ -80,7 +80,6 @@ class DDPM(Method):
         )
         self.objective = objective
         self.reverse_variance = variance
-        self.learns_from_losses = time_law == "second_moment"
 
     @classmethod
     def resolve_auto(cls, init_args: dict[str, Any], data: DataModule, say: Callable[[str], None]) -> dict[str, Any]:
@@ -91,17 +90,15 @@ class DDPM(Method):
             found["backbone.init_args.out_channels"] = 2 * data.facts.shape[0]
         return found
 
-    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+    def loss(self, batch: Batch, seed: int) -> Loss:
         """The chosen loss of each image at a level of its own."""
-        facts = self.require_facts()
-        return self.objective(self.denoiser, batch.x, seed, batch.index, facts.grey_levels, batch.cond)
+        return self.objective(self.denoiser, batch.x, seed, batch.index, self.grey_levels, batch.cond)
 
-    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> DenoisingLoss:
+    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The same at given times, which are those of the grid's levels, and noise."""
         level = self.denoiser.process.level_index(t)
-        facts = self.require_facts()
-        return self.objective.at(self.denoiser, batch.x, level, eps, facts.grey_levels, batch.cond)
+        return self.objective.at(self.denoiser, batch.x, level, eps, self.grey_levels, batch.cond)
 
-    def learn_from(self, t: Tensor, loss: Tensor) -> None:
+    def after_step(self, kept: Mapping[str, Tensor]) -> None:
         """Let the law of the levels learn from the losses of the step that was made."""
-        self.objective.remember(t, loss)
+        self.objective.remember(**kept)

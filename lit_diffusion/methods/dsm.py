@@ -16,7 +16,7 @@ from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import NetworkDenoiser, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives import DenoisingScoreMatching, Loss
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import Langevin, Sampler
 
@@ -29,7 +29,7 @@ class DSM(Method):
         sigma: the noise level, in units of the normalised data.
         parametrization: what the network's output is: ``score`` (sigma times the score), ``raw_score``, ``x0``, ...
         sampler: default sampler, null for 1000 Langevin steps of eta = sigma^2 / 10 from the unit cube.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(
@@ -47,6 +47,6 @@ class DSM(Method):
         )
         self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
 
-    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+    def loss(self, batch: Batch, seed: int) -> Loss:
         """``sigma^2/2 |s + eps/sigma|^2`` of each datum."""
         return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

@@ -17,7 +17,7 @@ from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives import DenoisingScoreMatching, Loss
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import AnnealedLangevin, Sampler
 
@@ -36,7 +36,7 @@ class NCSN(Method):
         input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
         sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
         sampler: default sampler, null for annealed Langevin dynamics with the paper's constants.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(
@@ -60,6 +60,6 @@ class NCSN(Method):
         )
         self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
 
-    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+    def loss(self, batch: Batch, seed: int) -> Loss:
         """``sigma^2/2 |s + eps/sigma|^2`` of each image at a level of its own."""
         return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

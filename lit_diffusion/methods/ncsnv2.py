@@ -103,7 +103,7 @@ class NCSNv2(NCSN):
         sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
         sampler: default sampler, null for annealed Langevin dynamics with the keys above.
         optimizer: optimiser class and arguments; the paper's is Adam at 1e-4.
-        **training: warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives import DenoisingScoreMatching, Loss
 from lit_diffusion.objectives.denoising import Reduction, TimeLaw, Weight
 from lit_diffusion.processes import Process
 from lit_diffusion.samplers import PredictorCorrector, Sampler
@@ -37,7 +37,7 @@ class ScoreSDE(Method):
         weight: ``sigma2`` makes all times weigh alike, ``g2`` is the likelihood weighting.
         reduction: over the dimensions of an image: ``half_sum`` (the paper's) or ``mean``.
         sampler: default sampler, null for reverse diffusion with a Langevin corrector, 1000 steps each.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.methods.base.Method`.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(
@@ -62,6 +62,6 @@ class ScoreSDE(Method):
         self.objective = DenoisingScoreMatching(time_law, weight, reduction)
         self.objective.check(process)
 
-    def loss(self, batch: Batch, seed: int) -> DenoisingLoss:
+    def loss(self, batch: Batch, seed: int) -> Loss:
         """``lambda/2 |s + eps/sigma|^2`` of each image at a time of its own."""
         return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

@@ -1,47 +1,51 @@
 """How good generated data are: distances, scores and shares, each with the protocol that it was made by.
 
-Free of Lightning: :class:`Scores` is all that the evaluating callback and the command ``evaluate`` use.
+Free of Lightning. :mod:`lit_diffusion.metrics.catalogue` names all of them.
 """
 
+from lit_diffusion.metrics.base import Context, Pair, SampleMetric, ScoreOptions, Seen, Subject, Value
 from lit_diffusion.metrics.bootstrap import bootstrap_interval
+from lit_diffusion.metrics.choice import Choice, choose_metrics
 from lit_diffusion.metrics.clip_score import CLIPScore
-from lit_diffusion.metrics.features import Extractor, ExtractorName, Features, load_extractor
-from lit_diffusion.metrics.frechet import (
-    FrechetDistance,
-    Gaussian,
-    Moments,
-    frechet_distance,
-    frechet_infinity,
-    gaussian_of,
-)
+from lit_diffusion.metrics.extractors import Extractor, ExtractorName, Features, load_extractor
+from lit_diffusion.metrics.frechet import FrechetDistance, FrechetInfinity, frechet_distance, frechet_infinity
+from lit_diffusion.metrics.gaussian import Gaussian, Moments, gaussian_of
 from lit_diffusion.metrics.inception_score import InceptionScore
 from lit_diffusion.metrics.kernel import KernelDistance
 from lit_diffusion.metrics.manifolds import ManifoldMetrics
 from lit_diffusion.metrics.memorisation import Memorisation
 from lit_diffusion.metrics.neighbours import Neighbourhood
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of
-from lit_diffusion.metrics.scores import MetricName, Result, ScoreOptions, Scores
+from lit_diffusion.metrics.scores import Result, Scores
 
 __all__ = [
     "CLIPScore",
+    "Choice",
+    "Context",
     "Extractor",
     "ExtractorName",
     "Features",
     "FrechetDistance",
+    "FrechetInfinity",
     "Gaussian",
     "InceptionScore",
     "KernelDistance",
     "ManifoldMetrics",
     "Memorisation",
-    "MetricName",
     "Moments",
     "Neighbourhood",
+    "Pair",
     "RealData",
     "Reference",
     "Result",
+    "SampleMetric",
     "ScoreOptions",
     "Scores",
+    "Seen",
+    "Subject",
+    "Value",
     "bootstrap_interval",
+    "choose_metrics",
     "frechet_distance",
     "frechet_infinity",
     "gaussian_of",

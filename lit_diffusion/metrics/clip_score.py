@@ -7,35 +7,72 @@ of the embeddings of image and caption; torchmetrics' scale (the paper multiplie
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode, summed
+from lit_diffusion.metrics.base import SampleMetric, Seen, Subject, Value
+from lit_diffusion.metrics.extractors import CLIP
+from lit_diffusion.metrics.mean import Mean
 
 
-class CLIPScore(SumsMetric):
-    """Mean and standard error over pairs of an image and its caption."""
+class CLIPScore(SampleMetric):
+    """Mean and standard error over pairs of an image and its caption.
 
-    def __init__(self) -> None:
-        super().__init__(3)
+    Args:
+        captioner: embeds images and captions; None: embeddings are given to :meth:`update`.
+        extractor_too: whether it is the extractor of the features as well, which are the images' embeddings then.
+    """
+
+    def __init__(self, captioner: CLIP | None = None, extractor_too: bool = False) -> None:
+        self.captioner = captioner
+        self.extractor_too = extractor_too
+        self.mean = Mean()
+
+    @classmethod
+    def of(cls, names: Sequence[str], subject: Subject) -> Self:
+        """By the captioner."""
+        return cls(subject.captioner, subject.captioner is subject.extractor)
 
     def update(self, images: Tensor, captions: Tensor) -> None:
         """Take in embeddings of images ``[B, D]`` and of their captions ``[B, D]``."""
         cosine = torch.nn.functional.cosine_similarity(images.double(), captions.to(images.device).double(), dim=1)
-        score = (100.0 * cosine.clamp(min=0.0)).to(self.sums.device)
-        with outside_inference_mode():
-            self.sums += torch.stack((score.new_tensor(float(len(score))), score.sum(), score.square().sum()))
+        self.mean.update(100.0 * cosine.clamp(min=0.0))
+
+    def take(self, seen: Seen) -> None:
+        """Take in a batch with its captions."""
+        assert self.captioner is not None
+        assert seen.captions is not None
+        embedded = seen.features if self.extractor_too else self.captioner(seen.filled).features[: len(seen.index)]
+        self.update(embedded, self.captioner.captions(seen.captions))
+
+    def reset(self) -> None:
+        """Forget the samples."""
+        self.mean.reset()
 
     def compute(self) -> tuple[float, float]:
-        """Mean and standard error.
+        """Mean and standard error; NaN for that of a single pair.
 
         Raises:
             UserError: without a pair.
         """
-        count, total, squares = summed(self.sums).tolist()
+        mean, error, count = self.mean.compute()
         if count < 1:
             raise UserError("a CLIP score needs at least one image with a caption")
-        mean = total / count
-        variance = max(0.0, squares / count - mean**2) * count / max(count - 1.0, 1.0)
-        return mean, (variance / count) ** 0.5
+        return mean, error
+
+    def values(self, total: int) -> dict[str, Value]:
+        """The score with its standard error."""
+        score, error = self.compute()
+        if math.isnan(error):
+            return {"clip_score": Value(score, lacking={"error": "one image has no spread"})}
+        return {"clip_score": Value(score, error)}
+
+    def protocol(self, total: int) -> dict[str, Any]:
+        """The network that embeds."""
+        assert self.captioner is not None
+        return {"clip": self.captioner.model, "clip_sha256": self.captioner.sha256}

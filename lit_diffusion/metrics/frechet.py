@@ -11,91 +11,23 @@ that a line in 1/N through the distances of ever smaller parts of the samples gi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from lit_diffusion.distributed import summed
 from lit_diffusion.errors import UserError
-from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode, summed
+from lit_diffusion.metrics.base import Context, SampleMetric, ScoreOptions, Seen, Subject, Value, resampled
+from lit_diffusion.metrics.extractors import Extractor
+from lit_diffusion.metrics.gathering import RowsMetric, SumsMetric, outside_inference_mode
+from lit_diffusion.metrics.gaussian import Gaussian, Moments, gaussian_of
 
 INFINITY_GROUPS = 10
 """Of samples, whose sums are kept apart for FD-infinity; each is left out once for its error."""
 _INFINITY_PARTS = (1, 2, 5)
 """FD-infinity's line goes through the distances of all samples, of their halves and of their fifths."""
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean and covariance of features.
-
-    Attributes:
-        mean: float64 ``[D]``.
-        covariance: float64 ``[D, D]``.
-        count: of the features that they were taken of.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    count: int
-
-    @cached_property
-    def root(self) -> Tensor:
-        """The symmetric square root of the covariance."""
-        values, vectors = torch.linalg.eigh(self.covariance)
-        return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
-
-
-class Moments:
-    """Mean and covariance of features, from sums in float64 that can be added over batches and processes.
-
-    Args:
-        dimension: D of the features.
-        sums: to start from, float64 ``[1 + D + D^2]``; None: nothing.
-    """
-
-    def __init__(self, dimension: int, sums: Tensor | None = None) -> None:
-        self.sums = torch.zeros(1 + dimension + dimension**2, dtype=torch.float64) if sums is None else sums
-        """Their number, their sum and the sum of their outer products, in one tensor."""
-        self.dimension = dimension
-
-    def add(self, features: Tensor) -> None:
-        """Take in ``[N, D]``."""
-        features = features.detach().to(self.sums.device, torch.float64)
-        self.sums[0] += len(features)
-        self.sums[1 : 1 + self.dimension] += features.sum(0)
-        outer = self.sums[1 + self.dimension :].view(self.dimension, self.dimension)
-        outer.addmm_(features.T, features)
-
-    @property
-    def count(self) -> int:
-        """How many there were."""
-        return int(self.sums[0])
-
-    def gaussian(self) -> Gaussian:
-        """Mean and covariance, the latter with the divisor N - 1.
-
-        Raises:
-            UserError: for fewer than two.
-        """
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 samples, there are {self.count}")
-        mean = self.sums[1 : 1 + self.dimension] / self.sums[0]
-        outer = self.sums[1 + self.dimension :].view(self.dimension, self.dimension)
-        covariance = (outer - self.sums[0] * torch.outer(mean, mean)) / (self.sums[0] - 1.0)
-        return Gaussian(mean, covariance, self.count)
-
-
-def gaussian_of(features: Tensor) -> Gaussian:
-    """The Gaussian of features ``[N, D]``.
-
-    Raises:
-        UserError: for fewer than two.
-    """
-    moments = Moments(features.shape[1])
-    moments.add(features)
-    return moments.gaussian()
 
 
 def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
@@ -153,20 +85,25 @@ def frechet_infinity(reference: Gaussian, groups: list[Tensor]) -> tuple[float, 
     return value, error
 
 
-class FrechetDistance(SumsMetric):
-    """The Frechet distance of streamed features to a reference.
+class _FrechetSums(SumsMetric, SampleMetric):
+    """Sums of streamed features, in groups by the samples' numbers.
 
     Args:
         reference: of the real features.
-        infinity: also keep what :meth:`infinity` needs: ten times the memory, 335 MB in 2048 dimensions.
+        groups: how many; each takes 34 MB in 2048 dimensions.
     """
 
-    def __init__(self, reference: Gaussian, infinity: bool = False) -> None:
-        dimension, groups = len(reference.mean), INFINITY_GROUPS if infinity else 1
+    def __init__(self, reference: Gaussian, groups: int) -> None:
+        dimension = len(reference.mean)
         super().__init__(groups, 1 + dimension + dimension**2)
         self.reference = reference
         self.dimension = dimension
         self.groups = groups
+
+    @classmethod
+    def unfit(cls, name: str, context: Context) -> str | None:
+        """Too few samples for a covariance."""
+        return f"it needs at least 2 samples, there are {context.count}" if context.count < 2 else None
 
     def update(self, features: Tensor, index: Tensor) -> None:
         """Take in the features ``[B, D]`` of samples number ``index`` ``[B]``."""
@@ -174,6 +111,50 @@ class FrechetDistance(SumsMetric):
             group = index.to(features.device) % self.groups
             for k in range(self.groups):
                 Moments(self.dimension, self.sums[k]).add(features[group == k])
+
+    def take(self, seen: Seen) -> None:
+        """Take in a batch."""
+        self.update(seen.features.to(self.sums.device), seen.index)
+
+    def place(self, device: torch.device) -> None:
+        """Compute on a device that has float64; MPS has not."""
+        self.to(device if device.type == "cuda" else "cpu")
+
+
+class FrechetDistance(_FrechetSums):
+    """The Frechet distance of streamed features to a reference, ``d^2`` above.
+
+    Args:
+        reference: of the real features.
+        options: of the metrics; where they ask for intervals, the features are kept.
+    """
+
+    def __init__(self, reference: Gaussian, options: ScoreOptions | None = None) -> None:
+        super().__init__(reference, groups=1)
+        self.options = options or ScoreOptions()
+        self.kept = RowsMetric() if self.options.bootstrap else None
+
+    @classmethod
+    def of(cls, names: Sequence[str], subject: Subject) -> Self:
+        """Against the reference."""
+        return cls(subject.reference.gaussian, subject.options)
+
+    @classmethod
+    def caveat(cls, context: Context) -> str | None:
+        """Said of fewer samples than dimensions."""
+        return bias_caveat(context.extractor, context.count)
+
+    def take(self, seen: Seen) -> None:
+        """Take in a batch."""
+        super().take(seen)
+        if self.kept is not None:
+            self.kept.update(seen.features, seen.index)
+
+    def reset(self) -> None:
+        """Forget the samples."""
+        super().reset()
+        if self.kept is not None:
+            self.kept.reset()
 
     def compute(self) -> float:
         """Of the samples of all processes.
@@ -184,10 +165,59 @@ class FrechetDistance(SumsMetric):
         sums = summed(self.sums.sum(0)).cpu()
         return frechet_distance(self.reference, Moments(self.dimension, sums).gaussian())
 
-    def infinity(self) -> tuple[float, float]:
-        """:func:`frechet_infinity` of the samples of all processes; all of them call it.
+    def values(self, total: int) -> dict[str, Value]:
+        """The distance, with an interval over resampled samples."""
+        value, interval = self.compute(), None
+        if self.kept is not None:
+            rows = self.kept.compute()
+            interval = resampled(
+                lambda chosen: frechet_distance(self.reference, gaussian_of(rows[chosen])), len(rows), self.options
+            )
+        return {"fid": Value(value, interval=interval)}
+
+
+class FrechetInfinity(_FrechetSums):
+    """:func:`frechet_infinity` of streamed features.
+
+    Args:
+        reference: of the real features.
+    """
+
+    def __init__(self, reference: Gaussian) -> None:
+        super().__init__(reference, INFINITY_GROUPS)
+
+    @classmethod
+    def of(cls, names: Sequence[str], subject: Subject) -> Self:
+        """Against the reference."""
+        return cls(subject.reference.gaussian)
+
+    @classmethod
+    def unfit(cls, name: str, context: Context) -> str | None:
+        """Too few samples for the smallest part."""
+        try:
+            require_enough_for_infinity(context.count, context.extractor.dimension)
+        except UserError as error:
+            return super().unfit(name, context) or str(error)
+        return None
+
+    def compute(self) -> tuple[float, float]:
+        """The distance and its standard error, of the samples of all processes.
 
         Raises:
             UserError: for too few samples.
         """
         return frechet_infinity(self.reference, list(summed(self.sums).cpu()))
+
+    def values(self, total: int) -> dict[str, Value]:
+        """The distance with its standard error."""
+        return {"fid_infinity": Value(*self.compute())}
+
+
+def bias_caveat(extractor: Extractor, count: int) -> str | None:
+    """What to say of a Frechet distance of so few samples; None where there are enough."""
+    if count >= extractor.dimension:
+        return None
+    return (
+        f"{count} samples are fewer than the {extractor.dimension} dimensions of {extractor.name}'s features: the "
+        f"Frechet distance is biased upward and compares only with others of {count}; its name says the number"
+    )

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_diffusion.failures import agree
+from lit_diffusion.distributed import gathered
 
 
 @contextmanager
@@ -24,55 +23,6 @@ def outside_inference_mode() -> Iterator[None]:
     """Where states are made or changed: a tensor made in inference mode cannot be added to outside it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def many_processes() -> bool:
-    """Whether there are others to gather from."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _carrier() -> torch.device:
-    """The device that the processes' tensors travel on."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def summed(values: Tensor) -> Tensor:
-    """Added up over the processes; a copy."""
-    total = values.detach().clone()
-    if not many_processes():
-        return total
-    agree()
-    total = total.to(_carrier())
-    dist.all_reduce(total)
-    return total.to(values.device)
-
-
-def shares_of_all(mine: Any) -> list[Any]:
-    """What each process has, in the processes' order; anything that can be pickled, and all processes come."""
-    if not many_processes():
-        return [mine]
-    agree()
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return shares
-
-
-def gathered(rows: Tensor) -> Tensor:
-    """The rows ``[n, D]`` of all processes, in the processes' order, on the CPU; each may hold any number of them."""
-    if not many_processes():
-        return rows.cpu()
-    agree()
-    device = _carrier()
-    size = torch.tensor(rows.shape, device=device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    counts = [int(s[0]) for s in sizes]
-    width = max(int(s[1]) for s in sizes)  # A process without rows does not know their width.
-    padded = torch.zeros(max(counts), width, dtype=rows.dtype, device=device)
-    padded[: len(rows)] = rows.reshape(len(rows), width).to(device)
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
 
 
 class SumsMetric(Metric):
@@ -116,6 +66,9 @@ class RowsMetric(Metric):
         self.add_state("rows", [], dist_reduce_fx=None)
         self.add_state("indices", [], dist_reduce_fx=None)
 
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        return self  # The rows stay on the CPU.
+
     def update(self, rows: Tensor, index: Tensor) -> None:
         """Take in ``[B, D]`` of samples number ``index`` ``[B]``."""
         if len(rows) != len(index):
@@ -135,3 +88,7 @@ class RowsMetric(Metric):
         if len(order.unique()) != len(order):
             raise ValueError("two samples have one number; each must be counted once")
         return rows[order.argsort()]
+
+    def compute(self) -> Any:
+        """The rows; a metric of them computes something of its own."""
+        return self.all_rows()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError
+from lit_diffusion.metrics.base import Context, SampleMetric, ScoreOptions, Seen, Subject, Value, resampled
 from lit_diffusion.metrics.gathering import RowsMetric
 
 
@@ -31,7 +34,7 @@ def scores_of_parts(logits: Tensor, parts: int) -> list[float]:
     return [inception_score(logits[start:end]) for start, end in itertools.pairwise(ends)]
 
 
-class InceptionScore(RowsMetric):
+class InceptionScore(RowsMetric, SampleMetric):
     """Mean and standard deviation over the parts, of logits ``[B, K]`` a batch.
 
     The deviation has torch-fidelity's divisor, the number of parts.
@@ -42,12 +45,33 @@ class InceptionScore(RowsMetric):
     Args:
         splits: the number of parts.
         seed: of the shuffle.
+        options: of the metrics, for intervals; None: no intervals.
     """
 
-    def __init__(self, splits: int = 10, seed: int = 2020) -> None:
+    def __init__(self, splits: int = 10, seed: int = 2020, options: ScoreOptions | None = None) -> None:
         super().__init__()
         self.splits = splits
         self.seed = seed
+        self.options = options or ScoreOptions()
+
+    @classmethod
+    def of(cls, names: Sequence[str], subject: Subject) -> Self:
+        """Of the extractor's logits."""
+        options = subject.options
+        return cls(options.is_splits, options.seed, options)
+
+    @classmethod
+    def unfit(cls, name: str, context: Context) -> str | None:
+        """Fewer samples than parts."""
+        parts = context.options.is_splits
+        if context.count < parts:
+            return f"{parts} parts need at least as many samples, there are {context.count}"
+        return None
+
+    def take(self, seen: Seen) -> None:
+        """Take in a batch."""
+        assert seen.logits is not None
+        self.update(seen.logits, seen.index)
 
     def compute(self) -> tuple[float, float]:
         """Mean and deviation over the parts.
@@ -68,3 +92,21 @@ class InceptionScore(RowsMetric):
         logits = self.all_rows()
         # numpy's generator is this metric's own: torch's, which trains, is untouched.
         return logits[torch.from_numpy(np.random.RandomState(self.seed).permutation(len(logits)))]
+
+    def values(self, total: int) -> dict[str, Value]:
+        """The score; its error is the deviation over the parts, where they have a spread."""
+        score, deviation = self.compute()
+        interval = None
+        if self.options.bootstrap:
+            logits = self.shuffled()
+            interval = resampled(
+                lambda chosen: float(np.mean(scores_of_parts(logits[chosen], self.splits))), len(logits), self.options
+            )
+        if self.splits > 1 and total >= 2 * self.splits:
+            return {"is": Value(score, deviation, interval)}
+        lacking = {"error": f"{self.splits} parts of {total} samples have no spread"}
+        return {"is": Value(score, interval=interval, lacking=lacking)}
+
+    def protocol(self, total: int) -> dict[str, Any]:
+        """Parts and shuffle."""
+        return {"is_splits": self.splits, "metric_seed": self.seed}

@@ -12,11 +12,15 @@ of fresh ones by about :math:`\sqrt{1 - m / n}`, and it is 0 where every subset 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Self
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError
+from lit_diffusion.metrics.base import Context, SampleMetric, Seen, Subject, Value
 from lit_diffusion.metrics.gathering import RowsMetric
 
 
@@ -37,7 +41,7 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
     return within / (m * (m - 1)) - 2.0 * float(_kernel(x, y).sum()) / m**2
 
 
-class KernelDistance(RowsMetric):
+class KernelDistance(RowsMetric, SampleMetric):
     """Mean and standard deviation over the subsets, of features ``[B, D]`` a batch.
 
     The subsets are torch-fidelity's for the same seed and counts.
@@ -47,14 +51,44 @@ class KernelDistance(RowsMetric):
         subsets: how many.
         subset_size: m; fewer where there are fewer features.
         seed: of the choice of subsets.
+        n_real: real data in all, where only some of them keep their features; None: the reference is all.
     """
 
-    def __init__(self, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> None:
+    def __init__(
+        self,
+        reference: Tensor,
+        subsets: int = 100,
+        subset_size: int = 1000,
+        seed: int = 2020,
+        n_real: int | None = None,
+    ) -> None:
         super().__init__()
         self.reference = reference
         self.subsets = subsets
         self.subset_size = subset_size
         self.seed = seed
+        self.n_real = len(reference) if n_real is None else n_real
+
+    @classmethod
+    def of(cls, names: Sequence[str], subject: Subject) -> Self:
+        """Against the reference's features."""
+        options, reference = subject.options, subject.reference
+        return cls(
+            reference.features, options.kid_subsets, options.kid_subset_size, options.seed, reference.gaussian.count
+        )
+
+    @classmethod
+    def unfit(cls, name: str, context: Context) -> str | None:
+        """Too few samples or data for a variance."""
+        if context.count < 2:
+            return f"it needs at least 2 samples, there are {context.count}"
+        if context.real_count < 2:
+            return f"it needs at least 2 real data, there are {context.real_count}"
+        return None
+
+    def take(self, seen: Seen) -> None:
+        """Take in a batch."""
+        self.update(seen.features, seen.index)
 
     def drawn(self, count: int) -> tuple[int, int]:
         """Of ``count`` samples, how many subsets are drawn and of what size; one where it must be the whole of both."""
@@ -83,3 +117,18 @@ class KernelDistance(RowsMetric):
             # float64: the sum of a million cubes cancels to a ten-thousandth of itself.
             values.append(squared_mmd(features[chosen[0]].double(), self.reference[chosen[1]].double()))
         return float(np.mean(values)), float(np.std(values))
+
+    def values(self, total: int) -> dict[str, Value]:
+        """The distance; its error is the deviation over the subsets, where that is one."""
+        distance, deviation = self.compute()
+        if self.has_error(total):
+            return {"kid": Value(distance, deviation)}
+        _, size = self.drawn(total)
+        reason = f"subsets of {size} share most of {total} samples and {len(self.reference)} data"
+        return {"kid": Value(distance, lacking={"error": reason})}
+
+    def protocol(self, total: int) -> dict[str, Any]:
+        """Subsets, and how many real data there are where not all."""
+        subsets, size = self.drawn(total)
+        fewer = {} if len(self.reference) == self.n_real else {"kid_n_real": len(self.reference)}
+        return {"kid_subsets": subsets, "kid_subset_size": size, "metric_seed": self.seed, **fewer}

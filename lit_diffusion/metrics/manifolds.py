@@ -10,12 +10,19 @@ With :math:`B_k(y)` the ball around y that reaches its k-th nearest neighbour in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError
+from lit_diffusion.metrics.base import Context, SampleMetric, ScoreOptions, Seen, Subject, Value, mean_value
 from lit_diffusion.metrics.gathering import RowsMetric
 from lit_diffusion.metrics.neighbours import Neighbourhood, distance_blocks
+from lit_diffusion.randomness import keyed_permutation
+
+METRICS = ("precision", "recall", "density", "coverage")
 
 
 def compare_manifolds(
@@ -52,7 +59,7 @@ def compare_manifolds(
     return {**shares, "density": shares["density"] / density_neighbours}
 
 
-class ManifoldMetrics(RowsMetric):
+class ManifoldMetrics(RowsMetric, SampleMetric):
     """Precision, recall, density and coverage of samples' features, ``[B, D]`` a batch, against real ones.
 
     Args:
@@ -60,16 +67,53 @@ class ManifoldMetrics(RowsMetric):
         precision_neighbours: k of precision and recall.
         density_neighbours: k of density and coverage.
         most: only the samples with the ``most`` lowest numbers count; both sets should have about equally many.
+        names: those of the four that are wanted.
+        options: of the metrics, for intervals; None: no intervals.
     """
 
     def __init__(
-        self, real: Neighbourhood, precision_neighbours: int = 3, density_neighbours: int = 5, most: int = 10_000
+        self,
+        real: Neighbourhood,
+        precision_neighbours: int = 3,
+        density_neighbours: int = 5,
+        most: int = 10_000,
+        names: Sequence[str] = METRICS,
+        options: ScoreOptions | None = None,
     ) -> None:
         super().__init__()
         self.real = real
         self.precision_neighbours = precision_neighbours
         self.density_neighbours = density_neighbours
         self.most = most
+        self.names = tuple(names)
+        self.options = options or ScoreOptions()
+
+    @classmethod
+    def of(cls, names: Sequence[str], subject: Subject) -> Self:
+        """Against the reference's features, or some of them."""
+        options = subject.options
+        real = Neighbourhood(
+            _at_most(subject.reference.features, options.manifold_samples), subject.extractor.device, options.block_mb
+        )
+        k = options.precision_neighbours, options.density_neighbours
+        return cls(real, *k, options.manifold_samples, names, options)
+
+    @classmethod
+    def unfit(cls, name: str, context: Context) -> str | None:
+        """Too few samples or data for neighbourhoods."""
+        options = context.options
+        k = max(options.precision_neighbours, options.density_neighbours)
+        if min(context.count, context.real_count, options.manifold_samples) <= k:
+            return f"neighbourhoods of {k} need more than {k} samples and data"
+        return None
+
+    def take(self, seen: Seen) -> None:
+        """Take in a batch."""
+        self.update(seen.features, seen.index)
+
+    def place(self, device: torch.device) -> None:
+        """Compute distances on a device."""
+        self.real.device = device
 
     def compute(self) -> dict[str, Tensor]:
         """The contributions of the samples of all processes, see :func:`compare_manifolds`.
@@ -79,3 +123,30 @@ class ManifoldMetrics(RowsMetric):
         """
         samples = self.all_rows()[: self.most]
         return compare_manifolds(samples, self.real, self.precision_neighbours, self.density_neighbours)
+
+    def values(self, total: int) -> dict[str, Value]:
+        """The means of the contributions."""
+        found, count = self.compute(), min(total, self.most)
+        return {
+            name: mean_value(found[name], self.options, is_share=name != "density", count=count)
+            for name in METRICS
+            if name in self.names
+        }
+
+    def protocol(self, total: int) -> dict[str, Any]:
+        """Neighbours, and how many real data."""
+        protocol: dict[str, Any] = {
+            "precision_neighbours": self.precision_neighbours,
+            "density_neighbours": self.density_neighbours,
+            "manifold_n_real": len(self.real.features),
+        }
+        if self.options.bootstrap:
+            protocol["bootstrap_of"] = "samples; of recall and coverage the real data"
+        return protocol
+
+
+def _at_most(features: Tensor, most: int) -> Tensor:
+    """All of them, or a fixed random choice of so many."""
+    if len(features) <= most:
+        return features
+    return features[keyed_permutation(0, "manifold", len(features))[:most].sort().values]

@@ -14,13 +14,17 @@ Where a training mirrors its images, an image and its mirror image are one datum
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.metrics.gathering import RowsMetric, shares_of_all
+from lit_diffusion.distributed import shares_of_all
+from lit_diffusion.metrics.base import Context, Pair, SampleMetric, ScoreOptions, Seen, Subject, Value, mean_value
+from lit_diffusion.metrics.gathering import RowsMetric
 from lit_diffusion.metrics.neighbours import Neighbourhood, nearest_exactly
 
 MEMORISED_BELOW = 1.0 / 3.0
@@ -28,46 +32,64 @@ FLAGGED_ABOVE = 0.05
 """A share of near copies that is called memorisation: five times what unseen data of the same law would have."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A sample and the training datum nearest to it.
-
-    Attributes:
-        distance: between their features.
-        index: of the sample.
-        neighbour: position of the datum among the real features.
-        image: the sample, uint8 ``[H, W, C]``.
-        mirrored: whether it is the datum's mirror image that is nearest.
-    """
-
-    distance: float
-    index: int
-    neighbour: int
-    image: np.ndarray
-    mirrored: bool = False
-
-
-class Memorisation(RowsMetric):
+class Memorisation(RowsMetric, SampleMetric):
     """Distances of samples to the training data that a model may have learned by heart.
 
     Args:
         real: features of the training data.
         pairs: so many of the samples closest to a training datum are kept to be looked at.
         mirrored: features of the same data mirrored left to right, float32 ``[M, D]``, where the training saw those.
+        options: of the metrics, for intervals; None: no intervals.
+        record: what the protocol says of the training data.
     """
 
-    def __init__(self, real: Neighbourhood, pairs: int = 0, mirrored: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        real: Neighbourhood,
+        pairs: int = 0,
+        mirrored: Tensor | None = None,
+        options: ScoreOptions | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(torch.float64)
         self.real = real
         self.pairs = pairs
         self.mirrored = mirrored
+        self.options = options or ScoreOptions()
+        self.record = record or {}
         self._closest: list[Pair] = []
         self._between: Tensor | None = None
+
+    @classmethod
+    def of(cls, names: Sequence[str], subject: Subject) -> Self:
+        """Against the training data."""
+        training, options = subject.training, subject.options
+        return cls(
+            Neighbourhood(training.features, subject.extractor.device, options.block_mb),
+            subject.pairs,
+            None if subject.mirrored is None else subject.mirrored.features,
+            options,
+            _record(subject),
+        )
+
+    @classmethod
+    def unfit(cls, name: str, context: Context) -> str | None:
+        """Too few training data for two nearest ones."""
+        training = context.real_count if context.training_count is None else context.training_count
+        return "it needs at least 2 training data" if training < 2 else None
 
     def reset(self) -> None:
         """Forget the samples."""
         super().reset()
         self._closest = []
+
+    def place(self, device: torch.device) -> None:
+        """Compute distances on a device."""
+        self.real.device = device
+
+    def take(self, seen: Seen) -> None:
+        """Take in a batch; images are kept where they are among the closest."""
+        self.update(seen.features, seen.index, seen.data if seen.data.ndim == 4 else None)
 
     def update(self, features: Tensor, index: Tensor, images: np.ndarray | None = None) -> None:
         """Take in samples; the images themselves so that the closest can be kept.
@@ -121,10 +143,40 @@ class Memorisation(RowsMetric):
             "authenticity": (first > between[position.long()]).double(),
         }
 
+    def values(self, total: int) -> dict[str, Value]:
+        """The means of the contributions; ``near_copies`` is flagged where it is far above what fresh data have."""
+        found = {
+            name: mean_value(parts, self.options, is_share=name != "nn_ratio") for name, parts in self.compute().items()
+        }
+        near_copies = found["near_copies"]
+        copies = replace(near_copies, flagged=near_copies.value > FLAGGED_ABOVE)
+        order = ("near_copies", "nn_ratio", "memorised", "authenticity")
+        return {name: copies if name == "near_copies" else found[name] for name in order}
+
+    def protocol(self, total: int) -> dict[str, Any]:
+        """The training data, where they are not the reference."""
+        return self.record
+
     def closest(self) -> list[Pair]:
         """The pairs of all processes with the smallest distances; all processes call it."""
         shares = shares_of_all(self._closest)
         return _smallest([pair for share in shares for pair in share], self.pairs)
+
+
+def _record(subject: Subject) -> dict[str, Any]:
+    """What data copies are looked for among, where these are not the reference or not all of it."""
+    reference, training = subject.reference, subject.training
+    found: dict[str, Any] = {}
+    if training is not reference:
+        found = {
+            "memorisation_reference": training.key,
+            "memorisation_source": training.record.get("reference_source"),
+            "memorisation_split": training.record.get("split"),
+            "memorisation_n_real": len(training.features),
+        }
+    elif len(training.features) != training.gaussian.count:
+        found = {"memorisation_n_real": len(training.features)}
+    return {**found, "memorisation_mirrored": True} if subject.mirrored is not None else found
 
 
 def _smallest(pairs: list[Pair], count: int) -> list[Pair]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_diffusion.metrics.features import full_precision
+from lit_diffusion.metrics.extractors import full_precision
 
 BLOCK_MB = 256
 """Of distances that are held at once."""

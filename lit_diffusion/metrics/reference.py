@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from tqdm import tqdm
 
 from lit_diffusion.cache import cache_folder
 from lit_diffusion.data.source import Source
+from lit_diffusion.distributed import gathered, summed
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import to_uint8
-from lit_diffusion.metrics.features import Extractor
-from lit_diffusion.metrics.frechet import Gaussian, Moments
-from lit_diffusion.metrics.gathering import gathered, summed
+from lit_diffusion.metrics.extractors import Extractor
+from lit_diffusion.metrics.gaussian import Gaussian, Moments
 from lit_diffusion.randomness import keyed_permutation
 
 CACHE_FORMAT = 1
@@ -46,13 +47,18 @@ class RealData:
         values: from positions int64 ``[b]`` to uint8 images ``[b, H, W, C]``, or points float32 ``[b, D]``.
         count: how many there are.
         shape: of one datum, ``(C, H, W)`` or ``(D,)``.
-        record: what they are: ``reference_source``, ``split``, ``fingerprint`` and what else tells them from others.
+        describe: makes their record; finding out which data these are may read them all.
     """
 
     values: Callable[[Tensor], np.ndarray]
     count: int
     shape: tuple[int, ...]
-    record: dict[str, Any]
+    describe: Callable[[], dict[str, Any]]
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What they are: ``reference_source``, ``split``, ``fingerprint`` and what else tells them from others."""
+        return self.describe()
 
     @classmethod
     def of(cls, source: Source, indices: Tensor, split: str, mirrored: bool = False) -> RealData:
@@ -73,17 +79,17 @@ class RealData:
             images = to_uint8(torch.from_numpy(found).double() / (levels - 1), (0.0, 1.0))
             return images[:, :, ::-1].copy() if mirrored else images
 
-        chosen = hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]
-        record = {
-            "reference_source": source.name,
-            "split": split,
-            "fingerprint": source.fingerprint(),
-            "indices": chosen,
-            "levels": levels,
-        }
-        if mirrored:
-            record["mirrored"] = True
-        return cls(values, len(indices), tuple(source.shape), record)
+        def describe() -> dict[str, Any]:
+            record = {
+                "reference_source": source.name,
+                "split": split,
+                "fingerprint": source.fingerprint(),
+                "indices": hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16],
+                "levels": levels,
+            }
+            return {**record, "mirrored": True} if mirrored else record
+
+        return cls(values, len(indices), tuple(source.shape), describe)
 
 
 @dataclass(frozen=True)

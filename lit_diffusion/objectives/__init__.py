@@ -1,6 +1,7 @@
 """What training minimises."""
 
-from lit_diffusion.objectives.denoising import DenoisingLoss, DenoisingScoreMatching
+from lit_diffusion.objectives.base import Loss
+from lit_diffusion.objectives.denoising import DenoisingScoreMatching
 from lit_diffusion.objectives.diffusion import DiffusionObjective, SecondMoments
 
-__all__ = ["DenoisingLoss", "DenoisingScoreMatching", "DiffusionObjective", "SecondMoments"]
+__all__ = ["DenoisingScoreMatching", "DiffusionObjective", "Loss", "SecondMoments"]

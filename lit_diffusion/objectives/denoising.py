@@ -11,15 +11,15 @@ density.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.objectives.base import Loss
 from lit_diffusion.processes import Level, Process
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
 
@@ -81,22 +81,6 @@ WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
 constant (Song et al. 2021, "Maximum likelihood training", theorem 1)."""
 
 
-@dataclass(frozen=True)
-class DenoisingLoss:
-    """The loss of each image of a batch.
-
-    Attributes:
-        per_sample: ``[B]``, float32, to be averaged over the global batch.
-        t: the times drawn, float64 ``[B]``.
-        at_level: what to show as the loss at each image's own level, ``[B]``: ``per_sample`` without the factor that
-            makes up for an uneven law of t.
-    """
-
-    per_sample: Tensor
-    t: Tensor
-    at_level: Tensor
-
-
 class DenoisingScoreMatching:
     """The objective above.
 
@@ -128,9 +112,7 @@ class DenoisingScoreMatching:
             raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
         TIME_LAWS[self.time_law](torch.tensor([0.5]), process)
 
-    def __call__(
-        self, denoiser: Denoiser, x0: Tensor, seed: int, index: Tensor, cond: Condition | None = None
-    ) -> DenoisingLoss:
+    def __call__(self, denoiser: Denoiser, x0: Tensor, seed: int, index: Tensor, cond: Condition | None = None) -> Loss:
         """The loss of the images that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it."""
         t = TIME_LAWS[self.time_law](keyed_uniform(seed, "time", index), denoiser.process)
         eps = keyed_normal(seed, "noise", index, tuple(x0.shape[1:]), dtype=x0.dtype)
@@ -138,16 +120,14 @@ class DenoisingScoreMatching:
         density = RELATIVE_DENSITIES[self.time_law]
         if density is None:
             return loss
-        return DenoisingLoss(loss.per_sample / density(t, denoiser.process).to(x0.dtype), t, loss.at_level)
+        weighted = loss.per_sample / density(t, denoiser.process).to(x0.dtype)
+        return Loss(weighted, t, unweighted=loss.shown)
 
-    def at(
-        self, denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, cond: Condition | None = None
-    ) -> DenoisingLoss:
+    def at(self, denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, cond: Condition | None = None) -> Loss:
         """The loss at given times ``[B]`` and noise, whatever the law of t."""
         prediction = denoiser(denoiser.process.perturb(x0, t, eps), t, cond)
         level = prediction.level
         error = (prediction.eps - eps).flatten(1).square()
         per_sample = 0.5 * error.sum(1) if self.reduction == "half_sum" else error.mean(1)
         weight = WEIGHTS[self.weight](denoiser.process, level) / level.sigma**2
-        weighted = per_sample * weight.to(per_sample.dtype)
-        return DenoisingLoss(weighted, t, weighted.detach())
+        return Loss(per_sample * weight.to(per_sample.dtype), t)

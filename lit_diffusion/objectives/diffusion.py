@@ -21,11 +21,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data.facts import GreyLevels
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.objectives.denoising import DenoisingLoss
+from lit_diffusion.objectives.base import Loss
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
 from lit_diffusion.reverse import ReverseChain, ReverseVariance, bound_term
@@ -124,7 +124,7 @@ class DiffusionObjective(nn.Module):
         index: Tensor,
         grey_levels: GreyLevels | None,
         cond: Condition | None = None,
-    ) -> DenoisingLoss:
+    ) -> Loss:
         """The loss of the images that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it.
 
         In evaluation mode all levels are drawn alike, whatever the law has learned: held-out losses are of one law.
@@ -140,7 +140,8 @@ class DiffusionObjective(nn.Module):
         loss = self.at(denoiser, x0, level, eps, grey_levels, cond)
         if weight is None:
             return loss
-        return DenoisingLoss(loss.per_sample * weight.to(x0.dtype), loss.t, loss.at_level)
+        weighted, kept = loss.per_sample * weight.to(x0.dtype), {"index": level, "loss": loss.shown}
+        return Loss(weighted, loss.t, unweighted=loss.shown, kept=kept)
 
     def at(
         self,
@@ -150,7 +151,7 @@ class DiffusionObjective(nn.Module):
         eps: Tensor,
         grey_levels: GreyLevels | None,
         cond: Condition | None = None,
-    ) -> DenoisingLoss:
+    ) -> Loss:
         """The loss at given level indices ``0 .. T - 1`` ``[B]`` and noise, whatever the law of t."""
         process = denoiser.process
         assert process.levels is not None
@@ -169,10 +170,9 @@ class DiffusionObjective(nn.Module):
             nats = bound_term(scored, denoiser, x0, s, self.chain, grey_levels)
             bits = process.levels / (x0[0].numel() * math.log(2.0)) * nats
             per_sample = per_sample + factor * bits.to(x0.dtype)
-        return DenoisingLoss(per_sample, t, per_sample.detach())
+        return Loss(per_sample, t)
 
-    def remember(self, t: Tensor, loss: Tensor) -> None:
-        """Tell the law of t the losses ``[B]`` of a whole step at times ``[B]``."""
+    def remember(self, **kept: Tensor) -> None:
+        """Tell the law of the levels what the losses of a whole step kept; nothing for a law that does not learn."""
         if self.second_moments is not None:
-            levels = len(self.second_moments.counts)
-            self.second_moments.remember((t * levels).round().long() - 1, loss)
+            self.second_moments.remember(**kept)

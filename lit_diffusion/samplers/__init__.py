@@ -1,7 +1,7 @@
 """Samplers, and the one table of their short names."""
 
 from lit_diffusion.samplers.ancestral import Ancestral
-from lit_diffusion.samplers.base import Move, Predictor, Progress, Sampler
+from lit_diffusion.samplers.base import Move, Predictor, Progress, Run, Sampler, Samples
 from lit_diffusion.samplers.ddim import DDIM
 from lit_diffusion.samplers.langevin import AnnealedLangevin, Langevin
 from lit_diffusion.samplers.ode import Euler, Heun, ProbabilityFlow
@@ -36,5 +36,7 @@ __all__ = [
     "ProbabilityFlow",
     "Progress",
     "ReverseDiffusion",
+    "Run",
     "Sampler",
+    "Samples",
 ]

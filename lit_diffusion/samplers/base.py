@@ -1,22 +1,28 @@
-"""What every sampler is: a walk from the prior to the data, one ``step`` at a time, seeing only a denoiser."""
+r"""The sampler and its run: a trajectory from the prior to the data, one step at a time, seeing only a denoiser.
+
+A sampler is a configuration and keeps nothing of what it made. One call of :meth:`Sampler.sample` is a :class:`Run`:
+the moves planned once, the evaluations counted, the state of a multistep solver. Every step is written for times of
+each row's own, so that a training loss may make one, too.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_in_words, clipped, require_clip
-from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.samplers.times import Spacing, require_spacing, timesteps_to_zero
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Progress:
     Attributes:
         step: steps done; of a solver that chooses its own steps, the percentage of the way.
         total: steps in all; 100 there.
-        t: the time of the step just done.
+        t: the time at which the step just done began; of such a solver the one at which it ended.
         x: the state after it, ``[B, ...]``.
     """
 
@@ -55,11 +61,11 @@ class Strays:
 
     @classmethod
     def among(cls, farthest: Tensor) -> Strays:
-        """Those of some rows of :attr:`Sampler.farthest`."""
+        """Those of some rows of :attr:`Samples.farthest`."""
         return cls(int((farthest > 0.0).sum()), len(farthest), max(farthest.tolist(), default=0.0))
 
     def __add__(self, other: Strays) -> Strays:
-        """Of both."""
+        """The sum of both."""
         return Strays(self.count + other.count, self.of + other.of, max(self.largest, other.largest))
 
     def __str__(self) -> str:
@@ -78,8 +84,8 @@ def far_outside(x: Tensor, data_range: tuple[float, float] | None, sigma: float)
 
     Args:
         x: states ``[B, ...]``.
-        data_range: of the data; None where they have none, and only what is not finite counts.
-        sigma: of the noise in them.
+        data_range: least and largest value of the data; None where they have none, and only what is not finite counts.
+        sigma: standard deviation of the noise in the states.
     """
     rows = x.detach().flatten(1)
     largest = rows.abs().amax(1).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -89,45 +95,93 @@ def far_outside(x: Tensor, data_range: tuple[float, float] | None, sigma: float)
     return torch.where(far, largest, 0.0)
 
 
-class CountedDenoiser(Denoiser):
-    """A denoiser that counts its evaluations."""
+@dataclass  # Not frozen: such a one cannot be moved between devices by a Trainer that predicts.
+class Samples:
+    """The result of one call of a sampler.
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.process = denoiser.process
-        self.learned_variance = denoiser.learned_variance
-        self.on_grid_only = denoiser.on_grid_only
-        self.data_range = denoiser.data_range
-        self.evaluations = 0
+    Attributes:
+        x: the samples, ``[B, ...]``.
+        evaluations: network evaluations of each of them; of a solver with steps of each row's own, of the row that
+            needs the most.
+        farthest: how far each was outside the data's range after the last step, ``[B]``; see :func:`far_outside`.
+    """
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Prediction:
-        """Evaluate and count."""
+    x: Tensor
+    evaluations: int
+    farthest: Tensor
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step from time ``t`` to a time ``s <= t``, nearer to the data or, as in Langevin dynamics, the same.
+
+    Attributes:
+        t: one number for all rows, or float64 ``[B]``.
+        s: likewise.
+    """
+
+    t: float | Tensor
+    s: float | Tensor
+
+
+@dataclass
+class Run:
+    """One call of a sampler: whatever belongs to these samples and not to the sampler.
+
+    Attributes:
+        denoiser: the model; steps evaluate it through :meth:`predict`.
+        noise: the samples' own random numbers.
+        cond: the condition, ``[B]`` rows.
+        plan: the moves, in order.
+        on_step: called after every step.
+        evaluations: network evaluations so far.
+        began: the time at which the step being made began, which the denoiser is told; None outside of
+            :meth:`Sampler.sample`, then each evaluation's own.
+        state: what a multistep solver or a sampler around another keeps from step to step; None at the beginning.
+    """
+
+    denoiser: Denoiser
+    noise: SampleNoise
+    cond: Condition | None = None
+    plan: Sequence[Move] = ()
+    on_step: OnStep | None = None
+    evaluations: int = 0
+    began: float | Tensor | None = None
+    state: Any = None
+
+    @property
+    def process(self) -> Process:
+        """The denoiser's process."""
+        return self.denoiser.process
+
+    def predict(self, x: Tensor, t: float | Tensor) -> Prediction:
+        """One evaluation of the denoiser at x ``[B, ...]`` and times ``[B]`` or one for all rows; counted."""
         self.evaluations += 1
-        return self.denoiser(x_t, t, cond)
+        began = None if self.began is None else at_time(x, self.began)
+        return self.denoiser(x, at_time(x, t), self.cond, began)
 
 
 class Sampler(ABC):
-    """A walk from noise to data.
+    """A way from noise to data.
 
-    A subclass says which steps there are (:meth:`plan`, one entry a step with at least the time) and makes one
-    (:meth:`step`). The state is float32 or better whatever the backbone computes in.
-
-    Attributes:
-        evaluations: network evaluations of each sample in the last call of :meth:`sample`.
-        farthest: of its samples, see :func:`far_outside`: ``[B]``.
-        strays: of the last generation of many samples.
+    A subclass says which steps there are (:meth:`plan`) and makes one (:meth:`step`); a multistep solver keeps its
+    history in ``run.state``, which :meth:`begin` sets. The samples' state is float32 or better whatever the backbone
+    computes in.
     """
-
-    evaluations: int = 0
-    farthest: Tensor = torch.zeros(0)
-    strays: Strays = Strays()
 
     adaptive: bool = False
     """Whether the number of steps follows from the samples, so that two batches may need different numbers of them."""
 
-    def check(self, denoiser: Denoiser) -> None:  # noqa: B027 (most samplers walk on any denoiser)
-        """Refuse, before any work, a denoiser that this sampler cannot walk on.
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse, before any work, a denoiser that this sampler does not fit.
+
+        Raises:
+            UserError: with the reason.
+        """
+        self.require_fit(denoiser, self.plan(denoiser.process))
+
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:  # noqa: B027 (most fit any denoiser)
+        """Refuse a denoiser that the planned moves cannot be made with.
 
         Raises:
             UserError: with the reason.
@@ -138,36 +192,27 @@ class Sampler(ABC):
         return process.prior_std * noise.normal()
 
     @abstractmethod
-    def plan(self, process: Process) -> list[Any]:
-        """What each step needs, in order; each entry has an attribute ``t``."""
+    def plan(self, process: Process) -> Sequence[Move]:
+        """The moves on a process, in order.
+
+        Raises:
+            UserError: where they cannot be made on it.
+        """
+
+    def begin(self, run: Run) -> None:  # noqa: B027 (most samplers keep nothing from step to step)
+        """Prepare ``run.state`` before the first step, by default nothing."""
 
     @abstractmethod
-    def step(self, denoiser: Denoiser, x: Tensor, move: Any, noise: SampleNoise, cond: Condition | None) -> Tensor:
-        """The state after one step: ``[B, ...]`` like x."""
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
+        """The state after one move, whose times may be each row's own: ``[B, ...]`` like x."""
+
+    def finish(self, run: Run, x: Tensor) -> Tensor:
+        """The samples from the state after the last step, by default that state."""
+        return x
 
     def length(self, process: Process) -> int:
-        """The ``total`` that a walk reports: how long a progress bar is."""
-        return len(self.plan(process))
-
-    def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
-        """What remains after the last step, by default nothing."""
-        return x
-
-    def walk(
-        self, denoiser: Denoiser, x: Tensor, noise: SampleNoise, cond: Condition | None, on_step: OnStep | None
-    ) -> Tensor:
-        """All steps from a first state to the last one."""
-        plan = self.plan(denoiser.process)
-        for done, move in enumerate(plan, start=1):
-            x = self.step(denoiser, x, move, noise, cond)
-            if on_step is not None:
-                on_step(Progress(done, len(plan), move.t, x))
-        return x
-
-    def _last_sigma(self, process: Process) -> float:
-        """Of the noise that the last step leaves."""
-        ends = [getattr(move, "s", move.t) for move in self.plan(process)[-1:]]
-        return float(process.sigma(torch.tensor(ends[0] if ends else 1.0, dtype=torch.float64)))
+        """The ``total`` of its progress: how long a progress bar is."""
+        return 100 if self.adaptive else len(self.plan(process))
 
     @torch.no_grad()
     def sample(
@@ -177,8 +222,8 @@ class Sampler(ABC):
         cond: Condition | None = None,
         on_step: OnStep | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
-        """Samples ``[B, *noise.shape]``.
+    ) -> Samples:
+        """Draw samples ``[B, *noise.shape]``.
 
         Args:
             denoiser: the model.
@@ -190,82 +235,29 @@ class Sampler(ABC):
         Raises:
             UserError: where the sampler does not fit the denoiser.
         """
-        self.check(denoiser)
-        counted = CountedDenoiser(denoiser)
+        plan = self.plan(denoiser.process)
+        self.require_fit(denoiser, plan)
+        run = Run(denoiser, noise, cond, plan, on_step)
         x = self.start(denoiser.process, noise) if start is None else start
-        x = self.walk(counted, x, noise, cond, on_step)
+        self.begin(run)
+        total = 100 if self.adaptive else len(plan)
+        for done, move in enumerate(plan, start=1):
+            run.began = move.t
+            x = self.step(run, x, move)
+            if on_step is not None:
+                t = float(move.s if self.adaptive else move.t)
+                on_step(Progress(total * done // len(plan), total, t, x))
         # Before the end, which may cut to the range what went astray on the way.
-        self.farthest = far_outside(x, denoiser.data_range, self._last_sigma(denoiser.process))
-        x = self.finish(counted, x, cond)
-        self.evaluations = counted.evaluations
-        return x
-
-
-@dataclass(frozen=True)
-class Move:
-    """A step from time ``t`` to an earlier time ``s < t``, nearer to the data."""
-
-    t: float
-    s: float
-
-
-Spacing = Literal["uniform", "quadratic"]
-
-
-def subsequence(process: Process, steps: int | None, spacing: Spacing = "uniform") -> list[float]:
-    """The times ``t_1 < .. < t_S = 1`` at which a walk of S steps evaluates the network; its last step ends at 0.
-
-    On a grid they are grid points, ``tau_i = round(L i / S)`` or ``round(L i^2 / S^2)``, moved up where two would
-    coincide (Song et al. 2021, DDIM, appendix D.2); in continuous time ``i / S`` or ``(i / S)^2``, shrunk towards 1
-    where the first would be below the smallest time that samplers visit.
-
-    Args:
-        process: whose grid it is.
-        steps: S; None for the whole grid, 1000 in continuous time.
-        spacing: ``uniform`` or ``quadratic``, which has more of its steps near the data.
-
-    Raises:
-        UserError: for more steps than the grid has points.
-    """
-    count = steps or process.levels or 1000
-    fraction = torch.arange(1, count + 1, dtype=torch.float64) / count
-    if spacing == "quadratic":
-        fraction = fraction**2
-    if process.levels is None:
-        first, end = float(fraction[0]), process.t_min_sampling
-        if first < end:
-            fraction = 1.0 - (1.0 - fraction) * ((1.0 - end) / (1.0 - first))
-        return fraction.tolist()
-    _require_points(process, count)
-    index = (fraction * process.levels).round()
-    step = torch.arange(1, count + 1, dtype=torch.float64)
-    return (((index - step).clamp(min=0.0).cummax(0).values + step) / process.levels).tolist()
-
-
-def to_the_smallest_time(process: Process, steps: int | None) -> list[float]:
-    """The times ``1 = t_0 > .. > t_S`` of a walk of S equal steps to the smallest time that samplers visit.
-
-    Raises:
-        UserError: for more steps than the grid has, whose points are the times on a grid.
-    """
-    end = process.t_min_sampling
-    if process.levels is None:
-        return torch.linspace(1.0, end, (steps or 1000) + 1, dtype=torch.float64).tolist()
-    count = steps or process.levels - 1
-    _require_points(process, count + 1)
-    return (torch.linspace(process.levels, 1, count + 1, dtype=torch.float64).round() / process.levels).tolist()
-
-
-def _require_points(process: Process, points: int) -> None:
-    assert process.levels is not None
-    if points > process.levels:
-        raise UserError(
-            f"steps: this walk visits {points} noise levels and the model has {process.levels}; ask for fewer steps"
-        )
+        end = plan[-1].s if plan else denoiser.process.t_max
+        sigma = float(denoiser.process.sigma(torch.tensor(end, dtype=torch.float64)))
+        farthest = far_outside(x, denoiser.data_range, sigma)
+        run.began = None
+        x = self.finish(run, x)
+        return Samples(x, run.evaluations, farthest)
 
 
 class Predictor(Sampler):
-    """A sampler that moves from one noise level to the next lower one, :class:`Move` by move.
+    """A sampler that moves from one noise level to the next lower one.
 
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
@@ -276,25 +268,14 @@ class Predictor(Sampler):
             raise UserError(f"steps is {steps}; a sampler needs at least one, or null for every level of the model")
         self.steps = steps
 
-    def check(self, denoiser: Denoiser) -> None:
-        """Refuse a model of one level, and more steps than the model has levels."""
-        if denoiser.process.levels == 1:
-            raise UserError(
-                "this model has one noise level: there is no way from noise to data through it; choose langevin"
-            )
-        self.plan(denoiser.process)
 
-    @abstractmethod
-    def plan(self, process: Process) -> list[Move]:
-        """The moves, in order."""
-
-
-class ToTheData(Predictor):
-    """What the walkers of a subsequence of the levels share: its times, down to 0, and a range for the predicted data.
+class EndsAtZero(Predictor):
+    """The base of samplers that visit a subsequence of the levels and then time 0, where the prediction is the sample.
 
     Args:
         steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
-        spacing: which levels a subsequence visits: ``uniform``, or ``quadratic`` with more of them near the data.
+        spacing: which levels it visits: ``uniform`` in time, ``quadratic`` with more of them near the data, ``log_snr``
+            or ``karras:RHO`` (Karras et al. 2022) between the ends of the log-SNR, or the times themselves, falling.
         clip_x0: keep the predicted clean image in a range: ``data``, that of the data (points have none), or ``[low,
             high]``; null: leave it.
 
@@ -302,27 +283,36 @@ class ToTheData(Predictor):
         UserError: for a spacing that is not one of these, or an empty range.
     """
 
-    def __init__(self, steps: int | None, spacing: Spacing, clip_x0: ClipX0) -> None:
+    def __init__(self, steps: int | None = None, spacing: Spacing = "uniform", clip_x0: ClipX0 = "data") -> None:
         super().__init__(steps)
-        require_choice("", "spacing", spacing, get_args(Spacing))
+        require_spacing(spacing, steps, intervals=False)
         require_clip(clip_x0)
         self.spacing = spacing
         self.clip_x0 = clip_x0
 
     def plan(self, process: Process) -> list[Move]:
-        """From 1 down to 0."""
-        times = subsequence(process, self.steps, self.spacing)[::-1]
+        """Moves from the end of time down to 0."""
+        times = timesteps_to_zero(process, self.steps, self.spacing)
         return [Move(t, s) for t, s in zip(times, [*times[1:], 0.0], strict=True)]
 
 
-def denoised(denoiser: Denoiser, x: Tensor, t: float, cond: Condition | None, clip_x0: ClipX0) -> Tensor:
+def denoised(run: Run, x: Tensor, t: float | Tensor, clip_x0: ClipX0) -> Tensor:
     """The posterior mean at a time, by Tweedie's formula, kept in the range: how most samplers end."""
-    return clipped(denoiser(x, at_time(x, t), cond).x0, clip_x0, denoiser)
+    return clipped(run.predict(x, t).x0, clip_x0, run.denoiser)
 
 
-def at_time(x: Tensor, t: float) -> Tensor:
-    """One time for every row of x: float64 ``[B]``."""
+def at_time(x: Tensor, t: float | Tensor) -> Tensor:
+    """One time for every row of x, or each row's own: float64 ``[B]``."""
+    if isinstance(t, Tensor):
+        return t.to(x.device, torch.float64).expand(x.shape[0])
     return torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
+
+
+def with_noise(x: Tensor, std: Tensor, s: Tensor, noise: SampleNoise) -> Tensor:
+    """``x + std z``, and x alone where s is 0; std and s ``[B]``, or std ``[B, ...]``."""
+    rows = (s > 0.0).view(-1, *[1] * (x.ndim - 1))
+    std = std if std.ndim == x.ndim else std.view(rows.shape)
+    return x + torch.where(rows, std, 0.0).to(x.dtype) * noise.normal()
 
 
 def described(sampler: Sampler) -> dict[str, Any]:

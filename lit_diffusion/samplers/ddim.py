@@ -13,22 +13,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clipped
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import CountedDenoiser, Move, OnStep, Progress, Spacing, ToTheData, at_time
+from lit_diffusion.samplers.base import EndsAtZero, Move, OnStep, Progress, Run, Samples, at_time, with_noise
+from lit_diffusion.samplers.times import Spacing
 
 
-class DDIM(ToTheData):
-    """DDIM on any subsequence of the levels.
+class DDIM(EndsAtZero):
+    r"""DDIM on any subsequence of the levels (Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502).
+
+    .. math::  x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - v^2}\, \hat\epsilon + v z, \qquad
+               v = \eta \sqrt{\tilde\beta}
 
     Args:
         steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
-        eta: 0 for the deterministic walk, 1 for DDPM's posterior, or in between.
-        spacing: which levels a subsequence visits: ``uniform``, or ``quadratic`` with more of them near the data (the
-            paper's for CIFAR-10).
+        eta: 0 for the deterministic sampler, 1 for DDPM's posterior, or in between.
+        spacing: which levels it visits: ``uniform`` in time, ``quadratic`` with more of them near the data (the paper's
+            for CIFAR-10), ``log_snr`` or ``karras:RHO`` between the ends of the log-SNR, or the times themselves.
         clip_x0: keep the predicted clean image in a range: ``data``, that of the data (points have none), or ``[low,
             high]``; null: leave it, as the paper does.
     """
@@ -45,15 +49,13 @@ class DDIM(ToTheData):
             raise UserError(f"DDIM's eta is {eta:g}; it lies between 0 (deterministic) and 1 (DDPM's posterior)")
         self.eta = eta
 
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
-        """To ``x_s``."""
-        process = denoiser.process
-        prediction = denoiser(x, at_time(x, move.t), cond)
-        s = at_time(x, move.s)
-        if self.eta == 0.0 or move.s == 0.0:
-            return self._moved(prediction, denoiser, s, s.new_zeros(()))
-        variance = self.eta**2 * process.transition(s, prediction.level.t).beta_tilde
-        return self._moved(prediction, denoiser, s, variance) + expand_like(variance.sqrt(), x) * noise.normal()
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
+        """``x_s`` from ``x_t``."""
+        prediction, s = run.predict(x, move.t), at_time(x, move.s)
+        if self.eta == 0.0:
+            return self._moved(prediction, run.denoiser, s, s.new_zeros(()))
+        variance = self.eta**2 * run.process.transition(s, prediction.level.t).beta_tilde
+        return with_noise(self._moved(prediction, run.denoiser, s, variance), variance.sqrt(), s, run.noise)
 
     def _views(self, prediction: Prediction, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
         """x0 in its range, and the eps with ``x_t = alpha_t x0 + sigma_t eps``."""
@@ -72,33 +74,33 @@ class DDIM(ToTheData):
     @torch.no_grad()
     def encode(
         self, denoiser: Denoiser, x0: Tensor, cond: Condition | None = None, on_step: OnStep | None = None
-    ) -> Tensor:
-        """The noise from which the deterministic walk makes these images: ``[B, ...]`` like x0.
+    ) -> Samples:
+        """The noise from which the deterministic sampler makes these images: ``[B, ...]`` like x0.
 
-        The walk's steps in reverse order, each with the prediction at its own start, clipped as on the way there (Song,
-        Meng and Ermon 2021, section 4.3); the first step, from a clean image, asks the network at the smallest level.
-        ``sample(.., start=noise)`` is the way back; the error of the round trip falls with the number of steps.
+        The trajectory's steps in reverse order, each with the prediction at its own start, clipped as on the way there
+        (Song, Meng and Ermon 2021, section 4.3); the first step, from a clean image, asks the network at the smallest
+        level. ``sample(.., start=noise)`` is the way back; the error of the round trip falls with the number of steps.
 
         Raises:
             UserError: where eta is not 0, and where the sampler does not fit the denoiser.
         """
         if self.eta != 0.0:
-            raise UserError(f"encoding needs the deterministic walk: set eta to 0 (it is {self.eta:g})")
-        self.check(denoiser)
-        counted = CountedDenoiser(denoiser)
-        process = denoiser.process
-        moves = self.plan(process)[::-1]
-        smallest = moves[0].t
-        x = x0
-        for done, move in enumerate(moves, start=1):
-            if move.s == 0.0:
+            raise UserError(f"encoding needs the deterministic sampler: set eta to 0 (it is {self.eta:g})")
+        plan = self.plan(denoiser.process)
+        self.require_fit(denoiser, plan)
+        noise = SampleNoise(0, torch.arange(len(x0), device=x0.device), tuple(x0.shape[1:]))  # None is drawn.
+        run = Run(denoiser, noise, cond, plan[::-1], on_step)
+        process, smallest, x = run.process, plan[-1].t, x0
+        for done, move in enumerate(run.plan, start=1):
+            first = move.s == 0.0
+            run.began = smallest if first else move.s
+            if first:
                 x = expand_like(process.alpha(at_time(x, smallest)), x) * x
-            prediction = counted(x, at_time(x, max(move.s, smallest)), cond)
-            if move.s == 0.0:
+            prediction = run.predict(x, run.began)
+            if first:
                 x = x + expand_like(process.sigma(at_time(x, smallest)), x) * self._views(prediction, denoiser)[1]
             else:
                 x = self._moved(prediction, denoiser, at_time(x, move.t), prediction.level.t.new_zeros(()))
             if on_step is not None:
-                on_step(Progress(done, len(moves), move.t, x))
-        self.evaluations = counted.evaluations
-        return x
+                on_step(Progress(done, len(run.plan), float(move.t), x))
+        return Samples(x, run.evaluations, x.new_zeros(len(x)))

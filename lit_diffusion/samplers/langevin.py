@@ -9,28 +9,28 @@ NCSNv2 write ``x + e s + sqrt(2 e) z``: their ``e`` is ``eta / 2``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import ClipX0, Denoiser, require_clip
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import Sampler, at_time, denoised, to_the_smallest_time
+from lit_diffusion.samplers.base import Move, Run, Sampler, at_time, denoised
+from lit_diffusion.samplers.times import timesteps_to_t_min
 
 Initial = Literal["uniform", "gaussian"]
 
 
 @dataclass(frozen=True)
-class LangevinMove:
-    """One Langevin step: at time ``t``, with step size ``eta``."""
+class LangevinMove(Move):
+    """One Langevin step at a noise level, ``s = t``, with step size ``eta``: one for all rows, or ``[B]``."""
 
-    t: float
-    eta: float
+    eta: float | Tensor
 
 
 def langevin_update(x: Tensor, score: Tensor, eta: float | Tensor, z: Tensor) -> Tensor:
@@ -69,11 +69,10 @@ class _LangevinSampler(Sampler):
         low, high = self.uniform_range
         return low + (high - low) * noise.uniform()
 
-    def step(
-        self, denoiser: Denoiser, x: Tensor, move: LangevinMove, noise: SampleNoise, cond: Condition | None
-    ) -> Tensor:
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """One Langevin step at the move's level."""
-        return langevin_update(x, denoiser(x, at_time(x, move.t), cond).score, move.eta, noise.normal())
+        assert isinstance(move, LangevinMove)
+        return langevin_update(x, run.predict(x, move.t).score, move.eta, run.noise.normal())
 
 
 class Langevin(_LangevinSampler):
@@ -109,13 +108,12 @@ class Langevin(_LangevinSampler):
         self.sigma = sigma
         self.metropolis = metropolis
 
-    def _time(self, process: Process) -> float:
-        return process.t_min if self.sigma is None else process.t_at_sigma(self.sigma)
-
-    def check(self, denoiser: Denoiser) -> None:
-        """Refuse a step at which the chain diverges, and a level that the network does not know."""
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
+        """Refuse a step at which the chain diverges, a level that the network does not know, and a missing energy."""
+        if self.metropolis and not denoiser.has_energy:
+            raise UserError("metropolis needs a model with an energy; this one has only a score: set metropolis: false")
         process = denoiser.process
-        t = torch.tensor([self._time(process)], dtype=torch.float64)
+        t = torch.tensor([plan[0].t], dtype=torch.float64)
         if denoiser.on_grid_only and abs(float(process.grid()[process.level_index(t)] - t)) > 1e-6:
             raise UserError(
                 f"sigma {self.sigma:g} lies between the levels of this model, of which its network knows none but "
@@ -125,23 +123,24 @@ class Langevin(_LangevinSampler):
 
     def plan(self, process: Process) -> list[LangevinMove]:
         """The same move, ``steps`` times."""
-        return [LangevinMove(self._time(process), self.eta)] * self.steps
+        t = process.t_min if self.sigma is None else process.t_at_sigma(self.sigma)
+        return [LangevinMove(t, t, self.eta)] * self.steps
 
-    def step(
-        self, denoiser: Denoiser, x: Tensor, move: LangevinMove, noise: SampleNoise, cond: Condition | None
-    ) -> Tensor:
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """A step, accepted with probability ``min(1, p(x') q(x|x') / (p(x) q(x'|x)))`` when ``metropolis``."""
         if not self.metropolis:
-            return super().step(denoiser, x, move, noise, cond)
-        t = at_time(x, move.t)
-        before = denoiser(x, t, cond)
-        proposal = langevin_update(x, before.score, move.eta, noise.normal())
-        after = denoiser(proposal, t, cond)
-        if before.energy is None or after.energy is None:
-            raise UserError("metropolis needs a model with an energy; this one has only a score: set metropolis: false")
+            return super().step(run, x, move)
+        assert isinstance(move, LangevinMove)
+        before = run.predict(x, move.t)
+        proposal = langevin_update(x, before.score, move.eta, run.noise.normal())
+        after = run.predict(proposal, move.t)
+        eta = at_time(x, move.eta)
+        assert before.energy is not None
+        assert after.energy is not None
 
         def log_transition(end: Tensor, begin: Tensor, score: Tensor) -> Tensor:
-            return -(end - begin - 0.5 * move.eta * score).flatten(1).double().square().sum(1) / (2.0 * move.eta)
+            drift = expand_like(0.5 * eta, x) * score
+            return -(end - begin - drift).flatten(1).double().square().sum(1) / (2.0 * eta)
 
         log_ratio = (
             before.energy.double()
@@ -149,7 +148,7 @@ class Langevin(_LangevinSampler):
             + log_transition(x, proposal, after.score)
             - log_transition(proposal, x, before.score)
         )
-        accepted = noise.uniform(()).double().log() < log_ratio
+        accepted = run.noise.uniform(()).double().log() < log_ratio
         return torch.where(accepted.view(-1, *[1] * (x.ndim - 1)), proposal, x)
 
 
@@ -198,11 +197,11 @@ class AnnealedLangevin(_LangevinSampler):
         """The levels' times, from noise to data."""
         if self.levels is None:
             return process.grid().flip(0)
-        return torch.tensor(to_the_smallest_time(process, self.levels - 1), dtype=torch.float64)
+        return torch.tensor(timesteps_to_t_min(process, self.levels - 1), dtype=torch.float64)
 
-    def check(self, denoiser: Denoiser) -> None:
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
         """Refuse a step at which the chain diverges: it is the same fraction of sigma^2 at every level."""
-        last = self._times(denoiser.process)[-1:]
+        last = torch.tensor([plan[-1].t], dtype=torch.float64)
         _refuse_divergence(self.eta, float(denoiser.process.sigma(last)))
 
     def plan(self, process: Process) -> list[LangevinMove]:
@@ -211,13 +210,11 @@ class AnnealedLangevin(_LangevinSampler):
         sigmas = process.sigma(times)
         etas = self.eta * (sigmas / sigmas[-1]) ** 2
         return [
-            LangevinMove(t, eta)
+            LangevinMove(t, t, eta)
             for t, eta in zip(times.tolist(), etas.tolist(), strict=True)
             for _ in range(self.steps_per_level)
         ]
 
-    def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
+    def finish(self, run: Run, x: Tensor) -> Tensor:
         """The posterior mean at the smallest level, when ``denoise``."""
-        if not self.denoise:
-            return x
-        return denoised(denoiser, x, float(self._times(denoiser.process)[-1]), cond, self.clip_x0)
+        return denoised(run, x, run.plan[-1].t, self.clip_x0) if self.denoise else x

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
 from lit_diffusion.denoisers import ClipX0, Denoiser, require_clip
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process, expand_like
-from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import Move, OnStep, Progress, Sampler, at_time, denoised
-from lit_diffusion.samplers.sde import LargeSteps, ToTheSmallestTime
+from lit_diffusion.samplers.base import Move, Progress, Run, Sampler, at_time, denoised
+from lit_diffusion.samplers.sde import EndsAtTMin, LargeSteps
+from lit_diffusion.samplers.times import Spacing
 
 
 def flow_rate(process: Process, t: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def flow_rate(process: Process, t: Tensor) -> Tensor:
     return level.dsigma / level.sigma - level.dalpha / level.alpha
 
 
-class FixedSteps(ToTheSmallestTime):
+class FixedSteps(EndsAtTMin):
     """A solver of the ODE in equal steps; by default it ends where it arrives, as the adaptive one does.
 
     Args:
@@ -35,7 +34,8 @@ class FixedSteps(ToTheSmallestTime):
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
-            :class:`~lit_diffusion.samplers.sde.ToTheSmallestTime`.
+            :class:`~lit_diffusion.samplers.sde.EndsAtTMin`.
+        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
     """
 
     def __init__(
@@ -44,8 +44,18 @@ class FixedSteps(ToTheSmallestTime):
         denoise: bool = False,
         clip_x0: ClipX0 = "data",
         large_steps: LargeSteps = "refuse",
+        spacing: Spacing = "uniform",
     ) -> None:
-        super().__init__(steps, denoise, clip_x0, large_steps)
+        super().__init__(steps, denoise, clip_x0, large_steps, spacing)
+
+    def sizes(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
+        """The left side of the bound, 0 where the process ends in pure noise.
+
+        There f and g have a pole that the velocity has not, and what its networks predict is not multiplied by them.
+        """
+        if bool(process.alpha(torch.tensor([process.t_max], dtype=torch.float64)) == 0.0):
+            return torch.zeros_like(t)
+        return super().sizes(process, t, s)
 
 
 class Euler(FixedSteps):
@@ -57,12 +67,14 @@ class Euler(FixedSteps):
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
-            :class:`~lit_diffusion.samplers.sde.ToTheSmallestTime`.
+            :class:`~lit_diffusion.samplers.sde.EndsAtTMin`.
+        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
     """
 
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """From t to s."""
-        return x + (move.s - move.t) * denoiser(x, at_time(x, move.t), cond).velocity
+        t, s = at_time(x, move.t), at_time(x, move.s)
+        return x + expand_like(s - t, x) * run.predict(x, t).velocity
 
 
 class Heun(FixedSteps):
@@ -74,16 +86,17 @@ class Heun(FixedSteps):
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
-            :class:`~lit_diffusion.samplers.sde.ToTheSmallestTime`.
+            :class:`~lit_diffusion.samplers.sde.EndsAtTMin`.
+        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
     """
 
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """From t to s."""
-        first = denoiser(x, at_time(x, move.t), cond).velocity
+        t, s = at_time(x, move.t), at_time(x, move.s)
+        first = run.predict(x, t).velocity
         # A process given by betas has a kink at each of its points: the velocity is wanted on this step's side of s.
-        inside = move.s + 1e-7 * (move.t - move.s)
-        second = denoiser(x + (move.s - move.t) * first, at_time(x, inside), cond).velocity
-        return x + (0.5 * (move.s - move.t)) * (first + second)
+        second = run.predict(x + expand_like(s - t, x) * first, s + 1e-7 * (t - s)).velocity
+        return x + expand_like(0.5 * (s - t), x) * (first + second)
 
 
 def row_norm(x: Tensor) -> Tensor:
@@ -136,7 +149,8 @@ def integrate(
 
     The solver's own variable is ``u = log(sigma / alpha)``, in which it sees ``F = velocity / (du/dt)``. In t the
     velocity of a process that is given by betas jumps at every level, which no error estimate foresees, and that of a
-    variance-preserving one is singular at 0; in u both are smooth.
+    variance-preserving one is singular at 0; in u both are smooth. Between times of which one has no finite u, as the
+    pure noise at the end of a straight flow, the variable is t itself.
 
     Args:
         process: whose times they are.
@@ -154,16 +168,21 @@ def integrate(
     Raises:
         UserError: if a row's step vanishes: the model's output is not finite, or the problem too stiff.
     """
-    wanted = -0.5 * process.log_snr(torch.tensor(times, dtype=torch.float64, device=x.device))
+    given = torch.tensor(times, dtype=torch.float64, device=x.device)
+    wanted = -0.5 * process.log_snr(given)
+    in_time = not bool(wanted.isfinite().all())
+    wanted = given if in_time else wanted
     earliest, latest = min(times), max(times)
     sign = 1.0 if times[-1] > times[0] else -1.0
 
     def time_of(u: Tensor) -> Tensor:
         # The first guess of a step may lie beyond the end, where the process need not be defined.
-        return process.t_at_log_snr(-2.0 * u).clamp(earliest, latest)
+        return (u if in_time else process.t_at_log_snr(-2.0 * u)).clamp(earliest, latest)
 
     def slope(u: Tensor, y: Tensor) -> Tensor:
         t = time_of(u)
+        if in_time:
+            return sign * velocity(t, y)
         return velocity(t, y) / expand_like(sign * flow_rate(process, t), y)  # Along the way: h is positive.
 
     def scaled(difference: Tensor, *states: Tensor) -> Tensor:
@@ -280,7 +299,7 @@ class ProbabilityFlow(Sampler):
         self.t_end = t_end
         self.clip_x0 = clip_x0
 
-    def check(self, denoiser: Denoiser) -> None:
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
         """Refuse a network that knows no time between its levels, and an end at a time that it has not learned."""
         refuse_grid_only(denoiser, "an adaptive solver")
         if self.t_end is not None:
@@ -288,51 +307,29 @@ class ProbabilityFlow(Sampler):
 
     def plan(self, process: Process) -> list[Move]:
         """One move: the solver chooses the steps inside it."""
-        return [Move(1.0, process.t_min_sampling if self.t_end is None else self.t_end)]
+        return [Move(process.t_max, process.t_min_sampling if self.t_end is None else self.t_end)]
 
-    def length(self, process: Process) -> int:
-        """Percent of the way."""
-        return 100
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
+        """The whole way from t to s, reported whenever the slowest sample has done another percent of it.
 
-    def walk(
-        self, denoiser: Denoiser, x: Tensor, noise: SampleNoise, cond: Condition | None, on_step: OnStep | None
-    ) -> Tensor:
-        """Solve, reporting whenever the slowest sample has done another percent of the way."""
-        (move,) = self.plan(denoiser.process)
-        reported = 0
+        The denoiser is told each evaluation's own time as the one at which its step began: the last evaluation of a
+        step is the first of the next one.
+        """
+        begin, end, reported = float(move.t), float(move.s), 0
 
         def report(t: float, state: Tensor) -> None:
             nonlocal reported
-            percent = int(100.0 * (move.t - t) / (move.t - move.s))
-            if on_step is not None and reported < percent < 100:
+            percent = int(100.0 * (begin - t) / (begin - end))
+            if run.on_step is not None and reported < percent < 100:
                 reported = percent
-                on_step(Progress(percent, 100, t, state))
+                run.on_step(Progress(percent, 100, t, state))
 
-        x = self._solve(denoiser, x, move, cond, report)
-        if on_step is not None:
-            on_step(Progress(100, 100, move.s, x))
-        return x
-
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
-        """The whole way from t to s."""
-        return self._solve(denoiser, x, move, cond, None)
-
-    def _solve(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        move: Move,
-        cond: Condition | None,
-        on_step: Callable[[float, Tensor], None] | None,
-    ) -> Tensor:
         def velocity(t: Tensor, state: Tensor) -> Tensor:
-            return denoiser(state, t, cond).velocity
+            run.began = t
+            return run.predict(state, t).velocity
 
-        times = (move.t, move.s)
-        return integrate(denoiser.process, velocity, x.double(), times, self.rtol, self.atol, on_step)[-1].to(x.dtype)
+        return integrate(run.process, velocity, x.double(), (begin, end), self.rtol, self.atol, report)[-1].to(x.dtype)
 
-    def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
+    def finish(self, run: Run, x: Tensor) -> Tensor:
         """The posterior mean, when ``denoise``."""
-        if not self.denoise:
-            return x
-        return denoised(denoiser, x, self.plan(denoiser.process)[0].s, cond, self.clip_x0)
+        return denoised(run, x, run.plan[-1].s, self.clip_x0) if self.denoise else x

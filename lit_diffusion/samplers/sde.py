@@ -2,33 +2,31 @@ r"""The reverse-time SDE, discretised, and predictor-corrector sampling (Song et
 
 .. math::  dx = \big(f(t)\, x - g(t)^2 s(x, t)\big)\, dt + g(t)\, d\bar w
 
-(eq. 6, after Anderson 1982), walked from t = 1 to the process's smallest sampling time; what noise is left there one
-last evaluation takes off by Tweedie's formula (``denoise``), as Jolicoeur-Martineau et al. 2021 advise.
+(eq. 6, after Anderson 1982), integrated from the end of time to the process's smallest sampling time; what noise is
+left there one last evaluation takes off by Tweedie's formula (``denoise``), as Jolicoeur-Martineau et al. 2021 advise.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_diffusion.backbones.base import Condition
-from lit_diffusion.denoisers import ClipX0, Denoiser, require_clip
+from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, require_clip
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process, expand_like
-from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers.base import Move, Predictor, at_time, denoised, to_the_smallest_time
+from lit_diffusion.samplers.base import Move, Predictor, Run, at_time, denoised
 from lit_diffusion.samplers.langevin import langevin_update
+from lit_diffusion.samplers.times import Spacing, require_spacing, timesteps_to_t_min
 
 LargeSteps = Literal["refuse", "allow"]
 
 
-class ToTheSmallestTime(Predictor):
-    r"""What the walkers of the reverse SDE and of the probability-flow ODE share: equal steps in time, and the end.
+class EndsAtTMin(Predictor):
+    r"""The base of solvers of the reverse SDE and of the probability-flow ODE: their times, their end, their bound.
 
     A step multiplies the network's output by ``g(t)^2 (t - s)``, and the sampler is refused unless, for every step,
 
@@ -39,7 +37,8 @@ class ToTheSmallestTime(Predictor):
     ``1 - f (t - s) - g^2 (t - s) / (sigma^2 + alpha^2 c)``. Where the variance explodes, deviations change their sign
     and grow from step to step once the last term exceeds 2; where it is preserved, the state is thrown to the other
     side of the data and the network's error comes on top, multiplied by ``g^2 (t - s) / sigma``, to where no network
-    was trained. DDIM and ancestral sampling use the process's exact transitions, which are bounded for any step.
+    was trained. DDIM and ancestral sampling use the process's exact transitions, which are bounded for any step. A step
+    out of pure noise (alpha = 0) is not measured: it is taken to first order, see :func:`out_of_pure_noise`.
 
     Args:
         steps: number of steps; null: every level of the model, or 1000 in continuous time.
@@ -47,6 +46,9 @@ class ToTheSmallestTime(Predictor):
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
         large_steps: ``refuse`` steps above this bound, or ``allow`` them, as the literature's tables of few steps do.
+        spacing: of the steps: ``uniform`` in time, ``quadratic`` with more of them near the data, ``log_snr`` or
+            ``karras:RHO`` (Karras et al. 2022) in the noise level, or the times themselves, falling, both ends
+            included.
     """
 
     measure = "g^2 dt over the variance of the noised data"
@@ -58,71 +60,85 @@ class ToTheSmallestTime(Predictor):
         denoise: bool = True,
         clip_x0: ClipX0 = "data",
         large_steps: LargeSteps = "refuse",
+        spacing: Spacing = "uniform",
     ) -> None:
         super().__init__(steps)
+        require_spacing(spacing, steps, intervals=True)
         require_choice("", "large_steps", large_steps, get_args(LargeSteps))
         require_clip(clip_x0)
         self.denoise = denoise
         self.clip_x0 = clip_x0
         self.large_steps = large_steps
+        self.spacing = spacing
 
     def plan(self, process: Process) -> list[Move]:
-        """Equal steps from 1 to the smallest time of sampling."""
-        times = to_the_smallest_time(process, self.steps)
-        return [Move(t, s) for t, s in pairwise(times)]
+        """Moves from the end of time to the smallest time of sampling."""
+        return [Move(t, s) for t, s in pairwise(timesteps_to_t_min(process, self.steps, self.spacing))]
 
     def sizes(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
         """Of steps from times ``[N]`` to times ``[N]``: the left side of the bound, ``[N]``."""
         return process.diffusion(t) ** 2 * (t - s) / _variance(process, t)
 
-    def largest_step(self, process: Process, steps: int | None) -> tuple[float, float]:
-        """The largest size of so many equal steps, and the time at which that step begins."""
-        times = torch.tensor(to_the_smallest_time(process, steps), dtype=torch.float64)
-        sizes = self.sizes(process, times[:-1], times[1:])
+    def largest_step(self, process: Process, times: Sequence[float]) -> tuple[float, float]:
+        """The largest size of the steps between falling times, and the time at which that step begins."""
+        points = torch.tensor(times, dtype=torch.float64)
+        t, s = points[:-1], points[1:]
+        sizes = torch.where(process.alpha(t) == 0.0, 0.0, self.sizes(process, t, s))
         worst = int(sizes.argmax())
-        return float(sizes[worst]), float(times[worst])
+        return float(sizes[worst]), float(t[worst])
 
     def enough_steps(self, process: Process, steps: int) -> int | None:
         """The fewest steps, found by halving, that keep the bound where so many do not; None where no number does."""
+
+        def too_large(count: int) -> bool:
+            return not self.largest_step(process, timesteps_to_t_min(process, count, self.spacing))[0] <= 1.0
+
         most = 10**6 if process.levels is None else process.levels - 1
         too_few, enough = steps, min(2 * steps, most)
-        while self.largest_step(process, enough)[0] > 1.0:
+        while too_large(enough):
             if enough == most:
                 return None
             too_few, enough = enough, min(2 * enough, most)
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
-            if self.largest_step(process, middle)[0] > 1.0:
+            if too_large(middle):
                 too_few = middle
             else:
                 enough = middle
         return enough
 
-    def check(self, denoiser: Denoiser) -> None:
-        """Refuse steps above the bound, too, unless they are allowed."""
-        super().check(denoiser)
-        process = denoiser.process
-        size, t = self.largest_step(process, self.steps)
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
+        """Refuse steps above the bound, unless they are allowed."""
+        process, count = denoiser.process, len(plan)
+        size, t = self.largest_step(process, [float(plan[0].t), *(float(move.s) for move in plan)])
         if self.large_steps == "allow" or size <= 1.0:
             return
-        count = len(self.plan(process))
-        enough = self.enough_steps(process, count)
-        advice = "no number of steps on its levels would do:" if enough is None else f"set steps to {enough}, or"
+        listed = not isinstance(self.spacing, str)
+        enough = None if listed else self.enough_steps(process, count)
+        advice = f"set steps to {enough}, or"
+        if enough is None:
+            advice = "list times that lie closer," if listed else "no number of steps on its levels would do:"
         raise UserError(
             f"{type(self).__name__} in {count} step{'s' * (count > 1)} on this model: {self.measure} is up to "
             f"{size:.3g}, at t = {t:.3g}, and above 1 samples end far from the data; {advice} choose ddim, ancestral "
             f"or ode, or allow such steps by large_steps: allow"
         )
 
-    def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
+    def finish(self, run: Run, x: Tensor) -> Tensor:
         """The posterior mean, when ``denoise``."""
-        if not self.denoise:
-            return x
-        return denoised(denoiser, x, self.plan(denoiser.process)[-1].s, cond, self.clip_x0)
+        return denoised(run, x, run.plan[-1].s, self.clip_x0) if self.denoise else x
 
-    @abstractmethod
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
-        """From t to s."""
+
+def out_of_pure_noise(x_s: Tensor, prediction: Prediction, process: Process, s: Tensor) -> Tensor:
+    r"""States at times s ``[B]``: those given, and where there was nothing but noise before the step (alpha = 0)
+
+    .. math::  x_s = \alpha_s\, \hat x_0 + \frac{\sigma_s}{\sigma_t}\, x_t,
+
+    the step to first order, since f and g of the SDE are infinite there.
+    """
+    level, x_t = prediction.level, prediction.x_t
+    limit = expand_like(process.alpha(s), x_t) * prediction.x0 + expand_like(process.sigma(s) / level.sigma, x_t) * x_t
+    return torch.where((level.alpha == 0.0).view(-1, *[1] * (x_t.ndim - 1)), limit, x_s)
 
 
 def _variance(process: Process, t: Tensor) -> Tensor:
@@ -130,7 +146,7 @@ def _variance(process: Process, t: Tensor) -> Tensor:
     return process.sigma(t) ** 2 + (min(1.0, process.prior_std) * process.alpha(t)) ** 2
 
 
-class EulerMaruyama(ToTheSmallestTime):
+class EulerMaruyama(EndsAtTMin):
     r"""Euler and Maruyama's discretisation of the reverse SDE, of weak order 1.
 
     .. math::  x_s = x_t - (t - s) \big(f(t)\, x_t - g(t)^2 s(x_t, t)\big) + g(t) \sqrt{t - s}\, z
@@ -141,19 +157,21 @@ class EulerMaruyama(ToTheSmallestTime):
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
-            :class:`ToTheSmallestTime`.
+            :class:`EndsAtTMin`.
+        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
     """
 
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """From t to s."""
-        process, t, length = denoiser.process, at_time(x, move.t), move.t - move.s
-        f, g = process.drift(t), process.diffusion(t)
-        score = denoiser(x, t, cond).score
-        x = expand_like(1.0 - length * f, x) * x + expand_like(length * g**2, x) * score
-        return x + expand_like(math.sqrt(length) * g, x) * noise.normal()
+        process, t, s = run.process, at_time(x, move.t), at_time(x, move.s)
+        f, g, length = process.drift(t), process.diffusion(t), t - s
+        prediction = run.predict(x, t)
+        mean = expand_like(1.0 - length * f, x) * x + expand_like(length * g**2, x) * prediction.score
+        x_s = mean + expand_like(length.sqrt() * g, x) * run.noise.normal()
+        return out_of_pure_noise(x_s, prediction, process, s)
 
 
-class ReverseDiffusion(ToTheSmallestTime):
+class ReverseDiffusion(EndsAtTMin):
     r"""Reverse diffusion: the reverse step has the forward step's own discretisation (Song et al. 2021, eq. 46).
 
     .. math::  x_s = (2 - a)\, x_t + \beta\, s(x_t, t) + \sqrt{\beta}\, z
@@ -169,6 +187,7 @@ class ReverseDiffusion(ToTheSmallestTime):
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
         large_steps: ``refuse`` such steps, or ``allow`` them.
+        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
     """
 
     measure = "the variance of a step's noise over 4 times that of the data noised to its end"
@@ -177,12 +196,13 @@ class ReverseDiffusion(ToTheSmallestTime):
         """``beta / (4 (sigma_s^2 + alpha_s^2 d^2))``: ``[N]``."""
         return process.transition(s, t).beta / (4.0 * _variance(process, s))
 
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """From t to s."""
-        t = at_time(x, move.t)
-        step = denoiser.process.transition(at_time(x, move.s), t)
-        x = expand_like(2.0 - step.scale, x) * x + expand_like(step.beta, x) * denoiser(x, t, cond).score
-        return x + expand_like(step.beta.sqrt(), x) * noise.normal()
+        process, t, s = run.process, at_time(x, move.t), at_time(x, move.s)
+        step, prediction = process.transition(s, t), run.predict(x, t)
+        mean = expand_like(2.0 - step.scale, x) * x + expand_like(step.beta, x) * prediction.score
+        x_s = mean + expand_like(step.beta.sqrt(), x) * run.noise.normal()
+        return out_of_pure_noise(x_s, prediction, process, s)
 
 
 class PredictorCorrector(Predictor):
@@ -203,7 +223,7 @@ class PredictorCorrector(Predictor):
 
     Args:
         predictor: any sampler that moves from level to level: reverse diffusion, ancestral, Euler-Maruyama, DDIM, ...;
-            it brings the number of steps and says how the walk ends; null: reverse diffusion.
+            it brings the number of steps and says how the trajectory ends; null: reverse diffusion.
         snr: r, below 1, where the correction would diverge; the paper's is 0.16 on CIFAR-10 and between 0.075 and 0.17
             elsewhere.
         corrector_steps: Langevin steps a level, one network evaluation each.
@@ -224,26 +244,31 @@ class PredictorCorrector(Predictor):
         self.snr = snr
         self.corrector_steps = corrector_steps
 
-    def check(self, denoiser: Denoiser) -> None:
-        """As its predictor."""
-        self.predictor.check(denoiser)
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
+        """Refuse what its predictor refuses."""
+        self.predictor.require_fit(denoiser, plan)
 
-    def plan(self, process: Process) -> list[Move]:
-        """The predictor's."""
+    def plan(self, process: Process) -> Sequence[Move]:
+        """The predictor's moves."""
         return self.predictor.plan(process)
 
-    def step(self, denoiser: Denoiser, x: Tensor, move: Move, noise: SampleNoise, cond: Condition | None) -> Tensor:
+    def begin(self, run: Run) -> None:
+        """Begin the predictor, whose state the run's is."""
+        self.predictor.begin(run)
+
+    def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """Predict, then correct; at s = 0 there is no noise level left to correct at."""
-        x = self.predictor.step(denoiser, x, move, noise, cond)
-        if move.s == 0.0:
+        x = self.predictor.step(run, x, move)
+        s, t = at_time(x, move.s), at_time(x, move.t)
+        if not bool((s > 0.0).any()):
             return x
-        s = at_time(x, move.s)
-        kept = denoiser.process.transition(s, at_time(x, move.t)).scale
-        epsilon = 2.0 * (kept * self.snr * denoiser.process.sigma(s)) ** 2
+        kept = run.process.transition(s, t).scale
+        epsilon = 2.0 * (kept * self.snr * run.process.sigma(s)) ** 2  # 0 where s is.
+        level = torch.where(s > 0.0, s, t)
         for _ in range(self.corrector_steps):
-            x = langevin_update(x, denoiser(x, s, cond).score, 2.0 * epsilon, noise.normal())
+            x = langevin_update(x, run.predict(x, level).score, 2.0 * epsilon, run.noise.normal())
         return x
 
-    def finish(self, denoiser: Denoiser, x: Tensor, cond: Condition | None) -> Tensor:
+    def finish(self, run: Run, x: Tensor) -> Tensor:
         """The predictor's end."""
-        return self.predictor.finish(denoiser, x, cond)
+        return self.predictor.finish(run, x)

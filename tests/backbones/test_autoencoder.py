@@ -34,7 +34,7 @@ def test_images_keep_their_shape():
 
 
 def test_neither_level_nor_condition_is_looked_at():
-    from lit_diffusion.backbones.base import Condition
+    from lit_diffusion.conditions import Condition
 
     made, x = network((5,)), torch.randn(3, 5)
     first = made(x, torch.zeros(3))

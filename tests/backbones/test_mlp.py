@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_diffusion.backbones import MLP, Condition
+from lit_diffusion.backbones import MLP
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 
 

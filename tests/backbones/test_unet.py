@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lit_diffusion.backbones import Condition, UNet
+from lit_diffusion.backbones import UNet
 from lit_diffusion.backbones.layers import Attention
 from lit_diffusion.backbones.unet import ResidualBlock
+from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 
 SMALL = {"data_shape": (1, 8, 8), "channels": 16, "mult": [1, 2], "blocks": 1, "attention": [4]}

@@ -19,15 +19,17 @@ from tiny import digits, digits_data, events, fit, ncsn, points_data, run_logger
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, Samples, Telemetry
 from lit_diffusion.callbacks import evaluator as module
-from lit_diffusion.callbacks.evaluator import read_best
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation import measure
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.metrics import Result, Scores, load_extractor
+from lit_diffusion.metrics.catalogue import default_metrics
 from lit_diffusion.metrics.reference import RealData, reference_of
-from lit_diffusion.metrics.scores import DEFAULT_METRICS
 from lit_diffusion.randomness import keyed_choice
+from lit_diffusion.runs import best
+from lit_diffusion.runs.best import read_best
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
 from lit_diffusion.samplers.base import in_words
 
@@ -55,8 +57,8 @@ class Diverging(AnnealedLangevin):
 
     lost = True
 
-    def finish(self, denoiser, x, cond):
-        return torch.full_like(x, math.nan) if self.lost else super().finish(denoiser, x, cond)
+    def finish(self, run, x):
+        return torch.full_like(x, math.nan) if self.lost else super().finish(run, x)
 
 
 def evaluated(folder, images=128, half_lives=(64,), method=None, data=None, others=(), continues=False, **keys):
@@ -84,11 +86,11 @@ def evaluated(folder, images=128, half_lives=(64,), method=None, data=None, othe
     )
 
 
-def by_hand(x, metrics=DEFAULT_METRICS):
+def by_hand(x, metrics=None):
     """The figures of samples in [0, 1], without the callback."""
     data, extractor = digits_data(), load_extractor("digits", (1, 8, 8))
     reference = reference_of(RealData.of(data.source, data.train_indices, "train"), extractor)
-    scores = Scores(metrics, extractor, reference, (1, 8, 8))
+    scores = Scores(metrics or default_metrics(), extractor, reference, (1, 8, 8))
     scores.update(to_uint8(x, (0.0, 1.0)), torch.arange(len(x)))
     return scores.compute(len(x))
 
@@ -120,10 +122,11 @@ class OfItsClass(Sampler):
     def step(self, *arguments):
         raise AssertionError
 
-    def finish(self, denoiser, x, cond):
-        self.told += cond.label.tolist()
+    def finish(self, run, x):
+        labels = run.cond.label.tolist()
+        self.told += labels
         numbers = x[:, 0, 0, 0].long().tolist()
-        return torch.stack([self.rows[k][i % len(self.rows[k])] for i, k in zip(numbers, cond.label, strict=True)])
+        return torch.stack([self.rows[k][i % len(self.rows[k])] for i, k in zip(numbers, labels, strict=True)])
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ class OfItsClass(Sampler):
 def test_the_figures_are_those_of_the_averaged_weights_samples(tmp_path):
     run = evaluated(tmp_path, seed=7)
     with run.ema.applied(run.method, "ema"):
-        samples = run.method.generate(torch.arange(40), seed=7)
+        samples = run.method.generate(torch.arange(40), seed=7).x
     expected = by_hand(samples)
     assert [(event["step"], event["images"]) for event in run.events] == [(2, 64), (4, 128)]
     assert set(figures(run.events[0])) == {
@@ -142,7 +145,7 @@ def test_the_figures_are_those_of_the_averaged_weights_samples(tmp_path):
     assert close(figures(run.events[1]), expected.values)
     assert close(run.events[1]["errors"], expected.errors)
     assert not close(figures(run.events[0]), expected.values, 1e-4)  # other weights
-    assert not close(by_hand(run.method.generate(torch.arange(40), seed=7)).values, expected.values, 1e-4)  # raw ones
+    assert not close(by_hand(run.method.generate(torch.arange(40), seed=7).x).values, expected.values, 1e-4)  # raw ones
     kept = np.load(run.run_dir / run.events[1]["samples_file"])["arr_0"]
     assert np.array_equal(kept, to_uint8(samples, (0.0, 1.0)))
 
@@ -221,7 +224,7 @@ def test_the_protocol_says_how(tmp_path):
 def test_other_weights_by_name(tmp_path, asked, half_lives, used):
     run = evaluated(tmp_path, 64, half_lives, weights=asked, metrics=IMAGE)
     with run.ema.applied(run.method, used):
-        expected = by_hand(run.method.generate(torch.arange(40), seed=0), IMAGE)
+        expected = by_hand(run.method.generate(torch.arange(40), seed=0).x, IMAGE)
     assert close(figures(run.events[0]), expected.values)
     assert run.events[0]["protocol"]["weights"] == used
 
@@ -232,7 +235,7 @@ def test_another_sampler_and_other_real_data(tmp_path):
     protocol = run.events[0]["protocol"]
     assert (protocol["network_evaluations"], protocol["split"], protocol["n_real"]) == (3, "held_out", 36)
     with run.ema.applied(run.method, "ema"):
-        samples = run.method.generate(torch.arange(40), 0, sampler=walk)
+        samples = run.method.generate(torch.arange(40), 0, sampler=walk).x
     assert np.array_equal(np.load(run.run_dir / run.events[0]["samples_file"])["arr_0"], to_uint8(samples, (0.0, 1.0)))
 
 
@@ -292,7 +295,7 @@ def test_points_are_their_own_features(tmp_path):
     assert {"fd/points-40", "kd/points-40", "near_copies/points-40"} <= event.keys()
     assert not any(key.startswith("is/") for key in event)
     with run.ema.applied(method, "ema"):
-        expected = method.generate(torch.arange(40), 3).numpy()
+        expected = method.generate(torch.arange(40), 3).x.numpy()
     assert np.array_equal(np.load(run.run_dir / event["samples_file"])["arr_0"], expected)
 
 
@@ -320,7 +323,7 @@ def test_a_walk_that_diverges_is_a_note_and_the_training_goes_on(tmp_path, capsy
     assert [event["images"] for event in run.events] == [128]
     said = capsys.readouterr().out
     assert said.count("evaluation at 64 images: the sampler diverged") == 1
-    assert "no figures this time" in said
+    assert "no values this time" in said
     assert [entry["images"] for entry in read_best(run.checkpoints)] == [128]
 
 
@@ -369,7 +372,7 @@ def test_the_picture_has_each_sample_above_its_nearest_training_image(tmp_path, 
     run = evaluated(tmp_path, 64, seed=5)
     assert "look like copies" not in capsys.readouterr().out
     with run.ema.applied(run.method, "ema"):
-        samples = to_uint8(run.method.generate(torch.arange(40), seed=5), (0.0, 1.0))
+        samples = to_uint8(run.method.generate(torch.arange(40), seed=5).x, (0.0, 1.0))
     data, extractor = digits_data(), load_extractor("digits", (1, 8, 8))
     real = RealData.of(data.source, data.train_indices, "train").values(torch.arange(1761))
     distances = torch.cdist(extractor(samples).features.double(), extractor(real).features.double())
@@ -438,7 +441,7 @@ def test_what_was_left_out_is_said_once_and_written_every_time(tmp_path, capsys)
 def test_a_test_says_what_differed_between_its_seeds(monkeypatch):
     """A solver that chooses its steps takes other numbers of them."""
     same = {"weights": "ema", "sampler": "ode"}
-    results = [Result({"fid-40": 1.0}, {}, {}, {**same, "seed": k, "network_evaluations": 10 + k}) for k in (0, 1)]
+    results = [Result({"fid-40": 1.0}, protocol={**same, "seed": k, "network_evaluations": 10 + k}) for k in (0, 1)]
     told = []
     logger = SimpleNamespace(record=lambda event, values: told.append(values["protocol"]))
     monkeypatch.setattr(module, "run_logger_of", lambda trainer: logger)
@@ -533,8 +536,7 @@ def test_last_ckpt_carries_the_last_figures_and_nothing_of_the_extractor(tmp_pat
     assert sum(p.numel() for p in method.parameters()) == parameters
     text = str(list(saved["state_dict"])) + str([shadow.keys() for shadow in saved["callbacks"]["EMA"]["shadows"]])
     assert not re.search("inception|trunk|head", text)
-    assert run.evaluator._loaded is None
-    assert run.evaluator._scores is None
+    assert run.evaluator._evaluation is None
 
 
 def test_a_full_disk_leaves_the_best_before_and_its_list(tmp_path, monkeypatch):
@@ -611,9 +613,9 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, 
     straight = evaluated(tmp_path / "straight", 192, **keys)
     assert straight.events[1]["is/digits-40"] > straight.events[0]["is/digits-40"]  # the one cut short is the best then
     target, name = {  # what is called first after that moment
-        "generating": (module, "generate_in_batches"),
+        "generating": (measure, "generate_in_batches"),
         "recorded": (Evaluator, "_keep_the_best"),
-        "best saved": (module, "atomic_write"),
+        "best saved": (best, "atomic_write"),
         "best listed": (module, "save_after_drawing"),
     }[moment]
     whole, calls = getattr(target, name), []
@@ -842,7 +844,7 @@ def test_every_seed_is_an_evaluation_and_test_is_their_mean_and_minimum(tmp_path
         assert re.search(rf"{re.escape(name)} +{sum(values) / 3:.4f}, minimum {min(values):.4f}", said)
     (picture,) = events(run.run_dir, "picture")
     with run.ema.applied(run.method, "ema"):
-        samples = run.method.generate(torch.arange(40), 3, sampler=AnnealedLangevin(1, eta=1e-3))
+        samples = run.method.generate(torch.arange(40), 3, sampler=AnnealedLangevin(1, eta=1e-3)).x
     assert np.array_equal(kept[0], to_uint8(samples, (0.0, 1.0)))
     assert picture["name"] == "neighbours"
     assert picture["distances"] == pytest.approx([pair.distance for pair in pairs(samples)], abs=1e-4)
@@ -882,7 +884,7 @@ def test_the_weights_are_those_named_whatever_the_likelihood_is_measured_with(tm
         others=[Likelihood(metrics=[], weights=others)],
     )
     with run.ema.applied(run.method, asked):
-        expected = by_hand(run.method.generate(torch.arange(40), 0), IMAGE)
+        expected = by_hand(run.method.generate(torch.arange(40), 0).x, IMAGE)
     assert close(figures(run.events[0]), expected.values)
     assert run.events[0]["protocol"]["weights"] == asked
 

@@ -15,6 +15,7 @@ from lit_diffusion.callbacks import EMA, Checkpoint, ProgressBar, Samples, Telem
 from lit_diffusion.errors import UserError
 from lit_diffusion.flops import forward_flops
 from lit_diffusion.stopwatch import PARTS
+from lit_diffusion.training.callback import Callback
 
 
 def told(folder, callbacks, images=96, spoilt=(), **keys):
@@ -31,7 +32,7 @@ def told(folder, callbacks, images=96, spoilt=(), **keys):
 
     class Note(Telemetry):
         def on_train_batch_end(self, trainer, pl_module, *rest):
-            steps.append((float(pl_module.last_loss), float(pl_module.last_gradient_norm)))
+            steps.append((float(pl_module.last_step.loss), float(pl_module.last_step.gradient_norm)))
 
     fit(method, digits_data(), folder, images, callbacks=[Note(), *callbacks], logger=run_logger(folder, method))
     return events(folder / "run", "train"), steps
@@ -74,7 +75,9 @@ def test_the_loss_is_told_apart_by_time(tmp_path):
 
     class Note(Telemetry):
         def on_train_batch_end(self, trainer, pl_module, *rest):
-            seen.append((pl_module.last_times.clone(), pl_module.last_losses.clone()))
+            seen.append(
+                (pl_module.last_step.losses["denoiser"].t.clone(), pl_module.last_step.losses["denoiser"].shown.clone())
+            )
 
     callbacks = [Note(), Telemetry(every_n_steps=3)]
     fit(method, digits_data(), tmp_path, 96, callbacks=callbacks, logger=run_logger(tmp_path, method))
@@ -113,10 +116,13 @@ def test_a_continued_bar_starts_where_the_run_was(tmp_path):
 def test_the_loss_shown_is_an_average_without_a_bias_to_zero(tmp_path):
     method = ncsn()
     losses = []
-    optimise = method.optimise
-    method.optimise = lambda *args: (optimise(*args), losses.append(float(method.last_loss)))[0]
+
+    class Note(Callback):
+        def after_step(self, module):
+            losses.append(float(module.last_step.loss))
+
     bar = ProgressBar()
-    fit(method, digits_data(), tmp_path, 96, callbacks=[bar])
+    fit(method, digits_data(), tmp_path, 96, callbacks=[bar, Note()])
     shares = [0.98**2 * 0.02, 0.98 * 0.02, 0.02]
     expected = sum(share * loss for share, loss in zip(shares, losses, strict=True)) / sum(shares)
     assert bar._images.postfix == f"loss={expected:.4g}"
@@ -173,7 +179,7 @@ def test_each_part_has_its_own_time(tmp_path, monkeypatch, hours, part):
     owner, name = {
         "data": (data, "prepare"),
         "forward_backward": (method, "loss"),
-        "optimiser": (method, "_set_learning_rate"),
+        "optimiser": (method, "_set_learning_rates"),
         "ema": (ema, "after_step"),
         "logging": (slow_callback, "on_train_batch_end"),
         "checkpoint": (torch, "save"),

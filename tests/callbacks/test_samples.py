@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -39,8 +40,8 @@ def test_the_grid_shows_samples_of_the_seed_with_the_averaged_weights(tmp_path):
     ema = EMA([64])
     method, run_dir = drawn(tmp_path, [ema, Samples(count=5, seed=7, film_columns=0)])
     with ema.applied(method, "ema"):
-        expected = grid(method.generate(torch.arange(5), seed=7))
-    raw = grid(method.generate(torch.arange(5), seed=7))
+        expected = grid(method.generate(torch.arange(5), seed=7).x)
+    raw = grid(method.generate(torch.arange(5), seed=7).x)
     (picture,) = pictures(run_dir).values()
     assert np.array_equal(picture, expected)
     assert not np.array_equal(picture, raw)
@@ -59,7 +60,7 @@ def test_other_weights_by_name(tmp_path, asked, half_lives, used):
     ema = EMA(half_lives)
     method, run_dir = drawn(tmp_path, [ema, Samples(count=5, weights=asked, film_columns=0)])
     with ema.applied(method, used):
-        expected = grid(method.generate(torch.arange(5), seed=0))
+        expected = grid(method.generate(torch.arange(5), seed=0).x)
     (picture,) = pictures(run_dir).values()
     assert np.array_equal(picture, expected)
     (event,) = events(run_dir, "picture")
@@ -69,7 +70,7 @@ def test_other_weights_by_name(tmp_path, asked, half_lives, used):
 
 def test_without_an_average_the_raw_weights_are_used_and_named(tmp_path):
     method, run_dir = drawn(tmp_path, [Samples(count=5, film_columns=0)])
-    assert np.array_equal(*pictures(run_dir).values(), grid(method.generate(torch.arange(5), seed=0)))
+    assert np.array_equal(*pictures(run_dir).values(), grid(method.generate(torch.arange(5), seed=0).x))
     (event,) = events(run_dir, "picture")
     assert event["weights"] == "raw"
 
@@ -143,16 +144,21 @@ def test_a_bare_trainer_has_nowhere_to_draw(tmp_path):
 
 def test_each_class_in_turn_where_there_are_classes(tmp_path):
     method, run_dir = drawn(tmp_path, [Samples(count=12, film_columns=0)], network={"num_classes": 10})
-    from lit_diffusion.backbones.base import Condition
+    from lit_diffusion.conditions import Condition
 
-    expected = method.generate(torch.arange(12), 0, Condition(label=torch.arange(12) % 10))
+    expected = method.generate(torch.arange(12), 0, Condition(label=torch.arange(12) % 10)).x
     assert np.array_equal(*pictures(run_dir).values(), grid(expected))
 
 
 def test_a_walk_that_diverges_costs_the_picture_and_not_the_run(tmp_path, capsys):
     method = ncsn()
     generate = method.generate
-    method.generate = lambda *args, **keys: generate(*args, **keys) * math.nan
+
+    def diverges(*args, **keys):
+        made = generate(*args, **keys)
+        return replace(made, x=made.x * math.nan)
+
+    method.generate = diverges
     logger = run_logger(tmp_path, method)
     fit(method, digits_data(), tmp_path, 64, callbacks=[Samples(every_n_steps=1, count=4)], logger=logger)
     assert method.clock.images == 64
@@ -171,13 +177,13 @@ def walk(levels, steps_per_level=2, columns=3):
         level, k = divmod(step, steps_per_level)
         x = torch.full((5, 1, 2, 2), level + k / 10)
         film(Progress(step + 1, total, 1.0 - level / levels, x))
-    return [float(row[0, 0, 0, 0]) for row in film.rows(torch.full((5, 1, 2, 2), -1.0))], film
+    return [float(row[0, 0, 0, 0]) for row in film.rows(torch.full((5, 1, 2, 2), -1.0), lambda z: z)], film
 
 
 def test_the_film_has_a_row_a_level_and_the_end():
     rows, film = walk(levels=4)
     assert rows == pytest.approx([0.1, 1.1, 2.1, 3.1, -1.0])  # the state at the end of each level
-    assert all(len(row) == 3 for row in film.rows(torch.zeros(5, 1, 2, 2)))
+    assert all(len(row) == 3 for row in film.rows(torch.zeros(5, 1, 2, 2), lambda z: z))
 
 
 @pytest.mark.parametrize("levels", [1, FILM_ROWS - 1, FILM_ROWS, 100])
@@ -196,7 +202,7 @@ def test_the_film_shows_the_walk_of_the_grids_first_samples(tmp_path):
     sampler = AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True)
     method, run_dir = drawn(tmp_path, [Samples(count=4, film_columns=3)], sampler=sampler)
     frames = []
-    end = method.generate(torch.arange(4), 0, on_step=lambda progress: frames.append(progress.x[:3].clone()))
+    end = method.generate(torch.arange(4), 0, on_step=lambda progress: frames.append(progress.x[:3].clone())).x
     strip = torch.cat([frames[1], frames[3], frames[5], end[:3]])
     assert np.array_equal(pictures(run_dir)["film-0000000096.png"], grid(strip, 3))
     film, samples = sorted(events(run_dir, "picture"), key=lambda event: event["name"])
@@ -228,7 +234,7 @@ def test_predict_uses_the_named_weights_and_gives_the_raw_ones_back(tmp_path, as
     images = archive["arr_0"]
     cond = method.condition_by_counts(torch.arange(11), 3, data.facts.class_counts)
     with ema.applied(method, used):
-        expected = method.generate(torch.arange(11), 3, cond)
+        expected = method.generate(torch.arange(11), 3, cond).x
     difference = images.astype(int) - to_uint8(expected, (0.0, 1.0)).astype(int)
     assert images.shape == (11, 8, 8, 1)
     assert archive["labels"].tolist() == cond.label.tolist()
@@ -243,7 +249,7 @@ def test_predict_of_points_keeps_the_numbers(tmp_path):
     made.predict(method, datamodule=points_data(predict_samples=5))
     points = np.load(tmp_path / "run" / "samples" / "predict.npz")["arr_0"]
     assert points.dtype == np.float32
-    assert np.allclose(points, method.generate(torch.arange(5), 0).numpy(), atol=1e-5)
+    assert np.allclose(points, method.generate(torch.arange(5), 0).x.numpy(), atol=1e-5)
 
 
 def test_samples_that_went_astray_are_said(tmp_path, capsys):

@@ -13,9 +13,10 @@ from tiny import digits_data, events, fit, ncsn, points_data, run_logger, toy_ds
 from lit_diffusion.backbones import MLP
 from lit_diffusion.callbacks import EMA, ModeWeights, ScoreField
 from lit_diffusion.callbacks.toys import mixture_of, score_error
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data import GaussianMixturePoints, Rings
 from lit_diffusion.datamodule import DataModule
+from lit_diffusion.denoisers import Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSN
 from lit_diffusion.processes import VE
@@ -71,9 +72,9 @@ def test_the_exact_score_has_no_error(tmp_path):
 class Off(ExactDenoiser):
     """Scores that are too long by a tenth."""
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         prediction = super().forward(x_t, t, cond)
-        return type(prediction)(x_t, 1.1 * prediction.raw, prediction.level, prediction.u, prediction.v)
+        return Prediction.from_score(x_t, prediction.level, 1.1 * prediction.score)
 
 
 def test_the_error_is_relative_to_the_true_scores_square(tmp_path):
@@ -95,9 +96,9 @@ def test_the_expectation_is_over_the_smoothed_data(tmp_path):
     made, method = exact_model(tmp_path, VE(1.0, 1.0, levels=1))
 
     class Shifted(ExactDenoiser):
-        def forward(self, x_t, t, cond=None):
+        def forward(self, x_t, t, cond=None, began=None):
             prediction = super().forward(x_t, t, cond)
-            return type(prediction)(x_t, prediction.raw - 0.3, prediction.level, prediction.u, prediction.v)
+            return Prediction.from_eps(x_t, prediction.level, prediction.eps - 0.3)
 
     method.denoiser = Shifted(method.denoiser.distribution, method.denoiser.process)
     ScoreField().draw(made, method, "raw")
@@ -110,11 +111,11 @@ def test_the_error_is_taken_where_the_smoothed_data_are(tmp_path):
     made, method = exact_model(tmp_path, VE(0.5, 0.5, levels=1))
 
     class Local(ExactDenoiser):
-        def forward(self, x_t, t, cond=None):
+        def forward(self, x_t, t, cond=None, began=None):
             prediction = super().forward(x_t, t, cond)
             nearest = torch.cdist(x_t.double(), self.distribution.means).amin(1)
-            raw = torch.where(nearest[:, None] < 5.5, prediction.raw, 0.0)  # five deviations
-            return type(prediction)(x_t, raw, prediction.level, prediction.u, prediction.v)
+            eps = torch.where(nearest[:, None] < 5.5, prediction.eps, 0.0)  # five deviations
+            return Prediction.from_eps(x_t, prediction.level, eps)
 
     method.denoiser = Local(method.denoiser.distribution, method.denoiser.process)
     ScoreField().draw(made, method, "raw")

@@ -322,9 +322,9 @@ def test_compiling(make, monkeypatch, tmp_path):
 
 def test_states_of_optimisers():
     sgd = torch.optim.SGD
-    assert recipe.states_of(ncsn()) == 2  # Adam
-    assert recipe.states_of(ncsn(optimizer=lambda parameters: sgd(parameters, 1e-2, momentum=0.9))) == 1
-    assert recipe.states_of(ncsn(optimizer=lambda parameters: sgd(parameters, 1e-2))) == 0
+    assert recipe.states_of(ncsn().make_optimizer) == 2  # Adam
+    assert recipe.states_of(ncsn(optimizer=lambda parameters: sgd(parameters, 1e-2, momentum=0.9)).make_optimizer) == 1
+    assert recipe.states_of(ncsn(optimizer=lambda parameters: sgd(parameters, 1e-2)).make_optimizer) == 0
 
 
 def test_a_checkpoint_is_as_large_as_it_was_said_to_be(make, tmp_path):

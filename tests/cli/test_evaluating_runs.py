@@ -69,7 +69,7 @@ def test_the_best_checkpoints_have_the_figures_that_they_are_kept_for(evaluating
         assert figures(again) == by_images[entry["images"]]
         method = lit_diffusion.load(checkpoint)
         kept = np.load(evaluating / f"samples/evaluation-{entry['images']:010d}.npz")["arr_0"]
-        assert np.array_equal(to_uint8(method.generate(torch.arange(40), seed=7), (0.0, 1.0)), kept)
+        assert np.array_equal(to_uint8(method.generate(torch.arange(40), seed=7).x, (0.0, 1.0)), kept)
 
 
 def test_evaluate_says_the_same_of_the_kept_samples(evaluating, run, workdir):

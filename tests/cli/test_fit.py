@@ -191,10 +191,10 @@ def test_validate_test_and_predict(trained, run, workdir):
 def test_load_gives_a_method_ready_for_a_notebook(trained):
     method = lit_diffusion.load(trained / "checkpoints" / "last.ckpt")
     assert not method.training
-    x = method.generate(torch.arange(3), seed=1)
+    x = method.generate(torch.arange(3), seed=1).x
     assert x.shape == (3, 1, 8, 8)
     raw = lit_diffusion.load(trained / "checkpoints" / "last.ckpt", weights="raw")
-    assert not torch.equal(raw.generate(torch.arange(3), seed=1), x)
+    assert not torch.equal(raw.generate(torch.arange(3), seed=1).x, x)
 
 
 def test_wandb_offline_changes_nothing_else_and_shows_the_same_pixels(run, workdir, trained, monkeypatch):

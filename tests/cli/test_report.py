@@ -20,12 +20,10 @@ from lit_diffusion.__main__ import dispatch
 from lit_diffusion.errors import UserError
 from lit_diffusion.figures import new_figure
 from lit_diffusion.images import png_bytes
+from lit_diffusion.metrics.catalogue import CATALOGUE, metric_of, row_of
 from lit_diffusion.reporting import (
-    FAMILIES,
     Curve,
     better,
-    family_of,
-    metric_of,
     metric_panels,
     noise_level_panels,
     protocols_of,
@@ -396,7 +394,7 @@ def test_evaluations_of_different_protocols_are_never_joined(tmp_path):
     folder = write_run(tmp_path / "run", made)
     panels = metric_panels(read_run(folder))
     assert len(panels) == 6
-    metrics = [name for family in FAMILIES for name in family.metrics]
+    metrics = [name for row in CATALOGUE.values() for name in row.value_names]
     for panel in panels:
         lines = drawn_lines(panel)
         for label, points in lines.items():
@@ -430,7 +428,7 @@ def test_families_and_directions():
         assert metric_of(key) == (metric, measured_with)
         assert better(key) == direction
     assert better("val/loss") == better("test/bpd_ode") == "min"
-    assert family_of("fid-2k") is family_of("fd/dinov2-2k")
+    assert row_of("fid-2k") is row_of("fd/dinov2-2k")
 
 
 def test_features_of_different_extractors_have_panels_of_their_own(tmp_path):

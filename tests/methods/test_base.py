@@ -16,9 +16,9 @@ from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import DDPM, NCSN
-from lit_diffusion.randomness import keyed_normal
+from lit_diffusion.methods.base import Encoded
+from lit_diffusion.randomness import SampleNoise, keyed_normal
 from lit_diffusion.samplers import DDIM
-from lit_diffusion.samplers.base import CountedDenoiser
 
 
 class Watch(pl.Callback):
@@ -56,7 +56,7 @@ def test_micro_batches_change_nothing_but_memory(tmp_path, micro_batch_size):
     whole, parts = ncsn(optimizer=sgd(1e-3)), ncsn(optimizer=sgd(1e-3))
     norms = []
     for method, size in ((whole, None), (parts, micro_batch_size)):
-        watch = Watch(lambda trainer, m: (float(m.last_loss), float(m.last_gradient_norm)))
+        watch = Watch(lambda trainer, m: (float(m.last_step.loss), float(m.last_step.gradient_norm)))
         fit(method, digits_data(micro_batch_size=size), tmp_path, callbacks=[watch])
         norms.append(watch.notes)
     assert norms[0] == [pytest.approx(note, rel=1e-5) for note in norms[1]]
@@ -96,7 +96,7 @@ def test_the_loss_is_the_mean_over_the_batch(tmp_path):
     batch = data.prepare(raw["value"], raw["label"], raw["index"], training=True)
     expected = method.loss(batch, 0).per_sample.mean()
     fit(method, data, tmp_path, 64)
-    assert float(method.last_loss) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert float(method.last_step.loss) == pytest.approx(float(expected.detach()), rel=1e-6)
 
 
 # ---- steps that are not finite -----------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_clock(tmp_path, value
             "ema": {k: v.clone() for k, v in ema.shadows[0].items()},
             "moments": [s["exp_avg"].clone() for s in trainer.optimizers[0].state.values()],
             "count": float(next(iter(trainer.optimizers[0].state.values()))["step"]),
-            "clock": (m.clock.images, m.clock.steps, m.skipped_steps, m.stepped),
+            "clock": (m.clock.images, m.clock.steps, m.skipped_steps, m.last_step.made),
         }
     )
     fit(method, digits_data(), tmp_path, 96, callbacks=[ema, watch])
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tmp_path):
         return replace(result, per_sample=result.per_sample + shift)
 
     method.loss = shifted
-    watch = Watch(lambda trainer, m: (weights(m), m.stepped, math.isfinite(float(m.last_gradient_norm))))
+    watch = Watch(lambda trainer, m: (weights(m), m.last_step.made, math.isfinite(float(m.last_step.gradient_norm))))
     fit(method, digits_data(), tmp_path, 96, callbacks=[watch])
     assert [(stepped, finite) for _, stepped, finite in watch.notes] == [(True, True), (False, True), (True, True)]
     assert same(watch.notes[0][0], watch.notes[1][0])
@@ -147,7 +147,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path):
     method.denoiser.backbone.first.weight.register_hook(
         lambda gradient: (calls.append(1), gradient * (math.inf if len(calls) == 2 else 1.0))[1]
     )
-    watch = Watch(lambda trainer, m: (weights(m), m.stepped, m.skipped_steps))
+    watch = Watch(lambda trainer, m: (weights(m), m.last_step.made, m.skipped_steps))
     fit(method, digits_data(), tmp_path, 96, callbacks=[watch])
     assert [(stepped, skipped) for _, stepped, skipped in watch.notes] == [(True, 0), (False, 1), (True, 1)]
     assert same(watch.notes[0][0], watch.notes[1][0])
@@ -289,7 +289,7 @@ def test_the_gradient_is_clipped_to_a_norm(tmp_path):
         before = weights(method)
         fit(method, digits_data(), tmp_path, 32)
         steps[clip] = torch.cat([(value - before[name]).flatten() for name, value in weights(method).items()])
-        norm = float(method.last_gradient_norm)  # before it is clipped
+        norm = float(method.last_step.gradient_norm)  # before it is clipped
         assert norm > 5.0
     assert float(steps[None].norm()) == pytest.approx(norm, rel=1e-4)
     assert torch.equal(steps[1e6], steps[None])
@@ -484,10 +484,10 @@ def test_generate_leaves_the_mode_as_it_was_and_needs_the_facts():
     method.facts = digits_data().facts
     for training in (True, False):
         method.train(training)
-        first = method.generate(torch.arange(2), seed=0)
+        first = method.generate(torch.arange(2), seed=0).x
         assert method.training is training
         assert method.denoiser.backbone.dropout.training is training
-        assert torch.equal(first, method.generate(torch.arange(2), seed=0))  # no dropout while sampling
+        assert torch.equal(first, method.generate(torch.arange(2), seed=0).x)  # no dropout while sampling
     assert first.shape == (2, 1, 8, 8)
     assert not first.requires_grad
     assert method.sample_shape == (1, 8, 8)
@@ -497,16 +497,16 @@ def test_the_denoiser_knows_the_range_of_what_is_diffused():
     method = ddpm(levels=8)
     assert method.denoiser.data_range is None
     method.facts = digits_data(value_range=(-1.0, 1.0)).facts
-    assert method.denoiser.data_range == CountedDenoiser(method.denoiser).data_range == (-1.0, 1.0)
-    free = method.generate(torch.arange(8), 0, sampler=DDIM(8, clip_x0=None))
+    assert method.denoiser.data_range == (-1.0, 1.0)
+    free = method.generate(torch.arange(8), 0, sampler=DDIM(8, clip_x0=None)).x
     assert float(free.abs().max()) > 1.0  # What an untrained network predicts.
-    assert float(method.generate(torch.arange(8), 0, sampler=DDIM(8)).abs().max()) == 1.0
+    assert float(method.generate(torch.arange(8), 0, sampler=DDIM(8)).x.abs().max()) == 1.0
     method.facts = points_data().facts
     assert method.denoiser.data_range is None
 
     class Latent(DDPM):
-        def encode(self, x):
-            return 3.0 * x, x.new_zeros(len(x))
+        def encode(self, x, noise):
+            return Encoded(3.0 * x, x.new_zeros(len(x)))
 
     method = ddpm(make=Latent, levels=8)
     method.facts = digits_data().facts
@@ -515,16 +515,17 @@ def test_the_denoiser_knows_the_range_of_what_is_diffused():
 
 def test_encode_and_decode_are_the_identity_for_most():
     method, x = ncsn(), torch.randn(3, 1, 8, 8)
-    z, nats = method.encode(x)
+    noise = SampleNoise(0, torch.arange(3), (1, 8, 8))
+    z, nats = method.encode(x, noise)
     assert z is x
-    assert method.decode(z) is x
+    assert method.decode(z, noise, None) is x
     assert torch.equal(nats, torch.zeros(3))
 
 
 def test_points_train_and_sample_too(tmp_path):
     method = toy_dsm()
     fit(method, points_data(), tmp_path, 96, limit_val_batches=1.0)
-    assert method.generate(torch.arange(5), seed=0).shape == (5, 2)
+    assert method.generate(torch.arange(5), seed=0).x.shape == (5, 2)
 
 
 # ---- the Trainer's ways of running the backbone ------------------------------------------------------------------

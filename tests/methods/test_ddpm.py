@@ -13,7 +13,7 @@ from tiny import CONFIG, WALKS, Convolutions, ddpm, digits, digits_data, fit, nc
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.backbones import MLP
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import PARAMETRIZATIONS
@@ -64,7 +64,7 @@ def test_the_papers_defaults():
     assert isinstance(method.sampler, Ancestral)
     assert (method.sampler.steps, method.sampler.variance) == (None, "beta")
     assert len(method.sampler.plan(process)) == 1000
-    assert method.configure_optimizers().param_groups[0]["lr"] == 1e-3
+    assert method.configure_optimizers()[0].param_groups[0]["lr"] == 1e-3
     method.sampler.check(denoiser)
 
 
@@ -114,11 +114,11 @@ def test_held_out_losses_are_of_one_law_whatever_was_learned(tmp_path):
     learning, fixed = ready(time_law="second_moment"), ready()
     batch = Batch(torch.zeros(64, 1, 8, 8), torch.arange(64))
     steep = torch.arange(8).repeat(10)
-    learning.learn_from((steep + 1).double() / 8, 100.0**steep)
+    learning.after_step({"index": steep, "loss": 100.0**steep})
     assert not torch.equal(learning.loss(batch, 0).t, fixed.loss(batch, 0).t)
     held_out = learning.eval().loss(batch, 0)
     assert torch.equal(held_out.t, fixed.loss(batch, 0).t)
-    assert torch.equal(held_out.per_sample, held_out.at_level)
+    assert torch.equal(held_out.per_sample, held_out.shown)
     # The Trainer's validation is in evaluation mode.
     losses = [
         trainer(tmp_path, limit_val_batches=1.0).validate(method, datamodule=centred(), verbose=False)[0]["val/loss"]
@@ -154,7 +154,7 @@ def test_points_have_a_bound_too():
     method.facts = replace(centred().facts, levels=None, value_range=None, shape=(2,))
     loss = method.loss(Batch(torch.randn(32, 2), torch.arange(32)), seed=0).per_sample
     assert bool(torch.isfinite(loss).all())
-    assert bool(torch.isfinite(method.generate(torch.arange(3), 0)).all())
+    assert bool(torch.isfinite(method.generate(torch.arange(3), 0).x).all())
 
 
 # ---- it trains ---------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def moves(method, folder, **keys):
     assert method.skipped_steps == 0
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
     assert all(not torch.equal(value, before[name]) for name, value in after.items())
-    assert bool(torch.isfinite(method.generate(torch.arange(2), 0)).all())
+    assert bool(torch.isfinite(method.generate(torch.arange(2), 0).x).all())
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: ", ".join(choice.values()))
@@ -255,11 +255,11 @@ def test_samples_depend_on_seed_and_number_alone(tmp_path, make, variance):
     keys = {"sampler": DDIMSampler(steps=4)} if make is DDIM else {}
     method = ddpm(make=make, variance=variance, loss="hybrid", **keys)
     fit(method, centred(), tmp_path, 64)
-    first = method.generate(torch.arange(6), seed=3)
-    assert torch.equal(first, method.generate(torch.arange(6), seed=3))
-    assert not torch.equal(first, method.generate(torch.arange(6), seed=4))
+    first = method.generate(torch.arange(6), seed=3).x
+    assert torch.equal(first, method.generate(torch.arange(6), seed=3).x)
+    assert not torch.equal(first, method.generate(torch.arange(6), seed=4).x)
     for size in (1, 4):
-        parts = torch.cat([method.generate(indices, seed=3) for indices in torch.arange(6).split(size)])
+        parts = torch.cat([method.generate(indices, seed=3).x for indices in torch.arange(6).split(size)])
         difference = to_uint8(first, (-1.0, 1.0)).astype(int) - to_uint8(parts, (-1.0, 1.0))
         assert np.abs(difference).max() <= 1
     assert len({image.tobytes() for image in first.numpy()}) == 6
@@ -288,11 +288,11 @@ def test_a_checkpoint_is_sampled_by_every_walk(checkpoints, name, walk):
     method.facts = digits_data().facts
     sampler = WALKS[walk]
     sampler.check(method.denoiser)
-    images = method.generate(torch.arange(4), 0, sampler=sampler)
+    images = method.generate(torch.arange(4), 0, sampler=sampler).x
     assert images.shape == (4, 1, 8, 8)
     assert bool(torch.isfinite(images).all())
     assert len({image.tobytes() for image in images.numpy()}) == 4
-    assert torch.equal(images, method.generate(torch.arange(4), 0, sampler=sampler))
+    assert torch.equal(images, method.generate(torch.arange(4), 0, sampler=sampler).x)
 
 
 def test_a_learned_variance_is_that_of_the_samples(checkpoints):
@@ -303,9 +303,9 @@ def test_a_learned_variance_is_that_of_the_samples(checkpoints):
         method.facts = digits_data().facts
         sampler = Ancestral(steps=3, variance="learned")
         if fits:
-            learned = method.generate(torch.arange(4), 0, sampler=sampler)
-            assert not torch.equal(learned, method.generate(torch.arange(4), 0, sampler=Ancestral(3, "beta")))
-            assert torch.equal(learned, method.generate(torch.arange(4), 0, sampler=WALKS["ancestral"]))
+            learned = method.generate(torch.arange(4), 0, sampler=sampler).x
+            assert not torch.equal(learned, method.generate(torch.arange(4), 0, sampler=Ancestral(3, "beta")).x)
+            assert torch.equal(learned, method.generate(torch.arange(4), 0, sampler=WALKS["ancestral"]).x)
             assert method.sampler.variance == "learned"
         else:
             with pytest.raises(UserError, match="has not learned a reverse variance"):
@@ -350,12 +350,12 @@ def test_it_remembers_the_losses_in_the_order_of_the_batch(tmp_path):
     """Of all processes: as if two had 16 images each, gathered as ``[processes, images]``."""
     method, told = ddpm(time_law="second_moment", levels=4), []
     remember = method.objective.second_moments.remember
-    method.objective.second_moments.remember = lambda level, loss: (told.append((level, loss)), remember(level, loss))
-    method.all_gather = lambda pair: tuple(value.view(2, 16) for value in pair)
+    method.objective.second_moments.remember = lambda index, loss: (told.append((index, loss)), remember(index, loss))
+    method.all_gather = lambda rows: rows.view(2, 16)
     fit(method, centred(), tmp_path, 32)
     ((level, loss),) = told
-    assert torch.equal(level, (method.last_times * 4).round().long() - 1)
-    assert torch.equal(loss, method.last_losses)
+    assert torch.equal(level, (method.last_step.losses["denoiser"].t * 4).round().long() - 1)
+    assert torch.equal(loss, method.last_step.losses["denoiser"].shown)
     assert law(method)["counts"].tolist() == torch.bincount(level, minlength=4).tolist()
 
 
@@ -366,7 +366,7 @@ def test_a_step_that_is_not_finite_is_not_remembered(tmp_path):
     def spoilt(batch, seed):
         result = loss(batch, seed)
         factor = float("nan") if method.clock.steps == 1 else 1.0
-        return replace(result, per_sample=result.per_sample * factor, at_level=result.at_level * factor)
+        return replace(result, per_sample=result.per_sample * factor, unweighted=result.shown * factor)
 
     method.loss = spoilt
     fit(method, centred(), tmp_path, 96)
@@ -393,7 +393,7 @@ def test_ddim_is_ddpm_but_for_the_walk(tmp_path):
         fit(method, centred(), tmp_path, 96)
     assert same(weights(first), weights(second))
     assert torch.equal(
-        second.generate(torch.arange(3), 0), first.generate(torch.arange(3), 0, sampler=DDIMSampler(steps=4))
+        second.generate(torch.arange(3), 0).x, first.generate(torch.arange(3), 0, sampler=DDIMSampler(steps=4)).x
     )
     with pytest.raises(UserError, match="visits 50 noise levels and the model has 8") as caught:
         fit(ddpm(make=DDIM), centred(), tmp_path, 32)  # before the work, not after it

@@ -7,7 +7,7 @@ import torch
 from tiny import Convolutions, digits_data, fit, ncsn
 
 from lit_diffusion.backbones import MLP
-from lit_diffusion.backbones.base import Condition
+from lit_diffusion.conditions import Condition
 from lit_diffusion.datamodule import Batch
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSN
@@ -63,8 +63,8 @@ def test_the_papers_defaults():
         4e-5 * (1.0 / 0.01) ** 2
     )  # the paper's alpha_1 = 2e-5 sigma_1^2/sigma_L^2, twice
     assert moves[-1].eta == pytest.approx(4e-5)
-    assert isinstance(method.configure_optimizers(), torch.optim.Adam)
-    assert method.configure_optimizers().param_groups[0]["lr"] == 1e-3
+    assert isinstance(method.configure_optimizers()[0], torch.optim.Adam)
+    assert method.configure_optimizers()[0].param_groups[0]["lr"] == 1e-3
     method.sampler.check(method.denoiser)
 
 

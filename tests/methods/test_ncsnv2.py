@@ -167,7 +167,7 @@ def test_its_defaults_are_the_papers():
     sampler = method.sampler
     assert (sampler.steps_per_level, sampler.eta, sampler.denoise, sampler.initial) == (5, 1.24e-5, True, "uniform")
     assert sampler.uniform_range == (0.0, 1.0)
-    assert method.configure_optimizers().param_groups[0]["lr"] == 1e-4
+    assert method.configure_optimizers()[0].param_groups[0]["lr"] == 1e-4
     sigmas = method.denoiser.process.sigma(method.denoiser.process.grid())
     assert (float(sigmas[0]), float(sigmas[-1])) == (pytest.approx(0.01), pytest.approx(50.0))
 
@@ -195,4 +195,4 @@ def test_it_trains(tmp_path):
     torch.manual_seed(0)
     method = NCSNv2(Convolutions(), sigma_max=5.0, sigma_min=0.1, levels=6, eta=1e-3)
     fit(method, digits_data(), tmp_path, 96)
-    assert method.generate(torch.arange(2), 0).shape == (2, 1, 8, 8)
+    assert method.generate(torch.arange(2), 0).x.shape == (2, 1, 8, 8)

@@ -15,6 +15,7 @@ from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.metrics import (
     CLIPScore,
     FrechetDistance,
+    FrechetInfinity,
     InceptionScore,
     KernelDistance,
     ManifoldMetrics,
@@ -58,7 +59,8 @@ def every_metric(case, rank, world_size):
     x, real = rows(COUNT, 1) + 0.3, rows(50, 2)
     near = Neighbourhood(real, torch.device("cpu"))
     metrics = {
-        "frechet": FrechetDistance(gaussian_of(real), infinity=True),
+        "frechet": FrechetDistance(gaussian_of(real)),
+        "infinity": FrechetInfinity(gaussian_of(real)),
         "inception": InceptionScore(4),
         "kernel": KernelDistance(real, 3, 20),
         "manifolds": ManifoldMetrics(near),
@@ -70,7 +72,6 @@ def every_metric(case, rank, world_size):
             keys = {"images": index.numpy().astype(np.uint8).reshape(-1, 1, 1, 1)} if name == "memorisation" else {}
             metric.update(x[index], x[index].flip(1) if name == "clip" else index, **keys)
     found = {name: plain(metric.compute()) for name, metric in metrics.items()}
-    found["infinity"] = metrics["frechet"].infinity()
     found["closest"] = [
         [p.distance, p.index, p.neighbour, p.image.ravel().tolist()] for p in metrics["memorisation"].closest()
     ]

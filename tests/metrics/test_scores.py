@@ -13,28 +13,23 @@ from hypothesis import strategies as st
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.metrics import (
+    Context,
     Reference,
     ScoreOptions,
     Scores,
+    choose_metrics,
     frechet_distance,
     gaussian_of,
     load_extractor,
 )
-from lit_diffusion.metrics.families import HIGHER_IS_BETTER
-from lit_diffusion.metrics.features import CLIP, Extractor, Features
+from lit_diffusion.metrics.catalogue import CATALOGUE, count_label, default_metrics, is_better, metric_key
+from lit_diffusion.metrics.choice import left_out_line
+from lit_diffusion.metrics.extractors import CLIP, Extractor, Features
+from lit_diffusion.metrics.frechet import bias_caveat
 from lit_diffusion.metrics.memorisation import FLAGGED_ABOVE
-from lit_diffusion.metrics.scores import (
-    DEFAULT_METRICS,
-    bias_caveat,
-    choose_metrics,
-    count_label,
-    is_better,
-    left_out_line,
-    metric_key,
-    metrics_left_out,
-)
 
 OPTIONS = ScoreOptions(is_splits=4, kid_subsets=5, kid_subset_size=30, manifold_samples=50)
+DEFAULT_METRICS = tuple(default_metrics())
 ALL = (*DEFAULT_METRICS, "fid_infinity")
 
 
@@ -118,7 +113,7 @@ def test_figures_of_neighbours_name_the_samples_that_they_are_of():
 
 
 def choose(wanted, count=100, real=100, options=OPTIONS, extractor=None, **keys):
-    return choose_metrics(wanted, extractor or Linear(), count, real, options, **keys)
+    return list(choose_metrics(wanted, Context(extractor or Linear(), count, real, options, **keys)).metrics)
 
 
 def test_by_default_all_that_can_be_had_are_chosen():
@@ -220,15 +215,13 @@ def test_each_figure_is_its_own():
     assert found["fd/digits-80"] == pytest.approx(
         frechet_distance(gaussian_of(torch.from_numpy(real)), gaussian_of(torch.from_numpy(x))), rel=1e-9
     )
-    shares = {**scores._manifolds.compute(), **scores._memorisation.compute()}
-    for name, parts in shares.items():
-        assert found[metric_key(name, "digits", 50 if name in scores._manifolds.compute() else 80)] == float(
-            parts.mean()
-        )
+    manifolds = scores.metric("recall").compute()
+    for name, parts in {**manifolds, **scores.metric("memorisation").compute()}.items():
+        assert found[metric_key(name, "digits", 50 if name in manifolds else 80)] == float(parts.mean())
     result = scores.compute(80)
-    assert (result.values["kd/digits-80"], result.errors["kd/digits-80"]) == scores._kernel.compute()
-    assert (result.values["is/digits-80"], result.errors["is/digits-80"]) == scores._inception.compute()
-    assert result.errors["fd_infinity/digits-80"] == scores._frechet.infinity()[1]
+    assert (result.values["kd/digits-80"], result.errors["kd/digits-80"]) == scores.metric("kid").compute()
+    assert (result.values["is/digits-80"], result.errors["is/digits-80"]) == scores.metric("is").compute()
+    assert result.errors["fd_infinity/digits-80"] == scores.metric("fid_infinity").compute()[1]
     assert set(result.errors) == {"kd/digits-80", "is/digits-80", "fd_infinity/digits-80"}
 
 
@@ -284,7 +277,7 @@ def test_the_protocol_says_what_the_figures_depend_on():
         "extractor": "linear",
         "extractor_sha256": "",
         "resize": "none",
-        "reference": scores.reference.key,
+        "reference": reference.key,
         "reference_source": "x",
         "split": "train",
         "n_real": 1234,
@@ -296,6 +289,8 @@ def test_the_protocol_says_what_the_figures_depend_on():
         "density_neighbours": 5,
         "manifold_n_real": 50,
         "metric_seed": 2020,
+        "kid_n_real": 60,
+        "memorisation_n_real": 60,
     }
     assert set(scores_of(points(9, 1), metrics=("fid",)).protocol(9)) == {
         "extractor",
@@ -380,10 +375,10 @@ def test_intervals_say_what_was_resampled_and_are_never_empty():
 
 
 def test_what_is_left_out_is_said_a_reason_once():
-    left_out = metrics_left_out(None, load_extractor("points", (3,)), 1, 100, OPTIONS)
+    left_out = choose_metrics(None, Context(load_extractor("points", (3,)), 1, 100, OPTIONS)).left_out
     assert left_out == {
         "fid": "it needs at least 2 samples, there are 1",
-        "is": "the Inception Score needs a classifier, extractor points is none",
+        "is": "it needs a classifier, extractor points is none",
         "kid": "it needs at least 2 samples, there are 1",
         **dict.fromkeys(
             ("precision", "recall", "density", "coverage"), "neighbourhoods of 5 need more than 5 samples and data"
@@ -393,14 +388,14 @@ def test_what_is_left_out_is_said_a_reason_once():
     result = scores.compute(1)
     assert result.left_out == left_out
     assert left_out_line(result.left_out).startswith("fid, kid (it needs at least 2 samples, there are 1); is (")
-    assert metrics_left_out(["fid"], Linear(), 9, 9, OPTIONS) == {}
-    assert metrics_left_out(None, Linear(), 100, 100, OPTIONS, training_count=1) == {
+    assert choose_metrics(["fid"], Context(Linear(), 9, 9, OPTIONS)).left_out == {}
+    assert choose_metrics(None, Context(Linear(), 100, 100, OPTIONS, training_count=1)).left_out == {
         "memorisation": "it needs at least 2 training data"
     }
 
 
 def test_a_name_holds_the_number_that_was_measured():
-    with pytest.raises(ValueError, match="80 samples were taken in, the figures' names would say 100"):
+    with pytest.raises(ValueError, match="80 samples were taken in, the values' names would say 100"):
         scores_of(points(80, 1), metrics=("fid",)).compute(100)
 
 
@@ -458,9 +453,11 @@ def test_nan_is_never_better(metric, value, than):
     elif than is None or math.isnan(than):
         assert found
     else:
-        assert found == (value > than if metric in HIGHER_IS_BETTER else value < than)
+        assert found == (value > than if CATALOGUE[metric].better == "max" else value < than)
         assert not (found and is_better(metric, than, value))
 
 
 def test_which_way_is_better():
-    assert {"is", "precision", "recall", "density", "coverage", "clip_score"} == HIGHER_IS_BETTER
+    higher = {name for name, row in CATALOGUE.items() if row.better == "max"}
+    assert higher == {"is", "precision", "recall", "density", "coverage", "clip_score"}
+    assert {name for name, row in CATALOGUE.items() if row.better is None} == {"memorisation"}

@@ -15,14 +15,13 @@ from safetensors.torch import save_file
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.metrics import load_extractor
-from lit_diffusion.metrics.features import (
+from lit_diffusion.metrics.extractors import (
     CLIP,
     VGG16,
     DigitsFeatures,
     Inception,
-    require_plain_weights,
-    require_weights,
 )
+from lit_diffusion.metrics.extractors.base import require_plain_weights
 from lit_diffusion.metrics.weights import WEIGHTS, WeightsFile, fetch_weights, find_weights
 
 CONTENT = bytes(range(256)) * 5000
@@ -150,9 +149,7 @@ def test_missing_weights_are_asked_for_by_the_command_that_brings_them(name):
         load_extractor(name, (3, 32, 32))
     assert f"run `python -m lit_diffusion fetch weights {name}`" in one_line(caught)
     with pytest.raises(UserError, match="not on this machine"):
-        require_weights(name)
-    require_weights("digits")
-    require_weights("points")
+        find_weights(name)
 
 
 def test_a_users_own_file_must_be_there(tmp_path):

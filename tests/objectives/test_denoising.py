@@ -8,8 +8,8 @@ from scipy import stats
 from scipy.integrate import cumulative_simpson, quad
 from torch import nn
 
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import DenoisingScoreMatching
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
@@ -26,7 +26,7 @@ class FunctionDenoiser(Denoiser):
         self.process = process
         self.function = function
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         level = self.process.level(t)
         u, v = PARAMETRIZATIONS["eps"](level, self.process, 1.0)
         return Prediction(x_t, self.function(x_t, t), level, u, v)
@@ -354,11 +354,11 @@ def test_the_loss_at_its_level_has_no_factor_of_the_law(weight):
         objective = DenoisingScoreMatching(law, weight)
         loss = objective(denoiser, x0, 3, index)
         at = objective.at(denoiser, x0, loss.t, keyed_normal(3, "noise", index, (2,)))
-        assert torch.equal(loss.at_level, at.per_sample)
-        assert torch.equal(at.at_level, at.per_sample)
+        assert torch.equal(loss.shown, at.per_sample)
+        assert torch.equal(at.shown, at.per_sample)
         if law == "uniform":
-            assert torch.equal(loss.per_sample, loss.at_level)
+            assert torch.equal(loss.per_sample, loss.shown)
             continue
         ratio = torch.tensor([rate(t) / -math.expm1(-integral(t)) for t in loss.t.tolist()])
         whole = float(process.log_snr(torch.tensor(1e-5).double()) - process.log_snr(torch.ones(()).double()))
-        torch.testing.assert_close(loss.per_sample, loss.at_level * whole / ratio / (1 - 1e-5), rtol=1e-4, atol=0)
+        torch.testing.assert_close(loss.per_sample, loss.shown * whole / ratio / (1 - 1e-5), rtol=1e-4, atol=0)

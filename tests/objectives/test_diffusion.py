@@ -11,9 +11,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
 from lit_diffusion.data.facts import GreyLevels
-from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, Prediction
+from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, InterpolatedVariance, Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import DiffusionObjective, SecondMoments
 from lit_diffusion.processes import Betas, cosine_betas, expand_like
@@ -38,11 +38,11 @@ class Told(Denoiser):
         self.raw, self.share, self.parametrization = raw, share, parametrization
         self.learned_variance = share is not None
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         level = self.process.level(t)
         u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, 0.5)
-        share = None if self.share is None else self.share(x_t, t)
-        return Prediction(x_t, self.raw(x_t, t), level, u, v, variance_share=share)
+        variance = None if self.share is None else InterpolatedVariance(self.share(x_t, t))
+        return Prediction(x_t, self.raw(x_t, t), level, u, v, reverse_log_variance=variance)
 
 
 def images(count, pixels=4):
@@ -89,7 +89,7 @@ def test_the_simple_loss_is_the_mean_square_of_the_networks_own_error(parametriz
         expected = (raw - target(parametrization, x0, eps, level)).flatten(1).square().mean(1)
         torch.testing.assert_close(loss.per_sample, expected, rtol=1e-9, atol=1e-12)
         assert torch.equal(loss.t, t)
-        assert torch.equal(loss.at_level, loss.per_sample)
+        assert torch.equal(loss.shown, loss.per_sample)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde", "learned"])
@@ -126,7 +126,7 @@ def test_a_drawn_level_gives_all_of_them_on_average(loss, time_law):
     assert abs(float(drawn.per_sample.mean() - everything.mean())) < 4 * error
     assert error < 0.05 * float(everything.mean())
     # Without the factor that makes up for it, an uneven law shows.
-    uneven = abs(float(drawn.at_level.mean() - everything.mean())) > 4 * error
+    uneven = abs(float(drawn.shown.mean() - everything.mean())) > 4 * error
     assert uneven == (time_law == "second_moment")
 
 
@@ -216,7 +216,7 @@ class Perturbed(Denoiser):
         self.exact, self.process = ExactDenoiser(distribution, process), process
         self.parametrization, self.away, self.step = parametrization, away, step
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         best = self.exact(x_t, t)
         u, v = PARAMETRIZATIONS[self.parametrization](best.level, self.process, 0.5)
         raw = u[:, None] * best.x0 + v[:, None] * best.eps
@@ -367,7 +367,7 @@ def test_it_is_told_the_loss_of_the_level_without_its_weight():
     loss = objective(Told(wavy), x0, 0, torch.arange(64), GREY)
     level = (loss.t * T).round().long() - 1
     weight = (1.0 / (T * objective.second_moments.probabilities()))[level]
-    torch.testing.assert_close(loss.per_sample, loss.at_level * weight, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.per_sample, loss.shown * weight, rtol=1e-12, atol=0)
     assert len(set(level.tolist())) == T
 
 
@@ -404,4 +404,4 @@ def test_the_loss_has_the_images_type_and_reaches_the_network():
     loss = objective(Told(lambda x, t: scale * x, lambda x, t: scale * x), x0.float(), 0, torch.arange(8), GREY)
     assert (loss.per_sample.shape, loss.per_sample.dtype, loss.t.dtype) == ((8,), torch.float32, torch.float64)
     assert loss.per_sample.requires_grad
-    assert not loss.at_level.requires_grad
+    assert not loss.shown.requires_grad

@@ -22,11 +22,11 @@ from laws import (
     wide,
 )
 
-from lit_diffusion.closed_form import ExactDenoiser
-from lit_diffusion.denoisers import Denoiser, NetworkDenoiser
+from lit_diffusion.denoisers import Denoiser, InterpolatedVariance, NetworkDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
-from lit_diffusion.samplers import Ancestral, Move
+from lit_diffusion.samplers import Ancestral, Move, Run
 
 VARIANCES = ["beta", "beta_tilde"]
 each_variance = pytest.mark.parametrize("variance", VARIANCES)
@@ -43,7 +43,7 @@ def exact_score(x, process, t):
 
 
 def one_step(sampler, process, x, move):
-    return sampler.step(ExactDenoiser(MIXTURE, process), x, move, noise_of(len(x), 9, dtype=x.dtype), None)
+    return sampler.step(Run(ExactDenoiser(MIXTURE, process), noise_of(len(x), 9, dtype=x.dtype)), x, move)
 
 
 @pytest.mark.parametrize("i", [2, 5, 10])
@@ -104,8 +104,8 @@ class Share(Denoiser):
         super().__init__()
         self.process, self.share, self.exact = process, share, ExactDenoiser(MIXTURE, process)
 
-    def forward(self, x_t, t, cond=None):
-        return replace(self.exact(x_t, t), variance_share=torch.full_like(x_t, self.share))
+    def forward(self, x_t, t, cond=None, began=None):
+        return replace(self.exact(x_t, t), reverse_log_variance=InterpolatedVariance(torch.full_like(x_t, self.share)))
 
 
 def test_a_learned_variance_lies_between_the_two_in_its_logarithm():
@@ -116,11 +116,11 @@ def test_a_learned_variance_lies_between_the_two_in_its_logarithm():
         mean = one_step(Ancestral(), process, x, move) - step.beta.sqrt() * z
         for share in (0.0, 0.3, 1.0):
             noise = noise_of(6, 9, dtype=torch.float64)
-            moved = Ancestral(variance="learned").step(Share(process, share), x, move, noise, None)
+            moved = Ancestral(variance="learned").step(Run(Share(process, share), noise), x, move)
             deviation = step.beta ** (share / 2) * step.beta_tilde ** ((1 - share) / 2)
             torch.testing.assert_close(moved, mean + deviation * z, rtol=1e-9, atol=1e-9)
             noise = noise_of(6, 9, dtype=torch.float64)
-            assert torch.equal(Ancestral().step(Share(process, share), x, move, noise, None), moved)
+            assert torch.equal(Ancestral().step(Run(Share(process, share), noise), x, move), moved)
 
 
 def test_a_variance_that_was_not_learned_is_refused():
@@ -208,5 +208,5 @@ def test_azula_agrees(process, monkeypatch):
     x = process.prior_std * noise.normal()
     monkeypatch.setattr(torch, "randn_like", lambda x: noise.normal())
     theirs = sample.DDPMSampler(as_azulas(exact), steps=25, silent=True, dtype=torch.float64)(x)
-    ours = Ancestral(25, "beta_tilde").sample(exact, noise_of(20, dtype=torch.float64))
+    ours = Ancestral(25, "beta_tilde").sample(exact, noise_of(20, dtype=torch.float64)).x
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

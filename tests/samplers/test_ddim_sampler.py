@@ -21,11 +21,11 @@ from laws import (
     wide,
 )
 
-from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, cosine_betas, linear_betas
-from lit_diffusion.samplers import DDIM, Ancestral, Move
+from lit_diffusion.samplers import DDIM, Ancestral, Move, Run
 
 each_paper = pytest.mark.parametrize("process", PAPERS.values(), ids=PAPERS)
 each_gentle = pytest.mark.parametrize("process", GENTLE.values(), ids=GENTLE)
@@ -44,7 +44,7 @@ def test_a_step_is_equation_12_of_song_meng_and_ermon(eta, i, j):
     x = noise_of(6, dtype=torch.float64).normal()
     z = noise_of(6, 9, dtype=torch.float64).normal()
     sampler, noise = DDIM(eta=eta), noise_of(6, 9, dtype=torch.float64)
-    moved = sampler.step(ExactDenoiser(MIXTURE, process), x, Move(i / 1000, j / 1000), noise, None)
+    moved = sampler.step(Run(ExactDenoiser(MIXTURE, process), noise), x, Move(i / 1000, j / 1000))
     alpha, sigma = wide(at_i).sqrt().expand(6), wide(1 - at_i).sqrt().expand(6)
     eps = -math.sqrt(1 - at_i) * MIXTURE.log_prob_and_score(x, alpha, sigma)[1]
     deviation = eta * math.sqrt((1 - at_j) / (1 - at_i)) * math.sqrt(1 - at_i / at_j)
@@ -60,30 +60,30 @@ def test_a_step_is_equation_12_of_song_meng_and_ermon(eta, i, j):
 )
 def test_with_eta_1_it_is_ancestral_sampling_with_the_posteriors_variance(process, steps):
     denoiser = ExactDenoiser(MIXTURE, process)
-    ddim = DDIM(steps, eta=1.0).sample(denoiser, noise_of(5, dtype=torch.float64))
-    ancestral = Ancestral(steps, "beta_tilde").sample(denoiser, noise_of(5, dtype=torch.float64))
+    ddim = DDIM(steps, eta=1.0).sample(denoiser, noise_of(5, dtype=torch.float64)).x
+    ancestral = Ancestral(steps, "beta_tilde").sample(denoiser, noise_of(5, dtype=torch.float64)).x
     torch.testing.assert_close(ddim, ancestral, rtol=1e-9, atol=1e-9)
 
 
 def test_with_eta_1_it_is_the_posterior_of_the_clipped_prediction():
     """The noise is that of the clipped x0 too; with the prediction's own they are 0.15 apart."""
     denoiser = ExactDenoiser(MIXTURE, Betas(cosine_betas(50)))
-    ddim = DDIM(eta=1.0, clip_x0=(-0.5, 0.5)).sample(denoiser, noise_of(50, dtype=torch.float64))
+    ddim = DDIM(eta=1.0, clip_x0=(-0.5, 0.5)).sample(denoiser, noise_of(50, dtype=torch.float64)).x
     ancestral = Ancestral(variance="beta_tilde", clip_x0=(-0.5, 0.5))
-    expected = ancestral.sample(denoiser, noise_of(50, dtype=torch.float64))
+    expected = ancestral.sample(denoiser, noise_of(50, dtype=torch.float64)).x
     torch.testing.assert_close(ddim, expected, rtol=1e-9, atol=1e-9)
     assert float(expected.max()) == 0.5  # It is clipped.
 
 
 def test_with_eta_0_all_noise_is_in_the_start():
     denoiser = ExactDenoiser(MIXTURE, VP())
-    x = DDIM(5).sample(denoiser, noise_of(4))
-    assert torch.equal(DDIM(5).sample(denoiser, None, start=noise_of(4).normal()), x)
+    x = DDIM(5).sample(denoiser, noise_of(4)).x
+    assert torch.equal(DDIM(5).sample(denoiser, None, start=noise_of(4).normal()).x, x)
 
 
 def test_the_clipped_prediction_stays_in_its_range():
     denoiser, x = ExactDenoiser(MIXTURE, VP()), 3.0 * noise_of(50).normal()
-    last = DDIM(clip_x0=(-0.2, 0.3)).step(denoiser, x, Move(0.3, 0.0), noise_of(50), None)
+    last = DDIM(clip_x0=(-0.2, 0.3)).step(Run(denoiser, noise_of(50)), x, Move(0.3, 0.0))
     assert (float(last.min()), float(last.max())) == (pytest.approx(-0.2), pytest.approx(0.3))
 
 
@@ -112,7 +112,7 @@ def test_each_point_converges_to_the_flows_with_order_1(process):
         sampler = DDIM(steps, spacing="quadratic")
         last = sampler.plan(process)[-1].t
         expected = GAUSSIAN.posterior_mean(process, GAUSSIAN.flow(process, x, 1.0, last), last)
-        moved = sampler.sample(ExactDenoiser(GAUSSIAN, process), None, start=x)
+        moved = sampler.sample(ExactDenoiser(GAUSSIAN, process), None, start=x).x
         errors.append(float((moved - expected).norm(dim=1).mean()))
     assert order(*errors) == pytest.approx(1.0, abs=0.1)
 
@@ -144,7 +144,7 @@ def test_encoding_follows_the_same_equation_backwards():
     x = levels[0].alpha * x0 + levels[0].sigma * predicted_noise(levels[0].alpha * x0, 0.5)
     eps = predicted_noise(x, 0.5)
     expected = levels[1].alpha * (x - levels[0].sigma * eps) / levels[0].alpha + levels[1].sigma * eps
-    torch.testing.assert_close(DDIM(2).encode(ExactDenoiser(MIXTURE, process), x0), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(DDIM(2).encode(ExactDenoiser(MIXTURE, process), x0).x, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("process", [VE(1e-4, 2.0), *list(GENTLE.values())[1:]], ids=GENTLE)
@@ -153,8 +153,8 @@ def test_the_way_back_ends_nearer_to_where_it_began_the_more_steps_there_are(pro
     denoiser, errors = ExactDenoiser(MIXTURE, process), []
     for steps in (50, 100):
         sampler = DDIM(steps, spacing="quadratic")
-        code = sampler.encode(denoiser, x0)
-        errors.append(float((sampler.sample(denoiser, None, start=code) - x0).norm(dim=1).mean()))
+        code = sampler.encode(denoiser, x0).x
+        errors.append(float((sampler.sample(denoiser, None, start=code).x - x0).norm(dim=1).mean()))
     assert order(*errors) == pytest.approx(1.0, abs=0.15)
     assert errors[-1] < 0.1
 
@@ -166,7 +166,7 @@ def test_a_clipped_walk_has_a_way_back_too():
     denoiser, errors = ExactDenoiser(MIXTURE, process), []
     for steps in (50, 100):
         sampler = DDIM(steps, spacing="quadratic", clip_x0=clip)
-        back = sampler.sample(denoiser, None, start=sampler.encode(denoiser, x0))
+        back = sampler.sample(denoiser, None, start=sampler.encode(denoiser, x0).x).x
         errors.append(float((back - x0).norm(dim=1).mean()))
         assert float(back.abs().max()) <= 0.8
     assert order(*errors) == pytest.approx(1.0, abs=0.15)
@@ -177,10 +177,11 @@ def test_a_clipped_walk_has_a_way_back_too():
 def test_the_code_is_the_flows(process):
     x0 = GAUSSIAN.sample(noise_of(20, dtype=torch.float64).normal(), noise_of(20).uniform(()))
     sampler, seen = DDIM(250), []
-    code = sampler.encode(ExactDenoiser(GAUSSIAN, process), x0, on_step=seen.append)
+    made = sampler.encode(ExactDenoiser(GAUSSIAN, process), x0, on_step=seen.append)
+    code = made.x
     expected = GAUSSIAN.flow(process, x0, 0.0, 1.0)
     assert float((code - expected).norm() / expected.norm()) < 0.02
-    assert sampler.evaluations == 250
+    assert made.evaluations == 250
     assert [progress.step for progress in seen] == list(range(1, 251))
     assert seen[-1].t == 1.0
     assert torch.equal(seen[-1].x, code)
@@ -190,7 +191,7 @@ def test_the_code_is_the_flows(process):
 def test_the_codes_of_gaussian_data_are_the_priors_noise(process):
     process = VE(0.01, 500.0) if isinstance(process, VE) else process
     x0 = GAUSSIAN.sample(noise_of(5000, dtype=torch.float64).normal(), noise_of(5000).uniform(()))
-    code = DDIM(200).encode(ExactDenoiser(GAUSSIAN, process), x0) / process.prior_std
+    code = DDIM(200).encode(ExactDenoiser(GAUSSIAN, process), x0).x / process.prior_std
     assert_moments(code, torch.zeros(3), torch.eye(3))
 
 
@@ -236,4 +237,4 @@ def test_azula_agrees(process, name):
 
     x = process.prior_std * noise_of(20, dtype=torch.float64).normal()
     theirs = getattr(sample, name)(as_azulas(exact), steps=25, silent=True, dtype=torch.float64)(x)
-    torch.testing.assert_close(DDIM(25).sample(exact, None, start=x), theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(DDIM(25).sample(exact, None, start=x).x, theirs, rtol=1e-9, atol=1e-9)

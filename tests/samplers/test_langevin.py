@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.closed_form import ExactDenoiser, GaussianMixture
-from lit_diffusion.denoisers import Denoiser, NetworkDenoiser, Prediction
+from lit_diffusion.denoisers import Denoiser, NetworkDenoiser, Prediction, WrappedDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.samplers import SAMPLERS, AnnealedLangevin, Langevin
+from lit_diffusion.samplers import SAMPLERS, AnnealedLangevin, Langevin, Run
 
 CHAINS = 20_000
 POINT = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.zeros(1, 2, 2))
@@ -38,7 +38,7 @@ def ncsn_toy():
 @pytest.mark.parametrize(("s", "eta"), [(1.0, 1.0), (0.3, 0.18), (2.0, 12.0)])
 def test_the_variance_of_the_chain_is_that_of_the_discretisation(s, eta):
     denoiser = ExactDenoiser(POINT, VE(s, s, levels=1))
-    x = Langevin(steps=25, eta=eta, uniform_range=(-s, s)).sample(denoiser, noise_of())
+    x = Langevin(steps=25, eta=eta, uniform_range=(-s, s)).sample(denoiser, noise_of()).x
     variance = float(x.double().var())
     expected = s**2 / (1 - eta / (4 * s**2))
     error = expected * math.sqrt(2 / x.numel())
@@ -52,12 +52,12 @@ def test_the_variance_of_the_chain_is_that_of_the_discretisation(s, eta):
 def test_the_metropolis_correction_removes_the_bias(s, eta):
     denoiser = ExactDenoiser(POINT, VE(s, s, levels=1))
     sampler = Langevin(steps=60, eta=eta, uniform_range=(-s, s), metropolis=True)
-    x = sampler.sample(denoiser, noise_of()).double()
+    x = sampler.sample(denoiser, noise_of()).x.double()
     error = s**2 * math.sqrt(2 / x.numel())
     assert abs(float(x.var()) - s**2) < 4 * error
     assert abs(float((x**4).mean()) / (3 * s**4) - 1) < 0.06
     # Were every step accepted the variance would be the biased one.
-    biased = Langevin(steps=60, eta=eta, uniform_range=(-s, s)).sample(denoiser, noise_of()).double()
+    biased = Langevin(steps=60, eta=eta, uniform_range=(-s, s)).sample(denoiser, noise_of()).x.double()
     assert float(biased.var()) > 1.2 * s**2
 
 
@@ -69,7 +69,7 @@ def test_metropolis_accepts_as_often_as_it_should():
     sampler = Langevin(steps=1, eta=eta, metropolis=True)
     noise = noise_of(seed=6)
     (move,) = sampler.plan(denoiser.process)
-    moved = sampler.step(denoiser, x, move, noise, None)
+    moved = sampler.step(Run(denoiser, noise), x, move)
     fresh = noise_of(seed=6)
     proposal = (1 - eta / 2) * x + math.sqrt(eta) * fresh.normal()
     log_ratio = eta / 8 * (x.square().sum(1) - proposal.square().sum(1))
@@ -83,7 +83,7 @@ def test_langevin_finds_the_weights_of_overlapping_modes():
     distribution = mixture([0.3, 0.7], [[-separation], [separation]], 0.9)
     denoiser = ExactDenoiser(distribution, VE(0.3, 0.3, levels=1))
     sampler = Langevin(steps=500, eta=0.2, uniform_range=(-3.0, 3.0))
-    x = sampler.sample(denoiser, noise_of(10_000, shape=(1,)))
+    x = sampler.sample(denoiser, noise_of(10_000, shape=(1,))).x
     # The mean is separation (w_2 - w_1).
     assert (1 - float(x.mean()) / separation) / 2 == pytest.approx(0.3, abs=0.03)
 
@@ -94,11 +94,11 @@ def test_plain_langevin_loses_the_weights_of_separated_modes_and_annealed_keeps_
     annealed = AnnealedLangevin(steps_per_level=50, eta=0.2, uniform_range=(-8.0, 8.0))
     plain = Langevin(steps=500, eta=0.2, uniform_range=(-8.0, 8.0))
     denoiser = ExactDenoiser(distribution, process)
-    first = {
-        name: float((distribution.component_of(sampler.sample(denoiser, noise_of(count))) == 0).double().mean())
-        for name, sampler in (("plain", plain), ("annealed", annealed))
+    made = {
+        name: sampler.sample(denoiser, noise_of(count)) for name, sampler in (("plain", plain), ("annealed", annealed))
     }
-    assert plain.evaluations == annealed.evaluations == 500
+    first = {name: float((distribution.component_of(each.x) == 0).double().mean()) for name, each in made.items()}
+    assert made["plain"].evaluations == made["annealed"].evaluations == 500
     assert first["annealed"] == pytest.approx(0.2, abs=0.03)
     # From a symmetric start each mode gets what falls to its side.
     assert first["plain"] == pytest.approx(0.5, abs=0.08)
@@ -107,7 +107,7 @@ def test_plain_langevin_loses_the_weights_of_separated_modes_and_annealed_keeps_
 def test_annealed_langevin_ends_in_the_smoothed_density():
     distribution, process = ncsn_toy(), VE(0.5, 20.0, levels=12)
     sampler = AnnealedLangevin(steps_per_level=40, eta=0.1, uniform_range=(-8.0, 8.0))
-    x = sampler.sample(ExactDenoiser(distribution, process), noise_of(4000)).double()
+    x = sampler.sample(ExactDenoiser(distribution, process), noise_of(4000)).x.double()
     right = x[distribution.component_of(x) == 1]
     # Data 1 and noise 0.5^2, and what the last step's size adds.
     variance = 1.25 / (1 - 0.1 / (4 * 1.25))
@@ -145,7 +145,7 @@ def test_one_step_is_the_formula():
         z = noise_of(10, seed=3).normal()
         _, score = ncsn_toy().log_prob_and_score(x, torch.ones(10), torch.ones(10))
         expected = x + eta / 2 * score.float() + math.sqrt(eta) * z
-        torch.testing.assert_close(sampler.step(denoiser, x, move, noise_of(10, seed=3), None), expected)
+        torch.testing.assert_close(sampler.step(Run(denoiser, noise_of(10, seed=3)), x, move), expected)
 
 
 def test_langevin_follows_the_smallest_level_unless_told():
@@ -165,8 +165,8 @@ def test_the_last_step_is_tweedies(process):
     )
     denoiser = ExactDenoiser(distribution, process)
     options = {"steps_per_level": 5, "eta": 0.005, "uniform_range": (-2.0, 2.0)}
-    noisy = AnnealedLangevin(**options).sample(denoiser, noise_of(50))
-    clean = AnnealedLangevin(denoise=True, **options).sample(denoiser, noise_of(50))
+    noisy = AnnealedLangevin(**options).sample(denoiser, noise_of(50)).x
+    clean = AnnealedLangevin(denoise=True, **options).sample(denoiser, noise_of(50)).x
     last = torch.tensor([process.t_min], dtype=torch.float64)
     alpha, sigma = process.alpha(last), process.sigma(last)
     _, score = distribution.log_prob_and_score(noisy, alpha.expand(50), sigma.expand(50))
@@ -196,14 +196,14 @@ def test_annealed_langevin_needs_levels(levels):
 # What every sampler owes
 
 
-class Counting(Denoiser):
+class Counting(WrappedDenoiser):
     """A denoiser under observation."""
 
     def __init__(self, denoiser):
-        super().__init__()
-        self.denoiser, self.process, self.calls = denoiser, denoiser.process, 0
+        super().__init__(denoiser)
+        self.calls = 0
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         self.calls += 1
         self.cond = cond
         assert t.shape == (len(x_t),)
@@ -227,8 +227,9 @@ def test_evaluations_and_steps_are_counted_exactly(name):
     denoiser, seen, condition = Counting(ExactDenoiser(ncsn_toy(), process)), [], object()
     for _ in range(2):  # The second call counts anew.
         denoiser.calls = 0
-        x = sampler.sample(denoiser, noise_of(5), condition, seen.append)
-        assert sampler.evaluations == denoiser.calls == evaluations
+        made = sampler.sample(denoiser, noise_of(5), condition, seen.append)
+        x = made.x
+        assert made.evaluations == denoiser.calls == evaluations
     assert denoiser.cond is condition
     assert len(seen) == 2 * total
     seen = seen[total:]
@@ -245,11 +246,11 @@ def test_evaluations_and_steps_are_counted_exactly(name):
 def test_a_sample_is_the_same_in_any_batch(name):
     sampler, _, _ = samplers()[name]
     denoiser = ExactDenoiser(ncsn_toy(), VE(0.3, 3.0, levels=4))
-    together = sampler.sample(denoiser, noise_of(16))
-    sevens = [sampler.sample(denoiser, noise_of(min(7, 16 - first), first=first)) for first in range(0, 16, 7)]
+    together = sampler.sample(denoiser, noise_of(16)).x
+    sevens = [sampler.sample(denoiser, noise_of(min(7, 16 - first), first=first)).x for first in range(0, 16, 7)]
     torch.testing.assert_close(torch.cat(sevens), together, rtol=1e-5, atol=1e-6)
     # Another seed, and neighbours, are other samples.
-    assert bool((sampler.sample(denoiser, noise_of(16, seed=1)) != together).any(1).all())
+    assert bool((sampler.sample(denoiser, noise_of(16, seed=1)).x != together).any(1).all())
     assert len(together.unique(dim=0)) == 16
 
 
@@ -273,10 +274,10 @@ class Smooth(Backbone):
 def test_the_state_is_float32_while_the_backbone_is_not(name):
     sampler, _, _ = samplers()[name]
     denoiser = NetworkDenoiser(Smooth(), VE(0.3, 3.0, levels=4), "score", "log_sigma")
-    full = sampler.sample(denoiser, noise_of(20))
-    denoiser.autocast_dtype = torch.bfloat16
+    full = sampler.sample(denoiser, noise_of(20)).x
+    denoiser.backbone.autocast_dtype = torch.bfloat16
     states = []
-    x = sampler.sample(denoiser, noise_of(20), on_step=lambda progress: states.append(progress.x))
+    x = sampler.sample(denoiser, noise_of(20), on_step=lambda progress: states.append(progress.x)).x
     assert denoiser.backbone.types == (torch.float32, torch.bfloat16)
     assert {state.dtype for state in (*states, x)} == {torch.float32}
     for state in states:
@@ -326,11 +327,11 @@ def test_the_bound_itself_is_refused():
 def test_the_refusal_is_right():
     """Just below the bound the chain stays, just above it would not."""
     denoiser = ExactDenoiser(POINT, VE(1.0, 1.0, levels=1))
-    allowed = Langevin(steps=400, eta=3.9).sample(denoiser, noise_of(1000))
+    allowed = Langevin(steps=400, eta=3.9).sample(denoiser, noise_of(1000)).x
     assert float(allowed.double().var()) == pytest.approx(1 / (1 - 3.9 / 4), rel=0.1)
     beyond = Langevin(steps=400, eta=4.1)
     beyond.check = lambda denoiser: None
-    assert float(beyond.sample(denoiser, noise_of(10)).abs().max()) > 1e4
+    assert float(beyond.sample(denoiser, noise_of(10)).x.abs().max()) > 1e4
 
 
 @pytest.mark.parametrize("process", [VE(0.1, 5.0, levels=20), Betas(linear_betas(20, 0.01, 0.3))], ids=["VE", "Betas"])
@@ -350,7 +351,7 @@ class OnlyScore(Denoiser):
         super().__init__()
         self.denoiser, self.process = denoiser, denoiser.process
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         p = self.denoiser(x_t, t, cond)
         return Prediction(p.x_t, p.raw, p.level, p.u, p.v)
 
@@ -358,7 +359,7 @@ class OnlyScore(Denoiser):
 def test_metropolis_needs_an_energy():
     denoiser = OnlyScore(ExactDenoiser(POINT, VE(1.0, 1.0, levels=1)))
     with pytest.raises(UserError, match=r"metropolis needs a model with an energy.*metropolis: false"):
-        Langevin(steps=2, eta=0.1, metropolis=True).sample(denoiser, noise_of(2))
+        Langevin(steps=2, eta=0.1, metropolis=True).check(denoiser)  # Before any work.
     Langevin(steps=2, eta=0.1).sample(denoiser, noise_of(2))
 
 

@@ -18,11 +18,11 @@ from laws import (
 )
 from scipy.integrate import RK45, solve_ivp
 
-from lit_diffusion.closed_form import ExactDenoiser
 from lit_diffusion.denoisers import Denoiser, Prediction
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
-from lit_diffusion.samplers import DDIM, Euler, Heun, Move, ProbabilityFlow
+from lit_diffusion.samplers import DDIM, Euler, Heun, Move, ProbabilityFlow, Run
 from lit_diffusion.samplers.ode import ERROR, NODES, STAGES, integrate
 
 WALKERS = {"euler": Euler, "heun": Heun}
@@ -36,7 +36,7 @@ X = noise_of(50, dtype=torch.float64).normal()
 def largest_error(sampler, process, end=None):
     """Of the map that is the probability-flow ODE's, over 50 points."""
     x = process.prior_std * X
-    moved = sampler.sample(ExactDenoiser(GAUSSIAN, process), None, start=x)
+    moved = sampler.sample(ExactDenoiser(GAUSSIAN, process), None, start=x).x
     return float((moved - GAUSSIAN.flow(process, x, 1.0, end or process.t_min_sampling)).norm(dim=1).max())
 
 
@@ -61,7 +61,7 @@ def test_steps_follow_equation_13_of_song_et_al(t, s):
         euler = X + (s - t) * first
         heun = X + (s - t) * (first + velocity(process, euler, s)) / 2
         for walker, expected in ((Euler(), euler), (Heun(), heun)):
-            moved = walker.step(ExactDenoiser(MIXTURE, process), X, Move(t, s), None, None)
+            moved = walker.step(Run(ExactDenoiser(MIXTURE, process), None), X, Move(t, s))
             torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -79,8 +79,8 @@ def test_the_plan_walks_through_every_level_and_ends_at_the_first(walker):
 def test_the_last_noise_is_taken_off_by_tweedies_formula_where_asked(process, make):
     keys = {} if make is ProbabilityFlow else {"steps": 30}
     denoiser, start = ExactDenoiser(GAUSSIAN, process), process.prior_std * X
-    noisy = make(**keys).sample(denoiser, None, start=start)
-    clean = make(denoise=True, **keys).sample(denoiser, None, start=start)
+    noisy = make(**keys).sample(denoiser, None, start=start).x
+    clean = make(denoise=True, **keys).sample(denoiser, None, start=start).x
     expected = GAUSSIAN.posterior_mean(process, noisy, process.t_min_sampling)
     torch.testing.assert_close(clean, expected, rtol=1e-9, atol=1e-9)
     assert float((clean - noisy).abs().max()) > 1e-4
@@ -122,7 +122,8 @@ def test_the_adaptive_solvers_error_falls_with_its_tolerance(process):
 def test_the_adaptive_solver_asks_a_hundred_times_for_a_precision_that_no_image_shows(process):
     sampler = ProbabilityFlow(1e-5, 1e-5)
     assert largest_error(sampler, process) < 0.1 / 255
-    assert 50 < sampler.evaluations < 130
+    made = sampler.sample(ExactDenoiser(GAUSSIAN, process), None, start=process.prior_std * X)
+    assert 50 < made.evaluations < 130
 
 
 def test_on_all_of_ddpms_levels_euler_errs_by_less_than_a_grey_level_and_heun_hardly():
@@ -137,8 +138,8 @@ def test_a_batch_is_solved_as_precisely_as_its_hardest_sample_asks_for(process):
     denoiser, sampler = ExactDenoiser(GAUSSIAN, process), ProbabilityFlow(1e-4, 1e-4)
     hard = process.prior_std * X[:1]
     mean, _ = GAUSSIAN.marginal(process, 1.0)
-    alone = sampler.sample(denoiser, None, start=hard)
-    in_company = sampler.sample(denoiser, None, start=torch.cat((hard, mean.expand(1000, 3))))[:1]
+    alone = sampler.sample(denoiser, None, start=hard).x
+    in_company = sampler.sample(denoiser, None, start=torch.cat((hard, mean.expand(1000, 3)))).x[:1]
     expected = GAUSSIAN.flow(process, hard, 1.0, process.t_min_sampling)
     assert float((in_company - expected).norm()) < 2 * float((alone - expected).norm())
 
@@ -147,8 +148,8 @@ def test_the_adaptive_solver_stops_where_it_is_told():
     process = PAPERS["VP"]
     assert largest_error(ProbabilityFlow(1e-7, 1e-7, t_end=0.3), process, end=0.3) < 1e-5
     x = process.prior_std * X
-    denoised = ProbabilityFlow(1e-7, 1e-7, denoise=True, t_end=0.3).sample(
-        ExactDenoiser(GAUSSIAN, process), None, start=x
+    denoised = (
+        ProbabilityFlow(1e-7, 1e-7, denoise=True, t_end=0.3).sample(ExactDenoiser(GAUSSIAN, process), None, start=x).x
     )
     expected = GAUSSIAN.posterior_mean(process, GAUSSIAN.flow(process, x, 1.0, 0.3), 0.3)
     torch.testing.assert_close(denoised, expected, rtol=1e-5, atol=1e-5)
@@ -158,8 +159,8 @@ def test_one_move_of_the_adaptive_solver_is_the_whole_way():
     process, sampler = PAPERS["VP"], ProbabilityFlow()
     denoiser = ExactDenoiser(MIXTURE, process)
     (move,) = sampler.plan(process)
-    whole = sampler.sample(denoiser, None, start=X)
-    assert torch.equal(sampler.step(denoiser, X, move, None, None), whole)
+    whole = sampler.sample(denoiser, None, start=X).x
+    assert torch.equal(sampler.step(Run(denoiser, None), X, move), whole)
 
 
 @pytest.mark.parametrize("process", [VE(0.01, 50.0), VP(), SubVP()], ids=["VE", "VP", "SubVP"])
@@ -245,7 +246,7 @@ class Broken(Denoiser):
         super().__init__()
         self.process = process
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         level = self.process.level(t)
         raw = torch.where(t[:, None] < 0.5, math.nan, x_t)
         return Prediction(x_t, raw, level, torch.zeros_like(t), torch.ones_like(t))
@@ -276,16 +277,16 @@ def test_samples_of_a_mixture(process):
 @each_paper
 def test_the_adaptive_solvers_samples_have_the_law_of_the_flow(process):
     start = (torch.zeros(3).double(), process.prior_std**2 * torch.eye(3).double())
-    x = ProbabilityFlow().sample(ExactDenoiser(GAUSSIAN, process), noise_of(5000, seed=1))
+    x = ProbabilityFlow().sample(ExactDenoiser(GAUSSIAN, process), noise_of(5000, seed=1)).x
     assert_moments(x, *GAUSSIAN.flowed(process, start, 1.0, process.t_min_sampling))
 
 
 @each_paper
 def test_all_deterministic_samplers_go_to_the_same_images(process):
     denoiser, start = ExactDenoiser(MIXTURE, process), process.prior_std * X
-    exact = ProbabilityFlow(denoise=True).sample(denoiser, None, start=start)
+    exact = ProbabilityFlow(denoise=True).sample(denoiser, None, start=start).x
     for sampler in (Heun(200, denoise=True), DDIM(400)):
-        assert float((sampler.sample(denoiser, None, start=start) - exact).norm(dim=1).mean()) < 0.02
+        assert float((sampler.sample(denoiser, None, start=start).x - exact).norm(dim=1).mean()) < 0.02
 
 
 # What is refused

@@ -10,9 +10,10 @@ from laws import MIXTURE, PAPERS, noise_of, wide
 from tiny import Convolutions
 from torch import nn
 
-from lit_diffusion.backbones.base import Backbone, Condition
-from lit_diffusion.closed_form import ExactDenoiser
-from lit_diffusion.denoisers import Denoiser, NetworkDenoiser
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
+from lit_diffusion.denoisers import Denoiser, InterpolatedVariance, NetworkDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
@@ -29,7 +30,8 @@ from lit_diffusion.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
 )
-from lit_diffusion.samplers.base import ToTheData, described, in_words, subsequence, to_the_smallest_time
+from lit_diffusion.samplers.base import EndsAtZero, described, in_words
+from lit_diffusion.samplers.times import timesteps_to_t_min, timesteps_to_zero
 
 LEVELS = 8
 GRID = Betas(linear_betas(LEVELS, 0.01, 0.4))
@@ -77,7 +79,7 @@ def test_every_sampler_is_among_them():
 )
 def test_a_subsequence_of_the_grid(levels, steps, spacing):
     power = {"uniform": 1, "quadratic": 2}[spacing]
-    index = [time * levels for time in subsequence(Betas(linear_betas(levels)), steps, spacing)]
+    index = [time * levels for time in timesteps_to_zero(Betas(linear_betas(levels)), steps, spacing)[::-1]]
     assert index == pytest.approx([round(i) for i in index], abs=1e-9)
     assert len(index) == steps
     assert index[0] >= 1 - 1e-9
@@ -89,9 +91,9 @@ def test_a_subsequence_of_the_grid(levels, steps, spacing):
 
 
 def test_points_of_the_grid_that_would_coincide_move_up():
-    index = [round(20 * t) for t in subsequence(Betas(linear_betas(20)), 12, "quadratic")]
+    index = [round(20 * t) for t in timesteps_to_zero(Betas(linear_betas(20)), 12, "quadratic")[::-1]]
     assert index == [1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 17, 20]  # From 0, 1, 1, 2, 3, 5, 7, 9, ...
-    whole = subsequence(Betas(linear_betas(20)), None, "quadratic")
+    whole = timesteps_to_zero(Betas(linear_betas(20)), None, "quadratic")[::-1]
     assert whole == pytest.approx([i / 20 for i in range(1, 21)])
 
 
@@ -99,7 +101,7 @@ def test_points_of_the_grid_that_would_coincide_move_up():
 @pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 250, None, 3000])
 def test_a_subsequence_of_continuous_time(process, spacing, steps):
-    times = subsequence(process, steps, spacing)
+    times = timesteps_to_zero(process, steps, spacing)[::-1]
     power = {"uniform": 1, "quadratic": 2}[spacing]
     count = steps or 1000
     assert len(times) == count
@@ -111,9 +113,9 @@ def test_a_subsequence_of_continuous_time(process, spacing, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 9, None])
-def test_the_way_to_the_smallest_time(steps):
+def test_the_way_timesteps_to_t_min(steps):
     for levels in (10, 1000):
-        index = [levels * t for t in to_the_smallest_time(Betas(linear_betas(levels)), steps)]
+        index = [levels * t for t in timesteps_to_t_min(Betas(linear_betas(levels)), steps)]
         count = steps or levels - 1
         assert len(index) == count + 1
         assert (index[0], index[-1]) == (levels, pytest.approx(1))
@@ -121,7 +123,7 @@ def test_the_way_to_the_smallest_time(steps):
         assert max(abs(i - w) for i, w in zip(index, wanted, strict=True)) <= 0.5 + 1e-9
         assert index == pytest.approx([round(i) for i in index], abs=1e-9)
         assert max(after - before for before, after in itertools.pairwise(index)) < -0.5
-    times = to_the_smallest_time(VP(t_min_sampling=0.01), steps)
+    times = timesteps_to_t_min(VP(t_min_sampling=0.01), steps)
     assert len(times) == (steps or 1000) + 1
     assert (times[0], times[-1]) == (1.0, 0.01)
     assert {round(before - after, 9) for before, after in itertools.pairwise(times)} == {
@@ -148,6 +150,7 @@ class Observed(Denoiser):
     """The exact denoiser under observation, with a share of the learned variance."""
 
     learned_variance = True
+    has_energy = True
 
     def __init__(self, process, on_grid_only=False):
         super().__init__()
@@ -155,14 +158,14 @@ class Observed(Denoiser):
         self.on_grid_only = on_grid_only
         self.calls, self.times, self.conditions = 0, [], set()
 
-    def forward(self, x_t, t, cond=None):
+    def forward(self, x_t, t, cond=None, began=None):
         assert t.shape == (len(x_t),)
         assert t.dtype == torch.float64
         assert not torch.is_grad_enabled()
         self.calls += 1
         self.times += t.tolist()
         self.conditions.add(cond)
-        return replace(self.exact(x_t, t), variance_share=torch.full_like(x_t, 0.3))
+        return replace(self.exact(x_t, t), reverse_log_variance=InterpolatedVariance(torch.full_like(x_t, 0.3)))
 
 
 @each_sampler
@@ -171,8 +174,9 @@ def test_evaluations_and_steps_are_counted_exactly(name):
     denoiser, condition = Observed(GRID), Condition()
     for _ in range(2):  # The second call counts anew.
         denoiser.calls, seen = 0, []
-        x = sampler.sample(denoiser, noise_of(5), condition, seen.append)
-        assert sampler.evaluations == denoiser.calls
+        made = sampler.sample(denoiser, noise_of(5), condition, seen.append)
+        x = made.x
+        assert made.evaluations == denoiser.calls
         assert denoiser.calls == evaluations or (evaluations is None and denoiser.calls > 10)
     assert denoiser.conditions == {condition}
     steps = [progress.step for progress in seen]
@@ -200,16 +204,16 @@ def test_where_a_walk_starts(name):
         else:
             assert torch.equal(first, process.prior_std * noise_of(1000).normal())
         denoiser, noise = Observed(process), noise_of(4)
-        x = sampler.sample(denoiser, noise_of(4))
-        assert torch.equal(sampler.sample(denoiser, noise, start=sampler.start(process, noise)), x)
+        x = sampler.sample(denoiser, noise_of(4)).x
+        assert torch.equal(sampler.sample(denoiser, noise, start=sampler.start(process, noise)).x, x)
 
 
 @each_sampler
 def test_the_start_may_be_given(name):
     sampler, start = EVERY[name][0], torch.full((4, 3), 0.3)
-    given = sampler.sample(Observed(GRID), noise_of(4), start=start)
+    given = sampler.sample(Observed(GRID), noise_of(4), start=start).x
     assert torch.equal(start, torch.full((4, 3), 0.3))
-    assert bool((given != sampler.sample(Observed(GRID), noise_of(4))).any(1).all())
+    assert bool((given != sampler.sample(Observed(GRID), noise_of(4)).x).any(1).all())
 
 
 # The range of the predicted data
@@ -226,13 +230,13 @@ def with_clip(sampler, clip):
 @pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("langevin")])
 def test_a_predicted_datum_is_kept_in_the_range_of_the_data(name):
     denoiser, clip, sampler = Observed(VE(0.3, 3.0, levels=8)), (-0.1, 0.1), EVERY[name][0]
-    free, within = (with_clip(sampler, each).sample(denoiser, noise_of(20)) for each in (None, clip))
-    assert torch.equal(with_clip(sampler, "data").sample(denoiser, noise_of(20)), free)  # Which here have none.
+    free, within = (with_clip(sampler, each).sample(denoiser, noise_of(20)).x for each in (None, clip))
+    assert torch.equal(with_clip(sampler, "data").sample(denoiser, noise_of(20)).x, free)  # Which here have none.
     denoiser.data_range = clip
-    assert torch.equal(with_clip(sampler, "data").sample(denoiser, noise_of(20)), within)
-    assert torch.equal(with_clip(sampler, None).sample(denoiser, noise_of(20)), free)
+    assert torch.equal(with_clip(sampler, "data").sample(denoiser, noise_of(20)).x, within)
+    assert torch.equal(with_clip(sampler, None).sample(denoiser, noise_of(20)).x, free)
     own = getattr(sampler, "predictor", sampler)
-    if isinstance(own, ToTheData) or own.denoise:
+    if isinstance(own, EndsAtZero) or own.denoise:
         assert (float(within.min()), float(within.max())) == (pytest.approx(-0.1), pytest.approx(0.1))
     else:
         assert torch.equal(within, free)
@@ -250,8 +254,9 @@ def test_a_protocol_says_the_range_that_was_used():
     assert in_words(DDIM(5), denoiser).endswith("clip_x0=data [-1, 1])")
     assert in_words(DDIM(clip_x0=None), denoiser).endswith("clip_x0=null)")
     assert in_words(DDIM(clip_x0=(0.0, 0.5)), denoiser).endswith("clip_x0=[0, 0.5])")
-    assert "ReverseDiffusion(steps=null, denoise=True, clip_x0=data [-1, 1], large_steps=refuse)" in in_words(
-        PredictorCorrector(), denoiser
+    assert (
+        "ReverseDiffusion(steps=null, denoise=True, clip_x0=data [-1, 1], large_steps=refuse, spacing=uniform)"
+        in in_words(PredictorCorrector(), denoiser)
     )
 
 
@@ -263,10 +268,10 @@ def test_a_sample_is_the_same_in_any_batch(name):
     sampler, _, _ = EVERY[name]
     for process in (GRID, VE(0.3, 3.0, levels=8)):
         denoiser = Observed(process)
-        together = sampler.sample(denoiser, noise_of(16))
-        parts = [sampler.sample(denoiser, noise_of(min(7, 16 - first), first=first)) for first in range(0, 16, 7)]
+        together = sampler.sample(denoiser, noise_of(16)).x
+        parts = [sampler.sample(denoiser, noise_of(min(7, 16 - first), first=first)).x for first in range(0, 16, 7)]
         torch.testing.assert_close(torch.cat(parts), together, rtol=1e-5, atol=1e-6)
-        assert bool((sampler.sample(denoiser, noise_of(16, seed=1)) != together).any(1).all())
+        assert bool((sampler.sample(denoiser, noise_of(16, seed=1)).x != together).any(1).all())
         assert len(together.unique(dim=0)) == 16
 
 
@@ -274,8 +279,8 @@ def test_a_sample_is_the_same_in_any_batch(name):
 @pytest.mark.parametrize("process", PAPERS.values(), ids=PAPERS)
 def test_company_does_not_move_an_adaptive_sample(process, tolerance):
     denoiser, sampler = ExactDenoiser(MIXTURE, process), ProbabilityFlow(tolerance, tolerance)
-    together = sampler.sample(denoiser, noise_of(40))
-    alone = [sampler.sample(denoiser, noise_of(1, first=i)) for i in range(10)]
+    together = sampler.sample(denoiser, noise_of(40)).x
+    alone = [sampler.sample(denoiser, noise_of(1, first=i)).x for i in range(10)]
     assert float((together[:10] - torch.cat(alone)).abs().max()) < 1e-6
 
 
@@ -290,13 +295,13 @@ def test_the_bytes_of_an_adaptive_sample_are_the_same_in_any_batch():
 
     def images(batch, count=100):
         starts = range(0, count, batch)
-        parts = [sampler.sample(denoiser, noise_of(min(batch, count - i), shape=(1, 8, 8), first=i)) for i in starts]
+        parts = [sampler.sample(denoiser, noise_of(min(batch, count - i), shape=(1, 8, 8), first=i)).x for i in starts]
         return to_uint8(torch.cat(parts), (-1.0, 1.0))
 
     together = images(100)
     assert len(np.unique(together)) > 200
     for batch, count, rows in ((16, 100, None), (7, 21, None), (1, 4, None), (7, 7, 16)):
-        denoiser.rows = rows
+        denoiser.backbone.rows = rows
         assert np.array_equal(images(batch, count), together[:count])
 
 
@@ -324,10 +329,10 @@ class Linear(Backbone):
 def test_the_state_is_float32_while_the_network_answers_in_bfloat16(name):
     sampler = EVERY[name][0]
     denoiser = NetworkDenoiser(Linear(), GRID, "eps", "index")
-    full = sampler.sample(denoiser, noise_of(20))
-    denoiser.autocast_dtype = torch.bfloat16
+    full = sampler.sample(denoiser, noise_of(20)).x
+    denoiser.backbone.autocast_dtype = torch.bfloat16
     states = []
-    x = sampler.sample(denoiser, noise_of(20), on_step=lambda progress: states.append(progress.x))
+    x = sampler.sample(denoiser, noise_of(20), on_step=lambda progress: states.append(progress.x)).x
     assert denoiser.backbone.types == (torch.float32, torch.bfloat16)
     assert x.dtype == torch.float32
     assert {state.dtype for state in states} <= {torch.float32, torch.float64 if "ode" in name else torch.float32}
@@ -342,9 +347,9 @@ def test_the_state_is_float32_while_the_network_answers_in_bfloat16(name):
 @each_sampler
 def test_a_state_in_float64_stays_so(name):
     sampler, states = EVERY[name][0], []
-    x = sampler.sample(Observed(GRID), noise_of(3, dtype=torch.float64), on_step=lambda p: states.append(p.x))
+    x = sampler.sample(Observed(GRID), noise_of(3, dtype=torch.float64), on_step=lambda p: states.append(p.x)).x
     assert {state.dtype for state in (*states, x)} == {torch.float64}
-    torch.testing.assert_close(x.float(), sampler.sample(Observed(GRID), noise_of(3)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(x.float(), sampler.sample(Observed(GRID), noise_of(3)).x, rtol=1e-3, atol=1e-3)
 
 
 # What no sampler walks on

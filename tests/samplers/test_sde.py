@@ -19,7 +19,7 @@ from laws import (
     wide,
 )
 
-from lit_diffusion.closed_form import ExactDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.samplers import (
@@ -31,8 +31,9 @@ from lit_diffusion.samplers import (
     Move,
     PredictorCorrector,
     ReverseDiffusion,
+    Run,
 )
-from lit_diffusion.samplers.base import to_the_smallest_time
+from lit_diffusion.samplers.times import timesteps_to_t_min
 
 WALKERS = {"euler_maruyama": EulerMaruyama, "reverse_diffusion": ReverseDiffusion}
 each_walker = pytest.mark.parametrize("walker", WALKERS.values(), ids=WALKERS)
@@ -46,7 +47,7 @@ def score_of(x, process, t, distribution=MIXTURE):
 
 def one_step(sampler, process, x, move, distribution=MIXTURE):
     noise = noise_of(len(x), 9, x.shape[1:], dtype=x.dtype)
-    return sampler.step(ExactDenoiser(distribution, process), x, move, noise, None)
+    return sampler.step(Run(ExactDenoiser(distribution, process), noise), x, move)
 
 
 X, Z = (noise_of(6, seed, dtype=torch.float64).normal() for seed in (0, 9))
@@ -97,7 +98,7 @@ def test_the_corrector_is_algorithms_4_and_5_after_the_predictor(process, predic
     move, r = Move(0.5, 0.49), 0.07
     z = noise_of(6, 9, dtype=torch.float64)
     denoiser = ExactDenoiser(MIXTURE, process)
-    x = (ReverseDiffusion() if predictor is None else predictor).step(denoiser, X, move, z, None)
+    x = (ReverseDiffusion() if predictor is None else predictor).step(Run(denoiser, z), X, move)
     kept = 1.0 if isinstance(process, VE) else 1 - float(linear_betas(100)[49])
     for _ in range(2):
         epsilon = 2 * kept * (r * float(process.sigma(wide(0.49)))) ** 2
@@ -111,7 +112,7 @@ def test_the_corrector_s_step_is_the_same_for_every_state():
     process, distribution = VE(0.01, 50.0), Gaussian(torch.zeros(3), torch.eye(3))
     x = torch.zeros(6, 3, dtype=torch.float64)
     stay = Ancestral()
-    stay.step = lambda denoiser, x, move, noise, cond: x
+    stay.step = lambda run, x, move: x
     moved = one_step(PredictorCorrector(stay, snr=0.1), process, x, Move(0.5, 0.4), distribution)
     sigma = 0.01 * 5000**0.4
     torch.testing.assert_close(moved, math.sqrt(2 * 2 * 0.1**2) * sigma * Z, rtol=1e-9, atol=1e-9)
@@ -124,7 +125,7 @@ def centred(dimension):
 
 def propagated_variance(process, steps, r, c=0.25):
     """Of a predictor-corrector's samples of N(0, c) by reverse diffusion, without drawing a number."""
-    times = torch.tensor(to_the_smallest_time(process, steps), dtype=torch.float64)
+    times = torch.tensor(timesteps_to_t_min(process, steps), dtype=torch.float64)
     t, s = times[:-1], times[1:]
     wide_t, wide_s = (process.alpha(u) ** 2 * c + process.sigma(u) ** 2 for u in (t, s))
     scale = process.alpha(t) / process.alpha(s)
@@ -146,7 +147,7 @@ def test_the_predictor_corrector_of_the_papers_has_the_variance_of_the_data(name
     expected = propagated_variance(process, 40, 0.3)
     for dimension in (1, 2, 8, 64):
         rows = 6400 // dimension
-        x = sampler.sample(ExactDenoiser(centred(dimension), process), noise_of(rows, shape=(dimension,)))
+        x = sampler.sample(ExactDenoiser(centred(dimension), process), noise_of(rows, shape=(dimension,))).x
         assert float(x.double().square().mean()) == pytest.approx(expected, rel=4.5 * math.sqrt(2 / 6400))
 
 
@@ -154,7 +155,7 @@ def test_the_predictor_corrector_of_the_papers_has_the_variance_of_the_data(name
 @pytest.mark.parametrize("dimension", [1, 2, 8])
 def test_twenty_thousand_samples_of_the_predictor_corrector_have_the_variance_of_the_data(dimension):
     sampler = PredictorCorrector(ReverseDiffusion(1000), snr=0.16)
-    x = sampler.sample(ExactDenoiser(centred(dimension), VP()), noise_of(20_000, shape=(dimension,)))
+    x = sampler.sample(ExactDenoiser(centred(dimension), VP()), noise_of(20_000, shape=(dimension,))).x
     assert 0.24 < float(x.double().square().mean()) < 0.265
 
 
@@ -170,8 +171,8 @@ def test_at_0_there_is_nothing_to_correct():
 def test_the_last_noise_is_taken_off_by_tweedies_formula(process, walker):
     denoiser = ExactDenoiser(GAUSSIAN, process)
     noises = [noise_of(20, dtype=torch.float64) for _ in range(2)]
-    noisy = walker(25, denoise=False).sample(denoiser, noises[0])
-    clean = walker(25).sample(denoiser, noises[1])
+    noisy = walker(25, denoise=False).sample(denoiser, noises[0]).x
+    clean = walker(25).sample(denoiser, noises[1]).x
     expected = GAUSSIAN.posterior_mean(process, noisy, process.t_min_sampling)
     torch.testing.assert_close(clean, expected, rtol=1e-9, atol=1e-9)
     assert float((clean - noisy).abs().max()) > 1e-4
@@ -223,7 +224,7 @@ WIDE = Gaussian(torch.linspace(-1.0, 1.0, 128), torch.diag(torch.linspace(0.3, 1
 
 def relative_variance(sampler, process, count=64):
     """Of samples about the true mean, averaged over the axes; its standard error is 0.016."""
-    x = sampler.sample(ExactDenoiser(WIDE, process), noise_of(count, shape=(128,))).double()
+    x = sampler.sample(ExactDenoiser(WIDE, process), noise_of(count, shape=(128,))).x.double()
     offset = (x.mean(0) - WIDE.m) / (WIDE.C.diagonal() / count).sqrt()
     assert float(offset.abs().max()) < 5
     return float(((x - WIDE.m) ** 2 / WIDE.C.diagonal()).mean())
@@ -254,7 +255,7 @@ def test_annealed_langevin_on_ddpms_levels():
     start = (torch.zeros(3).double(), torch.eye(3).double())
     law = law_of(sampler, process, start)
     goal = GAUSSIAN.marginal(process, first)
-    x = sampler.sample(ExactDenoiser(GAUSSIAN, process), noise_of(1000))
+    x = sampler.sample(ExactDenoiser(GAUSSIAN, process), noise_of(1000)).x
     assert_moments(x, *law)
     assert float((law[0] - goal[0]).abs().max()) < 0.04
     assert float((law[1] - goal[1]).norm() / goal[1].norm()) < 0.06

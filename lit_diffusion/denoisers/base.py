@@ -1,0 +1,236 @@
+r"""Denoisers and their predictions: what can be read from a network's output, or from anything else.
+
+Whatever is known of the clean datum and of the noise is one linear combination of both,
+
+.. math::  F = u\, x_0 + v\, \epsilon, \qquad x_t = \alpha x_0 + \sigma \epsilon.
+
+Solving the two equations gives every view in closed form, with ``det = alpha v - sigma u``:
+
+.. math::
+    x_0 = \frac{v x_t - \sigma F}{det}, \quad \epsilon = \frac{\alpha F - u x_t}{det}, \quad
+    s = -\frac{\epsilon}{\sigma}, \quad velocity = \alpha' x_0 + \sigma' \epsilon.
+
+Each view is one map ``p x_t + q F`` with p and q in float64, never taken through another view: eps through a rounded x0
+loses all its digits where sigma is small.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.conditions import Condition
+from lit_diffusion.errors import UserError
+from lit_diffusion.processes import Level, Process, Transition, expand_like
+
+ReverseLogVariance = Callable[[Transition, Tensor], Tensor]
+"""The log-variance of the reverse steps, in nats and float64, that broadcasts against ``x_t`` ``[B, ...]``, from the
+forward steps and the times ``[B]`` of their ends."""
+
+
+@dataclass(frozen=True)
+class InterpolatedVariance:
+    r"""A reverse variance between those of the forward step and of its posterior, in the logarithm.
+
+    .. math::  \log v = w \log\beta + (1 - w) \log\tilde\beta
+
+    (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 15).
+
+    Attributes:
+        share: w, ``[B, ...]`` like ``x_t``.
+    """
+
+    share: Tensor
+
+    def __call__(self, step: Transition, s: Tensor) -> Tensor:
+        """``log v`` of the steps to times s: float64 ``[B, ...]``."""
+        shape = (-1, *[1] * (self.share.ndim - 1))
+        share = self.share.to(torch.float64)
+        return share * step.beta.log().view(shape) + (1.0 - share) * step.beta_tilde.log().view(shape)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluation of a denoiser and its views, each ``[B, ...]`` like ``x_t`` and in its type.
+
+    A network's is made of its output and its row of :data:`~lit_diffusion.denoisers.PARAMETRIZATIONS`; whatever knows
+    the noise, the clean datum or the score makes one by :meth:`from_eps`, :meth:`from_x0`, :meth:`from_score` or, from
+    both, :meth:`from_x0_and_eps`.
+
+    Attributes:
+        x_t: the noisy input.
+        raw: F, a network's output.
+        level: the coefficients of the process at each row's time.
+        u: weight of x_0 in F, float64 ``[B]``.
+        v: weight of eps in F, float64 ``[B]``.
+        energy: ``E(x_t)`` with ``score = -grad E``, up to a constant: ``[B]``, None where the model has none.
+        reverse_log_variance: the model's own variance of the reverse steps, as a function of the steps and of the times
+            of their ends, see :data:`ReverseLogVariance`; None where it has none.
+    """
+
+    x_t: Tensor
+    raw: Tensor
+    level: Level
+    u: Tensor
+    v: Tensor
+    energy: Tensor | None = None
+    reverse_log_variance: ReverseLogVariance | None = None
+
+    @classmethod
+    def from_eps(cls, x_t: Tensor, level: Level, eps: Tensor, energy: Tensor | None = None) -> Self:
+        """The prediction of what knows the noise ``[B, ...]``; it has no x0 where alpha is 0."""
+        return cls(x_t, eps, level, torch.zeros_like(level.t), torch.ones_like(level.t), energy)
+
+    @classmethod
+    def from_x0(cls, x_t: Tensor, level: Level, x0: Tensor, energy: Tensor | None = None) -> Self:
+        """The prediction of what knows the clean datum ``[B, ...]``; its eps loses digits where sigma is small."""
+        return cls(x_t, x0, level, torch.ones_like(level.t), torch.zeros_like(level.t), energy)
+
+    @classmethod
+    def from_score(cls, x_t: Tensor, level: Level, score: Tensor, energy: Tensor | None = None) -> Self:
+        """The prediction of what knows the score ``[B, ...]``; it has no x0 where alpha is 0."""
+        return cls(x_t, score, level, torch.zeros_like(level.t), -1.0 / level.sigma, energy)
+
+    @classmethod
+    def from_x0_and_eps(cls, x_t: Tensor, level: Level, x0: Tensor, eps: Tensor, energy: Tensor | None = None) -> Self:
+        """The prediction of what knows both, with ``x_t = alpha x0 + sigma eps``.
+
+        It keeps ``v = alpha eps - sigma x0``, from which every view is had with all its digits, at small sigma and
+        where alpha is 0: what is made of other predictions, as guidance is, is best made so.
+        """
+        raw = expand_like(level.alpha, eps) * eps - expand_like(level.sigma, x0) * x0
+        return cls(x_t, raw, level, -level.sigma, level.alpha, energy)
+
+    @property
+    def _determinant(self) -> Tensor:
+        return self.level.alpha * self.v - self.level.sigma * self.u
+
+    @property
+    def c_skip(self) -> Tensor:
+        """The weight of x_t in ``x_0 = c_skip x_t + c_out F``: float64 ``[B]``."""
+        return self.v / self._determinant
+
+    @property
+    def c_out(self) -> Tensor:
+        """The weight of F in ``x_0 = c_skip x_t + c_out F``: float64 ``[B]``."""
+        return -self.level.sigma / self._determinant
+
+    def _view(self, p: Tensor, q: Tensor) -> Tensor:
+        determinant = self._determinant
+        raw = self.raw.to(self.x_t.dtype)
+        return expand_like(p / determinant, self.x_t) * self.x_t + expand_like(q / determinant, self.x_t) * raw
+
+    @property
+    def x0(self) -> Tensor:
+        """The posterior mean ``E[x_0 | x_t]`` (Tweedie)."""
+        return self._view(self.v, -self.level.sigma)
+
+    @property
+    def eps(self) -> Tensor:
+        """The expected noise ``E[eps | x_t]``."""
+        return self._view(-self.u, self.level.alpha)
+
+    @property
+    def score(self) -> Tensor:
+        """``grad log p_t(x_t) = -eps / sigma``."""
+        return self._view(self.u / self.level.sigma, -self.level.alpha / self.level.sigma)
+
+    @property
+    def velocity(self) -> Tensor:
+        """``E[alpha' x_0 + sigma' eps | x_t]``: the drift of the probability-flow ODE."""
+        level = self.level
+        return self._view(
+            level.dalpha * self.v - level.dsigma * self.u, level.dsigma * level.alpha - level.dalpha * level.sigma
+        )
+
+
+@dataclass(frozen=True)
+class EndPoint(Prediction):
+    """A prediction that is no posterior mean: the end of a trajectory, as a consistency model says it.
+
+    It has x0 only, and is made by :meth:`Prediction.from_x0`. What needs a score refuses it.
+    """
+
+    def _refuse(self, view: str) -> NoReturn:
+        raise UserError(
+            f"this model predicts where a trajectory ends, not a posterior mean, and has no {view}: choose a sampler "
+            f"that needs x0 alone"
+        )
+
+    @property
+    def eps(self) -> Tensor:
+        """Refused."""
+        self._refuse("eps")
+
+    @property
+    def score(self) -> Tensor:
+        """Refused."""
+        self._refuse("score")
+
+    @property
+    def velocity(self) -> Tensor:
+        """Refused."""
+        self._refuse("velocity")
+
+
+class Denoiser(nn.Module, ABC):
+    """Anything that predicts the clean datum from a noisy one, on a process. Samplers see only this."""
+
+    process: Process
+    predicts: Literal["mean", "end_point"] = "mean"
+    """``mean``: posterior means, from which a score follows; ``end_point``: :class:`EndPoint`."""
+
+    has_energy: bool = False
+    """Whether predictions say an energy."""
+
+    learned_variance: bool = False
+    """Whether predictions say the reverse variance."""
+
+    on_grid_only: bool = False
+    """Whether it knows the grid's levels only, and no time between them."""
+
+    data_range: tuple[float, float] | None = None
+    """The least and the largest value of what it denoises, None where there are none: points, exact densities."""
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
+        """Predict from ``x_t`` ``[B, ...]`` at times ``t`` ``[B]`` in (0, 1].
+
+        Args:
+            x_t: noisy data.
+            t: their times.
+            cond: the condition, ``[B]`` rows.
+            began: times ``[B]`` at which the step of a sampler began that asks: what is on at some noise levels only,
+                such as guidance in an interval, is on or off for whole steps by it; None: t itself.
+        """
+
+
+def _handed_on(name: str) -> Any:
+    """An attribute of the denoiser inside, as it is whenever it is asked for."""
+    return property(lambda wrapped: getattr(wrapped.denoiser, name))
+
+
+class WrappedDenoiser(Denoiser):
+    """A denoiser around another, whose process and properties it has.
+
+    A subclass says :meth:`forward`, and those of the properties that are otherwise: a class attribute replaces one.
+
+    Args:
+        denoiser: the one inside.
+    """
+
+    process = _handed_on("process")
+    predicts = _handed_on("predicts")
+    has_energy = _handed_on("has_energy")
+    learned_variance = _handed_on("learned_variance")
+    on_grid_only = _handed_on("on_grid_only")
+    data_range = _handed_on("data_range")
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser

@@ -1,0 +1,43 @@
+"""The range in which a predicted clean datum is kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from lit_diffusion.denoisers.base import Denoiser
+from lit_diffusion.errors import UserError, require_choice
+
+ClipX0 = Literal["data"] | tuple[float, float] | None
+"""The range in which a predicted clean datum is kept: the data's own, a given one, or none."""
+
+
+def require_clip(clip: ClipX0) -> None:
+    """Refuse what is no range.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if isinstance(clip, str):
+        require_choice("", "clip_x0", clip, ("data",))
+    elif clip is not None and not clip[0] < clip[1]:
+        raise UserError(f"clip_x0 is [{clip[0]:g}, {clip[1]:g}]; the first must be below the second, or null for none")
+
+
+def clip_range(clip: ClipX0, denoiser: Denoiser) -> tuple[float, float] | None:
+    """The range that is meant with a denoiser, None for none."""
+    return denoiser.data_range if clip == "data" else clip
+
+
+def clipped(x0: Tensor, clip: ClipX0, denoiser: Denoiser) -> Tensor:
+    """A predicted clean datum, kept in the range that is meant with its denoiser."""
+    found = clip_range(clip, denoiser)
+    return x0 if found is None else x0.clamp(*found)
+
+
+def clip_in_words(clip: ClipX0, denoiser: Denoiser) -> str:
+    """A range with what it means here: ``data [-1, 1]``, ``[-1, 1]``, ``null``; ``data`` where the data have none."""
+    found = clip_range(clip, denoiser)
+    said = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"
+    return f"data {said}".rstrip() if clip == "data" else said or "null"

@@ -1,0 +1,265 @@
+"""Samples of a model measured against real data, by all processes together.
+
+The one place where an evaluation is made: the callback :class:`~lit_diffusion.callbacks.evaluator.Evaluator`, the
+commands ``test``, ``evaluate`` and ``doctor`` all stand on :class:`Evaluation`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_diffusion.distributed import rank_and_world_size
+from lit_diffusion.evaluation.model import GenerativeModel
+from lit_diffusion.evaluation.sampling import Share, generate_in_batches
+from lit_diffusion.failures import agree
+from lit_diffusion.images import to_uint8
+from lit_diffusion.metrics.base import Context, Pair, ScoreOptions
+from lit_diffusion.metrics.choice import Choice, choose_metrics
+from lit_diffusion.metrics.extractors import CLIP, Extractor
+from lit_diffusion.metrics.reference import RealData, Reference, reference_of
+from lit_diffusion.metrics.scores import Result, Scores
+from lit_diffusion.samplers.base import Sampler, Strays, in_words
+
+Batch = tuple[Tensor, np.ndarray, list[str] | None]
+"""Numbers of samples, int64 ``[b]``; the samples, uint8 ``[b, H, W, C]`` or points ``[b, D]``; captions, if any."""
+
+
+@dataclass(frozen=True)
+class RealSets:
+    """The real data of an evaluation.
+
+    Attributes:
+        reference: what samples are compared with; a :class:`Reference` where only statistics are there.
+        shape: of one datum, ``(C, H, W)`` or ``(D,)``.
+        training: what samples may be copies of; None: the reference.
+        mirrored: the training data mirrored left to right, where the model learned from those, too.
+        class_counts: data of each class in the reference; samples have their classes as often. None: not known.
+    """
+
+    reference: RealData | Reference
+    shape: tuple[int, ...]
+    training: RealData | None = None
+    mirrored: RealData | None = None
+    class_counts: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, reference: RealData, training: RealData | None = None) -> RealSets:
+        """Data that are a model's reference, and its training data where these are others."""
+        return cls(reference, tuple(reference.shape), training)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model's samples, measured.
+
+    Attributes:
+        result: the values with their protocol.
+        kept: the first samples of this process by their numbers, as the extractor saw them.
+        strays: samples that ended far outside the data's range.
+    """
+
+    result: Result
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
+    strays: Strays = field(default_factory=Strays)
+
+
+class Evaluation:
+    """Measures samples against real data, whose features are found once.
+
+    Args:
+        data: the real ones.
+        extractor: of the features.
+        metrics: names of the catalogue; None: the default ones, where they can be had.
+        options: of the metrics.
+        pairs: so many of the samples closest to training data are kept, to be looked at.
+        clip: embeds images and captions; None: the extractor itself, where it can.
+        say: prints one line.
+    """
+
+    def __init__(
+        self,
+        data: RealSets,
+        extractor: Extractor,
+        metrics: Sequence[str] | None = None,
+        options: ScoreOptions | None = None,
+        pairs: int = 0,
+        clip: CLIP | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.data = data
+        self.extractor = extractor
+        self.metrics = metrics
+        self.options = options or ScoreOptions()
+        self.pairs = pairs
+        self.clip = clip
+        self.say = say
+        self._choice: Choice | None = None
+        self._scores: Scores | None = None
+        self._references: dict[int, Reference] = {}
+
+    def choose(self, count: int, has_captions: bool = False) -> Choice:
+        """The metrics of so many samples that can be had; costs nothing.
+
+        Raises:
+            UserError: for one that was asked for and cannot be had.
+        """
+        reference, training = self.data.reference, self.data.training
+        real_count = reference.count if isinstance(reference, RealData) else len(reference.features)
+        context = Context(
+            self.extractor,
+            count,
+            real_count,
+            self.options,
+            has_features=real_count > 0,
+            has_captions=has_captions,
+            training_count=None if training is None else training.count,
+        )
+        return choose_metrics(self.metrics, context)
+
+    def scores(self, choice: Choice, show_progress: bool = False) -> Scores:
+        """Ready to take samples in; all processes call it, since they find the real features together."""
+        if self._scores is None or choice != self._choice:
+            data = self.data
+            reference = self._known(data.reference, show_progress)
+            training = mirrored = None
+            if "memorisation" in choice.metrics:
+                training = None if data.training is None else self._known(data.training, show_progress)
+                mirrored = None if data.mirrored is None else self._known(data.mirrored, show_progress)
+            self._scores = Scores(
+                choice.metrics,
+                self.extractor,
+                reference,
+                data.shape,
+                self.options,
+                self.pairs,
+                self.clip,
+                training,
+                mirrored,
+                choice.left_out,
+            )
+            self._choice = choice
+        return self._scores
+
+    def _known(self, real: RealData | Reference, show_progress: bool) -> Reference:
+        if isinstance(real, Reference):
+            return real
+        if id(real) not in self._references:
+            rank, world_size = rank_and_world_size()
+            found = reference_of(real, self.extractor, None, rank, world_size, show_progress, self.say)
+            self._references[id(real)] = found
+        return self._references[id(real)]
+
+    def of_batches(
+        self,
+        batches: Iterable[Batch],
+        count: int,
+        device: torch.device,
+        survives: bool = False,
+        has_captions: bool = False,
+        show_progress: bool = False,
+    ) -> Result:
+        """Measure samples that are there, or being made.
+
+        Args:
+            batches: this process's share of them.
+            count: over all processes.
+            device: where features and metrics are computed.
+            survives: whether the other metrics are to be had where the computation of one fails.
+            has_captions: whether the batches have captions.
+            show_progress: draw a bar while features of real data are found.
+        """
+        choice = self.choose(count, has_captions)
+        self.extractor.to(device)
+        scores = self.scores(choice, show_progress)
+        scores.to(device)
+        scores.survives = survives
+        try:
+            for index, data, captions in batches:
+                scores.update(data, index, captions)
+            return scores.compute(count)
+        finally:
+            scores.release()
+
+    def of_model(
+        self,
+        model: GenerativeModel,
+        sampler: Sampler,
+        count: int,
+        seed: int,
+        batch_size: int = 250,
+        keep: int = 0,
+        survives: bool = False,
+        show_progress: bool = False,
+    ) -> Evaluated:
+        """Draw samples ``0 .. count - 1`` of a seed and measure them; all processes come, each draws its share.
+
+        Args:
+            model: whose samples they are.
+            sampler: that draws them.
+            count: over all processes.
+            seed: of the samples.
+            batch_size: at a time on each process.
+            keep: so many of the first samples are kept.
+            survives: whether the other metrics are to be had where the computation of one fails.
+            show_progress: draw bars.
+
+        Raises:
+            DivergedError: if the sampler ended in NaN.
+        """
+        mine = Share.of(count, batch_size, *rank_and_world_size())
+        kept: dict[int, np.ndarray] = {}
+        evaluations, strays = 0, Strays()
+
+        def drawn() -> Iterator[Batch]:
+            nonlocal evaluations, strays
+            counts = self.data.class_counts
+            for made in generate_in_batches(
+                model, mine, seed, batch_size, sampler, show_progress=show_progress, class_counts=counts, say=self.say
+            ):
+                evaluations, strays = max(evaluations, made.evaluations), strays + made.strays
+                if len(made.indices) == 0:  # A batch for the others' sake.
+                    continue
+                data = as_seen(model, made.x)
+                kept.update({int(i): data[k] for k, i in enumerate(made.indices) if i < keep})
+                yield made.indices, data, None
+
+        result = self.of_batches(drawn(), count, model.device, survives, show_progress=show_progress)
+        result.protocol.update(seed=seed, sampler=in_words(sampler, model.denoiser), network_evaluations=evaluations)
+        return Evaluated(result, kept, strays)
+
+    def nearest_training_data(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """The training images that samples are closest to, mirrored where it is the mirror image: ``[n, H, W, C]``."""
+        assert self._scores is not None
+        training = self.data.training or self.data.reference
+        assert isinstance(training, RealData)
+        positions = self._scores.subject.training.positions[torch.tensor([pair.neighbour for pair in pairs])]
+        images = training.values(positions)
+        for row, pair in enumerate(pairs):
+            if pair.mirrored:
+                images[row] = images[row][:, ::-1].copy()
+        return images
+
+    def seconds_a_sample(self, model: GenerativeModel, sampler: Sampler, count: int, seed: int) -> float:
+        """The time of one of ``count`` samples on one process, drawn and seen by the extractor, after a first batch."""
+        indices, seconds = torch.arange(count), 0.0
+        self.extractor.to(model.device)
+        for _ in range(2):
+            agree()
+            began = time.perf_counter()
+            cond = model.condition_by_counts(indices, seed, self.data.class_counts)
+            made = model.generate(indices, seed, cond, sampler)
+            self.extractor(as_seen(model, made.x.nan_to_num().cpu()))
+            seconds = time.perf_counter() - began
+        return seconds / count
+
+
+def as_seen(model: GenerativeModel, x: Tensor) -> np.ndarray:
+    """Samples as extractors take them: bytes of images, points as they are."""
+    spec = model.require_facts()
+    return to_uint8(x, spec) if spec.is_image else x.float().numpy()

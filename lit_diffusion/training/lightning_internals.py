@@ -1,0 +1,74 @@
+"""Every private name of Lightning that this package uses, each with its reason.
+
+None of them is promised to stay: ``tests/training/test_lightning_internals.py`` fails for the one that goes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+
+class _NoHandlers(_SignalConnector):
+    """Lightning's save and broadcast inside the handler; ours set a flag, see :mod:`lit_diffusion.interrupts`."""
+
+    def register_signal_handlers(self) -> None:
+        self.received_sigterm = False
+
+
+class _NeverSkipped(_FitLoop):
+    """Lightning passes over the start and the end of a training whose last step is made; ours make up for a stop."""
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to do."""
+        return bool(self.trainer.limit_train_batches == 0)
+
+
+def use_own_signals_and_loop(trainer: pl.Trainer) -> None:
+    """Give a Trainer that was just built the two classes above."""
+    trainer._signal_connector = _NoHandlers(trainer)
+    loop = _NeverSkipped(trainer, min_epochs=trainer.fit_loop.min_epochs, max_epochs=trainer.fit_loop.max_epochs)
+    loop.epoch_loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop = loop
+
+
+def count_step(trainer: pl.Trainer) -> None:
+    """Let ``trainer.global_step``, by which ``max_steps`` ends a training, count a step of the clock.
+
+    Lightning counts every call of every optimiser: two would halve a run, and a skipped step would not count.
+    """
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether the held-out loss is measured after the step that is being made."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """Measure the held-out loss as Lightning does after a step; no public call does that inside a training."""
+    first_iteration = trainer._logger_connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first_iteration
+
+
+def checkpoint_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """All that a checkpoint holds; ``Trainer.save_checkpoint`` leaves others waiting where one process cannot write."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
+    """Let a sharded strategy share weights out over the processes of all nodes; by default it does over the nodes."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
