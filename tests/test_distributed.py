@@ -32,6 +32,7 @@ from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.measure import Evaluation
 from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
@@ -156,7 +157,7 @@ def chosen(folder: Path, many: dict) -> dict:
     """``auto`` where the first process finds samples cheap, and the other dear."""
     dear = os.environ.get("RANK", "0") != "0"
     with (
-        patch.object(Evaluator, "_seconds_a_sample", lambda *_: 1e9 if dear else 1e-9),
+        patch.object(Evaluation, "seconds_a_sample", lambda *_: 1e9 if dear else 1e-9),
         patch("lit_diffusion.callbacks.evaluator.COUNTS", (20, 40)),
     ):
         return evaluated(folder, "auto", many, samples="auto", metrics=["fid"])
