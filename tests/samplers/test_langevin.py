@@ -199,8 +199,6 @@ def test_annealed_langevin_needs_levels(levels):
 class Counting(WrappedDenoiser):
     """A denoiser under observation."""
 
-    has_energy = True
-
     def __init__(self, denoiser):
         super().__init__(denoiser)
         self.calls = 0
