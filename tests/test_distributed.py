@@ -72,7 +72,7 @@ def run(folder: Path, name: str, many: dict, data: dict | None = None, images: i
         "local_loss": float(method.last_step.loss),
         "norm": float(method.last_step.gradient_norm),
         "remembered": {
-            name: v for name, v in method.state_dict().items() if "second_moments" in name or name == "remembered"
+            name: v for name, v in method.state_dict().items() if "time_law" in name or name == "remembered"
         },
     }
 
@@ -495,8 +495,8 @@ def test_the_law_of_the_levels_remembers_the_losses_of_all_processes_in_the_batc
         for name, value in single.items():
             assert torch.allclose(value, remembered[name], rtol=1e-4), name
     assert all(torch.equal(value, others[1][name]) for name, value in others[0].items())
-    assert int(single["objective.second_moments.counts"].sum()) == 96
-    assert int(single["objective.second_moments.counts"].min()) >= 10
+    assert int(single["objective.time_law.counts"].sum()) == 96
+    assert int(single["objective.time_law.counts"].min()) >= 10
 
 
 def test_what_losses_keep_is_that_of_all_processes_in_the_batchs_order(one, two):

@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingScoreMatching, Loss
+from lit_diffusion.objectives import DenoisingScoreMatching
 from lit_diffusion.objectives.denoising import Reduction, TimeLawName, Weight
 from lit_diffusion.objectives.laws import TimeLaw
 from lit_diffusion.processes import Process
@@ -64,7 +63,3 @@ class ScoreSDE(Method):
         )
         self.objective = DenoisingScoreMatching(time_law, weight, reduction)
         self.objective.check(process)
-
-    def loss(self, batch: Batch, seed: int) -> Loss:
-        """``lambda/2 |s + eps/sigma|^2`` of each image at a time of its own."""
-        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

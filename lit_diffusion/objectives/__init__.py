@@ -2,8 +2,8 @@
 
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.objectives.denoising import DenoisingScoreMatching
-from lit_diffusion.objectives.diffusion import DiffusionObjective, SecondMoments
-from lit_diffusion.objectives.laws import Importance, Levels, LogitNormal, LogNormal, TimeLaw, Uniform
+from lit_diffusion.objectives.diffusion import DiffusionObjective
+from lit_diffusion.objectives.laws import Importance, Levels, LogitNormal, LogNormal, SecondMoments, TimeLaw, Uniform
 from lit_diffusion.objectives.objective import Objective
 
 __all__ = [

@@ -23,7 +23,7 @@ class TimeLaw(nn.Module, ABC):
     """
 
     learns: bool = False
-    """Whether :meth:`learn` wants the losses of every step; then held-out losses are of :class:`Levels`."""
+    """Whether :meth:`learn` wants the losses of every step."""
 
     def check(self, process: Process) -> None:
         """Refuse a process that does not have the times asked for, before the first step.
@@ -142,6 +142,69 @@ class LogitNormal(TimeLaw):
         return t.clamp(process.t_min, process.t_max), None
 
 
+class SecondMoments(TimeLaw):
+    r"""Grid points in proportion to how large the losses there were lately.
+
+    .. math::  p_t \propto \sqrt{E[L_t^2]}
+
+    over the last ten losses of each level, mixed with 0.001 of the uniform law, and uniform until every level has ten
+    (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 18 and section 3.3). The expected loss is that of :class:`Levels`,
+    which it draws in evaluation mode: held-out losses are of one law. What it remembers is in the checkpoint.
+
+    Args:
+        levels: T.
+        remembered: losses kept of each level.
+        uniform_share: of the uniform law in the mixture.
+    """
+
+    learns = True
+    history: Tensor
+    counts: Tensor
+
+    def __init__(self, levels: int, remembered: int = 10, uniform_share: float = 0.001) -> None:
+        super().__init__()
+        self.uniform_share = uniform_share
+        self.register_buffer("history", torch.zeros(levels, remembered, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(levels, dtype=torch.int64))
+
+    def probabilities(self) -> Tensor:
+        """Of the levels, from the least noise to the most: float64 ``[T]``."""
+        levels, remembered = self.history.shape
+        if bool((self.counts < remembered).any()):
+            return torch.full_like(self.history[:, 0], 1.0 / levels)
+        moments = self.history.square().mean(1).sqrt()
+        share = self.uniform_share
+        return (1.0 - share) * moments / moments.sum().clamp(min=1e-300) + share / levels
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Grid points, and T times their probabilities."""
+        if not self.training:
+            return Levels().draw(u, process)
+        probabilities = self.probabilities()
+        cumulated = probabilities.cumsum(0)
+        index = torch.searchsorted(cumulated, u.to(torch.float64) * cumulated[-1], right=True)
+        index = index.clamp(max=len(probabilities) - 1)
+        return process.grid().to(u.device)[index], len(probabilities) * probabilities[index]
+
+    def learn(self, t: Tensor, loss: Tensor) -> None:
+        """Remember the losses at their levels."""
+        self.remember((t * len(self.counts)).round().long() - 1, loss)
+
+    @torch.no_grad()
+    def remember(self, index: Tensor, loss: Tensor) -> None:
+        """Take in the losses ``[B]`` of level indices ``[B]``, in their order; the oldest of a level goes first."""
+        levels, remembered = self.history.shape
+        order = torch.argsort(index, stable=True)
+        index, loss = index[order], loss[order].to(self.history.dtype)
+        arrived = torch.bincount(index, minlength=levels)
+        # Which of its level's losses each is, in the order in which they came.
+        place = torch.arange(len(index), device=index.device) - (arrived.cumsum(0) - arrived)[index]
+        kept = place >= arrived[index] - remembered
+        slot = (self.counts[index] + place) % remembered
+        self.history[index[kept], slot[kept]] = loss[kept]
+        self.counts += arrived
+
+
 def _require_positive(std: float) -> None:
     if not 0.0 < std < math.inf:
         raise UserError(f"time_law: std is {std:g}; it must be positive")
@@ -154,7 +217,8 @@ LAWS: dict[str, type[TimeLaw]] = {
     "log_normal": LogNormal,
     "logit_normal": LogitNormal,
 }
-"""Laws by name, with their own defaults: ``time_law: uniform``; one with other parameters is given by its class."""
+"""Laws by name, with their own defaults: ``time_law: uniform``; one with other parameters is given by its class, and so
+is :class:`SecondMoments`, which wants the number of levels."""
 
 
 def law_of(given: TimeLaw | str) -> TimeLaw:

@@ -66,6 +66,8 @@ class Objective(nn.Module, ABC):
     ) -> Loss:
         """The loss of the data that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it.
 
+        Where the law of t learns, its ``kept`` are the times and the losses there, for :meth:`TimeLaw.learn`.
+
         Args:
             denoiser: the model.
             x0: the data ``[B, ...]``.
@@ -78,6 +80,8 @@ class Objective(nn.Module, ABC):
         t, density = self.time_law.draw(keyed_uniform(seed, "time", index), denoiser.process)
         eps = self.noise(x0, seed, index) if eps is None else eps
         loss = self.at(denoiser, x0, t, eps, cond, grey_levels)
+        if self.time_law.learns and self.training:
+            loss = replace(loss, kept={**loss.kept, "t": t, "loss": loss.shown})
         if density is None:
             return loss
         return replace(loss, per_sample=loss.per_sample / density.to(x0.dtype), unweighted=loss.shown)
