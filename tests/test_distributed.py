@@ -30,6 +30,7 @@ from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.measure import Evaluation
 from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
@@ -69,7 +70,7 @@ def run(folder: Path, name: str, many: dict, data: dict | None = None, images: i
         "local_loss": float(method.last_step.loss),
         "norm": float(method.last_step.gradient_norm),
         "remembered": {
-            name: v for name, v in method.state_dict().items() if "second_moments" in name or name == "remembered"
+            name: v for name, v in method.state_dict().items() if "time_law" in name or name == "remembered"
         },
     }
 
@@ -154,7 +155,7 @@ def chosen(folder: Path, many: dict) -> dict:
     """``auto`` where the first process finds samples cheap, and the other dear."""
     dear = os.environ.get("RANK", "0") != "0"
     with (
-        patch.object(Evaluator, "_seconds_a_sample", lambda *_: 1e9 if dear else 1e-9),
+        patch.object(Evaluation, "seconds_a_sample", lambda *_: 1e9 if dear else 1e-9),
         patch("lit_diffusion.callbacks.evaluator.COUNTS", (20, 40)),
     ):
         return evaluated(folder, "auto", many, samples="auto", metrics=["fid"])
@@ -457,8 +458,8 @@ def test_the_law_of_the_levels_remembers_the_losses_of_all_processes_in_the_batc
         for name, value in single.items():
             assert torch.allclose(value, remembered[name], rtol=1e-4), name
     assert all(torch.equal(value, others[1][name]) for name, value in others[0].items())
-    assert int(single["objective.second_moments.counts"].sum()) == 96
-    assert int(single["objective.second_moments.counts"].min()) >= 10
+    assert int(single["objective.time_law.counts"].sum()) == 96
+    assert int(single["objective.time_law.counts"].min()) >= 10
 
 
 def test_what_losses_keep_is_that_of_all_processes_in_the_batchs_order(one, two):

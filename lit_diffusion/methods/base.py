@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from lit_diffusion.data.facts import GreyLevels, class_number
 from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
-from lit_diffusion.objectives import Loss
+from lit_diffusion.objectives import Loss, Objective
 from lit_diffusion.own_loaders import assumed_facts
 from lit_diffusion.randomness import SampleNoise, keyed_choice
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
@@ -41,8 +40,8 @@ class Encoded(NamedTuple):
 class Method(TrainedModule):
     """One paper: a denoiser, an objective, a default sampler and the optimiser.
 
-    A subclass builds those in its constructor and says what the loss of a batch is (:meth:`loss`). One that diffuses
-    something else than the data overrides :meth:`encode` and :meth:`decode`, and :meth:`losses` if the encoder learns.
+    A subclass builds those in its constructor; the loss is the objective's. One that diffuses something else than the
+    data overrides :meth:`encode` and :meth:`decode`, and :meth:`losses` if the encoder learns.
 
     Args:
         denoiser: the model.
@@ -50,8 +49,8 @@ class Method(TrainedModule):
         **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
-    objective: Any
-    """What is minimised; every method sets its own."""
+    objective: Objective
+    """What is minimized; every method sets its own, or overrides :meth:`loss`."""
 
     reverse_variance: ReverseVariance | None = None
     """Of the reverse chain that the method trains; None: it trains none, and the chain has the papers' own variance."""
@@ -71,9 +70,9 @@ class Method(TrainedModule):
         """The denoiser."""
         return {"denoiser": self.denoiser}
 
-    @abstractmethod
     def loss(self, batch: Batch, seed: int) -> Loss:
         """The loss of each image of a batch that is encoded; randomness is keyed by ``seed`` and ``batch.index``."""
+        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)
 
     def losses(self, batch: Batch, seed: int) -> dict[str, Loss]:
         """The denoiser's loss in the space that is diffused."""
@@ -81,9 +80,7 @@ class Method(TrainedModule):
 
     def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The loss of each encoded image at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
-        found = self.objective.at(self.denoiser, batch.x, t, eps, batch.cond)
-        assert isinstance(found, Loss)
-        return found
+        return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond)
 
     def noise_level(self, t: float) -> tuple[str, dict[str, float]]:
         """A time of the process, in words and in numbers for an event."""

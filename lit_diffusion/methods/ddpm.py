@@ -92,13 +92,13 @@ class DDPM(Method):
 
     def loss(self, batch: Batch, seed: int) -> Loss:
         """The chosen loss of each image at a level of its own."""
-        return self.objective(self.denoiser, batch.x, seed, batch.index, self.grey_levels, batch.cond)
+        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond, self.grey_levels)
 
     def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
-        """The same at given times, which are those of the grid's levels, and noise."""
-        level = self.denoiser.process.level_index(t)
-        return self.objective.at(self.denoiser, batch.x, level, eps, self.grey_levels, batch.cond)
+        """The same at given times, those of the grid's levels, and noise."""
+        return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond, self.grey_levels)
 
     def after_step(self, kept: Mapping[str, Tensor]) -> None:
         """Let the law of the levels learn from the losses of the step that was made."""
-        self.objective.remember(**kept)
+        if kept:
+            self.objective.time_law.learn(**kept)

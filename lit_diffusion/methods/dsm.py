@@ -13,10 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import NetworkDenoiser, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingScoreMatching, Loss
+from lit_diffusion.objectives import DenoisingScoreMatching
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import Langevin, Sampler
 
@@ -46,7 +45,3 @@ class DSM(Method):
             **training,
         )
         self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
-
-    def loss(self, batch: Batch, seed: int) -> Loss:
-        """``sigma^2/2 |s + eps/sigma|^2`` of each datum."""
-        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

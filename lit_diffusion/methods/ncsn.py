@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingScoreMatching, Loss
+from lit_diffusion.objectives import DenoisingScoreMatching
 from lit_diffusion.processes import VE
 from lit_diffusion.samplers import AnnealedLangevin, Sampler
 
@@ -59,7 +58,3 @@ class NCSN(Method):
             **training,
         )
         self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")
-
-    def loss(self, batch: Batch, seed: int) -> Loss:
-        """``sigma^2/2 |s + eps/sigma|^2`` of each image at a level of its own."""
-        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingScoreMatching, Loss
-from lit_diffusion.objectives.denoising import Reduction, TimeLaw, Weight
+from lit_diffusion.objectives import DenoisingScoreMatching
+from lit_diffusion.objectives.denoising import Reduction, TimeLawName, Weight
+from lit_diffusion.objectives.laws import TimeLaw
 from lit_diffusion.processes import Process
 from lit_diffusion.samplers import PredictorCorrector, Sampler
 
@@ -32,9 +32,11 @@ class ScoreSDE(Method):
             ``time_999`` (its own for VP and sub-VP, with positional ones), ``time``, ...
         input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
         sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
-        time_law: of the training times: ``uniform`` from t_min to 1, or ``importance``, of density g^2/sigma^2 and
-            made up for by a weight: the same expected loss, with less variance where the weight is ``g2``.
-        weight: ``sigma2`` makes all times weigh alike, ``g2`` is the likelihood weighting.
+        time_law: of the training times: ``uniform`` from t_min to t_max, ``importance``, of density g^2/sigma^2 and
+            made up for by a weight: the same expected loss, with less variance where the weight is ``g2``;
+            ``log_normal`` in the noise level, ``logit_normal`` in the time, or a law with parameters, by its class.
+        weight: ``sigma2`` makes all times weigh alike, ``g2`` is the likelihood weighting, ``raw`` the loss in the
+            network's own output space.
         reduction: over the dimensions of an image: ``half_sum`` (the paper's) or ``mean``.
         sampler: default sampler, null for reverse diffusion with a Langevin corrector, 1000 steps each.
         **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
@@ -48,7 +50,7 @@ class ScoreSDE(Method):
         noise_input: NoiseInput = "log_sigma",
         input_scale: InputScale = "none",
         sigma_data: float = 0.5,
-        time_law: TimeLaw = "uniform",
+        time_law: TimeLawName | TimeLaw = "uniform",
         weight: Weight = "sigma2",
         reduction: Reduction = "half_sum",
         sampler: Sampler | None = None,
@@ -61,7 +63,3 @@ class ScoreSDE(Method):
         )
         self.objective = DenoisingScoreMatching(time_law, weight, reduction)
         self.objective.check(process)
-
-    def loss(self, batch: Batch, seed: int) -> Loss:
-        """``lambda/2 |s + eps/sigma|^2`` of each image at a time of its own."""
-        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)

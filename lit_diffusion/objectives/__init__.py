@@ -2,6 +2,20 @@
 
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.objectives.denoising import DenoisingScoreMatching
-from lit_diffusion.objectives.diffusion import DiffusionObjective, SecondMoments
+from lit_diffusion.objectives.diffusion import DiffusionObjective
+from lit_diffusion.objectives.laws import Importance, Levels, LogitNormal, LogNormal, SecondMoments, TimeLaw, Uniform
+from lit_diffusion.objectives.objective import Objective
 
-__all__ = ["DenoisingScoreMatching", "DiffusionObjective", "Loss", "SecondMoments"]
+__all__ = [
+    "DenoisingScoreMatching",
+    "DiffusionObjective",
+    "Importance",
+    "Levels",
+    "LogNormal",
+    "LogitNormal",
+    "Loss",
+    "Objective",
+    "SecondMoments",
+    "TimeLaw",
+    "Uniform",
+]

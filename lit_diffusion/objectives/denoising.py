@@ -17,59 +17,17 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.denoisers import Denoiser
-from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.data.facts import GreyLevels
+from lit_diffusion.denoisers import Denoiser, Prediction
+from lit_diffusion.errors import require_choice
 from lit_diffusion.objectives.base import Loss
-from lit_diffusion.processes import Level, Process
-from lit_diffusion.randomness import keyed_normal, keyed_uniform
+from lit_diffusion.objectives.laws import TimeLaw, law_of
+from lit_diffusion.objectives.objective import Objective
+from lit_diffusion.processes import Level, Process, expand_like
 
-TimeLaw = Literal["levels", "uniform", "importance"]
-Weight = Literal["sigma2", "one", "g2"]
+TimeLawName = Literal["levels", "uniform", "importance", "log_normal", "logit_normal"]
+Weight = Literal["sigma2", "one", "g2", "raw"]
 Reduction = Literal["half_sum", "mean"]
-
-
-def _levels(u: Tensor, process: Process) -> Tensor:
-    grid = process.grid().to(u.device)
-    return grid[(u.to(torch.float64) * len(grid)).long().clamp(max=len(grid) - 1)]
-
-
-def _uniform(u: Tensor, process: Process) -> Tensor:
-    return process.t_min + (1.0 - process.t_min) * u.to(torch.float64)
-
-
-def _log_snr_ends(process: Process, device: torch.device) -> tuple[Tensor, Tensor]:
-    ends = process.log_snr(torch.tensor([process.t_min, 1.0], dtype=torch.float64, device=device))
-    return ends[0], ends[1]
-
-
-def _importance(u: Tensor, process: Process) -> Tensor:
-    start, end = _log_snr_ends(process, u.device)
-    return process.t_at_log_snr(start + (end - start) * u.to(torch.float64)).clamp(process.t_min, 1.0)
-
-
-TIME_LAWS: dict[str, Callable[[Tensor, Process], Tensor]] = {
-    "levels": _levels,
-    "uniform": _uniform,
-    "importance": _importance,
-}
-"""Times ``[B]`` from uniform numbers ``[B]``: ``levels`` picks a grid point, ``uniform`` any time from t_min to 1,
-``importance`` has the density ``p(t) ~ g^2 / sigma^2``, under which the likelihood weighting has the least variance
-(Song et al. 2021, "Maximum likelihood training", section 4.2). As ``g^2 / sigma^2 = -d log SNR / dt`` for every
-linear SDE, it is uniform in the log-SNR, and the inverse of its distribution function is the process's own
-``t_at_log_snr``."""
-
-
-def _importance_density(t: Tensor, process: Process) -> Tensor:
-    start, end = _log_snr_ends(process, t.device)
-    return (1.0 - process.t_min) * (process.diffusion(t) / process.sigma(t)) ** 2 / (start - end)
-
-
-RELATIVE_DENSITIES: dict[str, Callable[[Tensor, Process], Tensor] | None] = {
-    "levels": None,
-    "uniform": None,
-    "importance": _importance_density,
-}
-"""The density of a law of t over that of the law whose expectation the loss is; None where it is that law itself."""
 
 WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
     "sigma2": lambda process, level: level.sigma**2,
@@ -81,12 +39,21 @@ WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
 constant (Song et al. 2021, "Maximum likelihood training", theorem 1)."""
 
 
-class DenoisingScoreMatching:
-    """The objective above.
+class DenoisingScoreMatching(Objective):
+    r"""Denoising score matching, or a regression of whatever the network predicts.
+
+    .. math::  \ell = \frac{\lambda(t)}{\sigma^2} \| \epsilon_\theta(x_t, t) - \epsilon \|^2
+               \quad\text{or, for the weight raw,}\quad
+               \ell = \| F_\theta(x_t, t) - (u\, x_0 + v\, \epsilon) \|^2
+
+    with a half in front, or the mean over the dimensions. With ``raw``, the loss in the network's own output space,
+    DDPM's simple loss (Ho et al. 2020, arXiv 2006.11239, eq. 14), EDM's, whose weight is ``1 / c_out^2`` (Karras et al.
+    2022, arXiv 2206.00364, table 1), and the regression of a flow's velocity (Lipman et al. 2023, arXiv 2210.02747) are
+    one objective, under the parametrizations ``eps``, ``edm`` and ``velocity``.
 
     Args:
-        time_law: how t is drawn, a row of :data:`TIME_LAWS`.
-        weight: ``lambda(t)``, a row of :data:`WEIGHTS`.
+        time_law: how t is drawn, by name, a row of :data:`~lit_diffusion.objectives.laws.LAWS`, or a law.
+        weight: ``lambda(t)``, a row of :data:`WEIGHTS`, or ``raw``.
         reduction: over the dimensions of an image: ``half_sum`` (NCSN's and score-SDE's 1/2 norm^2) or ``mean``
             (DDPM's).
 
@@ -94,40 +61,37 @@ class DenoisingScoreMatching:
         UserError: for a name that is not one of these.
     """
 
-    def __init__(self, time_law: TimeLaw, weight: Weight = "sigma2", reduction: Reduction = "half_sum") -> None:
-        require_choice("", "time_law", time_law, TIME_LAWS)
-        require_choice("", "weight", weight, WEIGHTS)
+    def __init__(
+        self, time_law: TimeLawName | TimeLaw, weight: Weight = "sigma2", reduction: Reduction = "half_sum"
+    ) -> None:
+        super().__init__(law_of(time_law))
+        require_choice("", "weight", weight, get_args(Weight))
         require_choice("", "reduction", reduction, get_args(Reduction))
-        self.time_law = time_law
         self.weight = weight
         self.reduction = reduction
 
-    def check(self, process: Process) -> None:
-        """Refuse a process that has not the times asked for, before the first step.
-
-        Raises:
-            UserError: for levels in continuous time, and for an importance of one level.
-        """
-        if self.time_law == "importance" and process.levels == 1:
-            raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
-        TIME_LAWS[self.time_law](torch.tensor([0.5]), process)
-
-    def __call__(self, denoiser: Denoiser, x0: Tensor, seed: int, index: Tensor, cond: Condition | None = None) -> Loss:
-        """The loss of the images that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it."""
-        t = TIME_LAWS[self.time_law](keyed_uniform(seed, "time", index), denoiser.process)
-        eps = keyed_normal(seed, "noise", index, tuple(x0.shape[1:]), dtype=x0.dtype)
-        loss = self.at(denoiser, x0, t, eps, cond)
-        density = RELATIVE_DENSITIES[self.time_law]
-        if density is None:
-            return loss
-        weighted = loss.per_sample / density(t, denoiser.process).to(x0.dtype)
-        return Loss(weighted, t, unweighted=loss.shown)
-
-    def at(self, denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, cond: Condition | None = None) -> Loss:
+    def at(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        cond: Condition | None = None,
+        grey_levels: GreyLevels | None = None,
+    ) -> Loss:
         """The loss at given times ``[B]`` and noise, whatever the law of t."""
         prediction = denoiser(denoiser.process.perturb(x0, t, eps), t, cond)
-        level = prediction.level
-        error = (prediction.eps - eps).flatten(1).square()
-        per_sample = 0.5 * error.sum(1) if self.reduction == "half_sum" else error.mean(1)
-        weight = WEIGHTS[self.weight](denoiser.process, level) / level.sigma**2
+        if self.weight == "raw":
+            return Loss(self._reduced(prediction.raw.to(x0.dtype) - target_of(prediction, x0, eps)), t)
+        per_sample = self._reduced(prediction.eps - eps)
+        weight = WEIGHTS[self.weight](denoiser.process, prediction.level) / prediction.level.sigma**2
         return Loss(per_sample * weight.to(per_sample.dtype), t)
+
+    def _reduced(self, error: Tensor) -> Tensor:
+        square = error.flatten(1).square()
+        return 0.5 * square.sum(1) if self.reduction == "half_sum" else square.mean(1)
+
+
+def target_of(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
+    """What the network should have said, ``u x_0 + v eps``: ``[B, ...]`` like x0."""
+    return expand_like(prediction.u, x0) * x0 + expand_like(prediction.v, x0) * eps

@@ -189,7 +189,7 @@ class Sampler(ABC):
 
     def start(self, process: Process, noise: SampleNoise) -> Tensor:
         """The first state, by default from the prior ``N(0, prior_std^2 I)``."""
-        return process.prior_std * noise.normal()
+        return _as_coefficient(process.prior_std, noise) * noise.normal()
 
     @abstractmethod
     def plan(self, process: Process) -> Sequence[Move]:
@@ -254,6 +254,10 @@ class Sampler(ABC):
         run.began = None
         x = self.finish(run, x)
         return Samples(x, run.evaluations, farthest)
+
+
+def _as_coefficient(std: float | Tensor, noise: SampleNoise) -> float | Tensor:
+    return std.to(noise.indices.device, noise.dtype) if isinstance(std, Tensor) else std
 
 
 class Predictor(Sampler):

@@ -137,13 +137,14 @@ def out_of_pure_noise(x_s: Tensor, prediction: Prediction, process: Process, s: 
     the step to first order, since f and g of the SDE are infinite there.
     """
     level, x_t = prediction.level, prediction.x_t
-    limit = expand_like(process.alpha(s), x_t) * prediction.x0 + expand_like(process.sigma(s) / level.sigma, x_t) * x_t
+    limit = process.first_order_step(x_t, prediction.x0, level.t, s)
     return torch.where((level.alpha == 0.0).view(-1, *[1] * (x_t.ndim - 1)), limit, x_s)
 
 
 def _variance(process: Process, t: Tensor) -> Tensor:
     """``sigma^2 + alpha^2 d^2``: the widest that data noised to t ``[N]`` can be."""
-    return process.sigma(t) ** 2 + (min(1.0, process.prior_std) * process.alpha(t)) ** 2
+    widest = min(1.0, float(torch.as_tensor(process.prior_std).max()))
+    return process.sigma(t) ** 2 + (widest * process.alpha(t)) ** 2
 
 
 class EulerMaruyama(EndsAtTMin):

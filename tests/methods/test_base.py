@@ -414,16 +414,16 @@ def test_the_noise_of_image_n_is_keyed_by_n(tmp_path):
     captured = {}
     at = method.objective.at
 
-    def noted(denoiser, x0, t, eps, cond):
+    def noted(denoiser, x0, t, eps, *rest):
         captured[method.clock.images] = eps
-        return at(denoiser, x0, t, eps, cond)
+        return at(denoiser, x0, t, eps, *rest)
 
     method.objective.at = noted
     fit(method, digits_data(), tmp_path, 64).save_checkpoint(tmp_path / "a.ckpt")
     later = ncsn()
-    later.objective.at = lambda denoiser, x0, t, eps, cond: (
+    later.objective.at = lambda denoiser, x0, t, eps, *rest: (
         captured.update(later=eps),
-        at(denoiser, x0, t, eps, cond),
+        at(denoiser, x0, t, eps, *rest),
     )[1]
     fit(later, digits_data(), tmp_path, 96, ckpt_path=tmp_path / "a.ckpt")
     for start, eps in ((0, captured[0]), (32, captured[32]), (64, captured["later"])):

@@ -20,7 +20,7 @@ from lit_diffusion.denoisers import PARAMETRIZATIONS
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
 from lit_diffusion.methods import DDIM, DDPM
-from lit_diffusion.objectives import DiffusionObjective
+from lit_diffusion.objectives import DiffusionObjective, Levels
 from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.reverse import ReverseChain
 from lit_diffusion.samplers import DDIM as DDIMSampler
@@ -44,7 +44,7 @@ def state(path):
 
 def law(method):
     """What the law of the levels remembers."""
-    return method.objective.second_moments.state_dict()
+    return method.objective.time_law.state_dict()
 
 
 # ---- the paper ---------------------------------------------------------------------------------------------------
@@ -56,10 +56,10 @@ def test_the_papers_defaults():
     betas = 1.0 - (process.alpha(process.grid()) / torch.cat((torch.ones(1), process.alpha(process.grid())[:-1]))) ** 2
     assert betas.tolist() == pytest.approx(np.linspace(1e-4, 0.02, 1000).tolist(), rel=1e-9)
     assert (denoiser.parametrization, denoiser.noise_input, denoiser.unit_variance) == ("eps", "index", False)
-    assert (method.objective.loss, method.objective.chain.variance, method.objective.second_moments) == (
+    assert (method.objective.loss, method.objective.chain.variance, type(method.objective.time_law)) == (
         "simple",
         "beta",
-        None,
+        Levels,
     )
     assert isinstance(method.sampler, Ancestral)
     assert (method.sampler.steps, method.sampler.variance) == (None, "beta")
@@ -99,7 +99,7 @@ def test_the_bound_knows_the_grey_levels_of_the_data():
     batch = centred().prepare(raw["value"], raw["label"], raw["index"], training=True)
     eps = keyed_normal(0, "noise", batch.index, (1, 8, 8))
     at = [
-        method.objective.at(method.denoiser, batch.x, torch.zeros(32, dtype=torch.int64), eps, levels).per_sample
+        method.objective.at(method.denoiser, batch.x, torch.full((32,), 1 / 8).double(), eps, None, levels).per_sample
         for levels in (method.facts.grey_levels, None)
     ]
     assert not torch.allclose(*at, rtol=0.01)
@@ -114,7 +114,7 @@ def test_held_out_losses_are_of_one_law_whatever_was_learned(tmp_path):
     learning, fixed = ready(time_law="second_moment"), ready()
     batch = Batch(torch.zeros(64, 1, 8, 8), torch.arange(64))
     steep = torch.arange(8).repeat(10)
-    learning.after_step({"index": steep, "loss": 100.0**steep})
+    learning.after_step({"t": (steep + 1) / 8, "loss": 100.0**steep})
     assert not torch.equal(learning.loss(batch, 0).t, fixed.loss(batch, 0).t)
     held_out = learning.eval().loss(batch, 0)
     assert torch.equal(held_out.t, fixed.loss(batch, 0).t)
@@ -208,7 +208,7 @@ def over_all_levels(method):
     x = few().normalise(torch.from_numpy(digits()._values[:4])).repeat(8, 1, 1, 1)
     eps, level = keyed_normal(7, "fixed", torch.arange(32), (1, 8, 8)), torch.arange(8).repeat_interleave(4)
     with torch.no_grad():
-        loss = method.objective.at(method.denoiser, x, level, eps, method.facts.grey_levels).per_sample
+        loss = method.objective.at(method.denoiser, x, (level + 1) / 8, eps, None, method.facts.grey_levels).per_sample
     return float(loss.mean())
 
 
@@ -331,8 +331,8 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
         broken = method(seed=number + 1)
     ended = state(tmp_path / "3.ckpt")["state_dict"]
     assert same(ended, straight.state_dict())
-    assert int(ended["objective.second_moments.counts"].sum()) == 480
-    p = straight.objective.second_moments.probabilities()
+    assert int(ended["objective.time_law.counts"].sum()) == 480
+    p = straight.objective.time_law.probabilities()
     assert float(p.max() / p.min()) > 1.2
 
 
@@ -349,8 +349,8 @@ def test_what_it_remembers_does_not_depend_on_micro_batches(tmp_path, micro_batc
 def test_it_remembers_the_losses_in_the_order_of_the_batch(tmp_path):
     """Of all processes: as if two had 16 images each, gathered as ``[processes, images]``."""
     method, told = ddpm(time_law="second_moment", levels=4), []
-    remember = method.objective.second_moments.remember
-    method.objective.second_moments.remember = lambda index, loss: (told.append((index, loss)), remember(index, loss))
+    remember = method.objective.time_law.remember
+    method.objective.time_law.remember = lambda index, loss: (told.append((index, loss)), remember(index, loss))
     method.all_gather = lambda rows: rows.view(2, 16)
     fit(method, centred(), tmp_path, 32)
     ((level, loss),) = told
@@ -456,7 +456,7 @@ def test_a_learned_variance_doubles_the_output_channels(run, variance):
     assert found["data_shape"] == [1, 8, 8]
     assert found["out_channels"] == (2 if variance == "learned" else None)
     assert saved["lit_diffusion"]["images_seen"] == 64
-    assert int(saved["state_dict"]["objective.second_moments.counts"].sum()) == 64
+    assert int(saved["state_dict"]["objective.time_law.counts"].sum()) == 64
 
 
 def test_channels_that_are_given_are_left_as_they_are(run):

@@ -28,7 +28,7 @@ def test_the_loss_is_the_papers(parametrization, power):
     x = torch.randn(64, 3, dtype=torch.float64)
     caught = {}
     at = method.objective.at
-    method.objective.at = lambda d, x0, t, eps, c: (caught.update(t=t, eps=eps), at(d, x0, t, eps, c))[1]
+    method.objective.at = lambda d, x0, t, eps, *rest: (caught.update(t=t, eps=eps), at(d, x0, t, eps, *rest))[1]
     with torch.no_grad():
         loss = method.loss(Batch(x, torch.arange(64)), seed=4).per_sample
         sigmas = torch.tensor([0.1 * (2.0 / 0.1) ** (k / 4) for k in range(5)], dtype=torch.float64)

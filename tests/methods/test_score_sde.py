@@ -19,6 +19,7 @@ from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
 from lit_diffusion.methods import ScoreSDE
+from lit_diffusion.objectives import Uniform
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.samplers import AnnealedLangevin, PredictorCorrector, ReverseDiffusion
@@ -70,7 +71,7 @@ def test_the_loss_is_the_papers(name, weight):
 def test_the_papers_defaults():
     method = ScoreSDE(Convolutions(), VP())
     objective, denoiser = method.objective, method.denoiser
-    assert (objective.time_law, objective.weight, objective.reduction) == ("uniform", "sigma2", "half_sum")
+    assert (type(objective.time_law), objective.weight, objective.reduction) == (Uniform, "sigma2", "half_sum")
     assert (denoiser.parametrization, denoiser.noise_input, denoiser.unit_variance) == ("score", "log_sigma", False)
     assert denoiser.process.t_min == 1e-5
     assert isinstance(method.sampler, PredictorCorrector)

@@ -11,8 +11,8 @@ from torch import nn
 from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
-from lit_diffusion.objectives import DenoisingScoreMatching
-from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
+from lit_diffusion.objectives import DenoisingScoreMatching, LogitNormal, LogNormal
+from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, linear_betas
 from lit_diffusion.randomness import keyed_normal, keyed_uniform
 
 COUNT = 50_000
@@ -362,3 +362,99 @@ def test_the_loss_at_its_level_has_no_factor_of_the_law(weight):
         ratio = torch.tensor([rate(t) / -math.expm1(-integral(t)) for t in loss.t.tolist()])
         whole = float(process.log_snr(torch.tensor(1e-5).double()) - process.log_snr(torch.ones(()).double()))
         torch.testing.assert_close(loss.per_sample, loss.shown * whole / ratio / (1 - 1e-5), rtol=1e-4, atol=0)
+
+
+# ---- laws with parameters, the loss in the network's own space ---------------------------------------------------
+
+
+@pytest.mark.parametrize("process", [VE(1e-4, 1e4), VP(t_min=1e-9)], ids=["VE", "VP"])
+def test_log_normal_levels_are_edms(process):
+    t = times_of(LogNormal(-1.0, 0.7), process, 20_000)
+    log_ratio = -0.5 * process.log_snr(t).numpy()
+    assert stats.kstest(log_ratio, stats.norm(-1.0, 0.7).cdf).pvalue > 0.01
+
+
+def test_logit_normal_times():
+    t = times_of(LogitNormal(0.5, 0.8), Flow(), 20_000).numpy()
+    assert stats.kstest(np.log(t / (1 - t)), stats.norm(0.5, 0.8).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("law", [LogNormal(5.0, 3.0), LogNormal(-9.0, 3.0), LogitNormal(0.0, 9.0), "uniform"])
+@pytest.mark.parametrize("process", [VE(0.01, 50.0), Flow(t_max=0.8), Flow(), Betas(linear_betas(9))])
+def test_no_time_is_outside_of_the_process(law, process):
+    t = times_of(law, process, 2000)
+    assert t.dtype == torch.float64
+    assert process.t_min <= float(t.min()) < float(t.max()) <= process.t_max
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda: LogNormal(std=0.0), "std is 0"),
+        (lambda: LogitNormal(std=-1.0), "std is -1"),
+        (lambda: DenoisingScoreMatching("importance").check(Flow()), "infinite at the end of time of Flow"),
+        (lambda: DenoisingScoreMatching("importance").check(VE(1.0, 1.0, levels=1)), "one noise level"),
+        (lambda: DenoisingScoreMatching("levels").check(VP()), "continuous time"),
+    ],
+)
+def test_a_law_that_cannot_be_drawn_is_refused_in_one_line(ask, words):
+    with pytest.raises(UserError, match=words) as caught:
+        ask()
+    assert "\n" not in str(caught.value)
+
+
+class Answering(FunctionDenoiser):
+    """A function of (x_t, t) that says what a parametrization wants."""
+
+    def __init__(self, process, function, parametrization, sigma_data):
+        super().__init__(process, function)
+        self.parametrization, self.sigma_data = parametrization, sigma_data
+
+    def forward(self, x_t, t, cond=None, began=None):
+        level = self.process.level(t)
+        u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, self.sigma_data)
+        return Prediction(x_t, self.function(x_t, t), level, u, v)
+
+
+@pytest.mark.parametrize("reduction", ["half_sum", "mean"])
+def test_the_raw_loss_is_edms_and_flow_matchings_and_ddpms(reduction):
+    x0, eps = data(mixture(), 40), normal(40)
+    t = torch.linspace(0.05, 1.0, 40, dtype=torch.float64)
+
+    def reduced(error):
+        square = error.square()
+        return 0.5 * square.sum(1) if reduction == "half_sum" else square.mean(1)
+
+    def loss(parametrization, process, sd=0.6):
+        denoiser = Answering(process, lambda x, t: torch.cos(3 * x), parametrization, sd)
+        found = DenoisingScoreMatching("uniform", "raw", reduction).at(denoiser, x0, t, eps)
+        return found.per_sample, denoiser(process.perturb(x0, t, eps), t)
+
+    edm = VE(0.01, 20.0)
+    sigma, sd = edm.sigma(t)[:, None], 0.6
+    found, prediction = loss("edm", edm)
+    weight = (sigma**2 + sd**2) / (sigma * sd) ** 2  # Karras et al. 2022, table 1: lambda = 1 / c_out^2.
+    torch.testing.assert_close(found, reduced(weight.sqrt() * (prediction.x0 - x0)), rtol=1e-8, atol=1e-10)
+    found, prediction = loss("velocity", Flow())
+    torch.testing.assert_close(found, reduced(prediction.raw - (eps - x0)), rtol=1e-12, atol=0)
+    found, prediction = loss("eps", VP())
+    torch.testing.assert_close(found, reduced(prediction.eps - eps), rtol=1e-8, atol=1e-10)
+
+
+def test_an_objective_may_pair_noise_with_data():
+    class Sorted(DenoisingScoreMatching):
+        def couple(self, x0, eps, cond=None):
+            return eps[torch.argsort(torch.argsort(x0[:, 0]))]
+
+    x0, index = data(mixture(), 8), torch.arange(8)
+    objective, denoiser = Sorted("uniform", "raw"), Answering(Flow(), lambda x, t: torch.zeros_like(x), "velocity", 1.0)
+    own = objective.noise(x0, 3, index)
+    assert torch.equal(DenoisingScoreMatching("uniform").couple(x0, own), own)
+    paired = objective.couple(x0, own)
+    assert not torch.equal(paired, own)
+    whole = objective(denoiser, x0, 3, index, eps=paired)
+    torch.testing.assert_close(whole.per_sample, 0.5 * (paired - x0).square().sum(1))
+    parts = [objective(denoiser, x0[k], 3, index[k], eps=paired[k]).per_sample for k in index.split(3)]
+    torch.testing.assert_close(torch.cat(parts), whole.per_sample)
+    alone = objective(denoiser, x0, 3, index)
+    assert torch.equal(alone.per_sample, objective(denoiser, x0, 3, index, eps=own).per_sample)

@@ -56,6 +56,10 @@ def levels_of(count, level=None):
     return torch.arange(count) % T if level is None else torch.full((count,), level)
 
 
+def times_of(count, level=None):
+    return (levels_of(count, level) + 1).double() / T
+
+
 def wavy(x, t):
     return torch.sin(3 * x) + 2 * expand_like(t, x) * x.flip(-1)
 
@@ -83,7 +87,7 @@ def test_the_simple_loss_is_the_mean_square_of_the_networks_own_error(parametriz
     x0, eps = images(3)
     denoiser, objective = Told(wavy, parametrization=parametrization), DiffusionObjective(T, "simple", "beta")
     for level in range(T):
-        loss = objective.at(denoiser, x0, levels_of(3, level), eps, GREY)
+        loss = objective.at(denoiser, x0, times_of(3, level), eps, None, GREY)
         t = torch.full((3,), (level + 1) / T, dtype=torch.float64)
         raw = wavy(denoiser.process.perturb(x0, t, eps), t)
         expected = (raw - target(parametrization, x0, eps, level)).flatten(1).square().mean(1)
@@ -102,7 +106,7 @@ def test_the_bound_is_the_sum_over_all_levels_in_bits_per_dimension(variance):
         prediction = denoiser(denoiser.process.perturb(x0, t, eps), t)
         s = torch.full((3,), level / T, dtype=torch.float64)
         total += bound_term(prediction, denoiser, x0, s, ReverseChain(variance), GREY)
-        mean += objective.at(denoiser, x0, levels_of(3, level), eps, GREY).per_sample / T
+        mean += objective.at(denoiser, x0, times_of(3, level), eps, None, GREY).per_sample / T
     torch.testing.assert_close(mean, total / (4 * math.log(2)), rtol=1e-12, atol=0)
     assert bool((total > 0).all())
 
@@ -118,10 +122,10 @@ def test_a_drawn_level_gives_all_of_them_on_average(loss, time_law):
         DiffusionObjective(T, loss, "learned" if loss != "simple" else "beta", time_law),
     )
     if time_law == "second_moment":
-        objective.second_moments.remember(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
-    drawn = objective(denoiser, x0, 3, torch.arange(count), GREY)
+        objective.time_law.remember(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
+    drawn = objective(denoiser, x0, 3, torch.arange(count), None, GREY)
     eps = keyed_normal(9, "others", torch.arange(count), (1, 2, 2), dtype=torch.float64)
-    everything = sum(objective.at(denoiser, x0, levels_of(count, k), eps, GREY).per_sample for k in range(T)) / T
+    everything = sum(objective.at(denoiser, x0, times_of(count, k), eps, None, GREY).per_sample for k in range(T)) / T
     error = math.sqrt((drawn.per_sample.var() + everything.var()) / count)
     assert abs(float(drawn.per_sample.mean() - everything.mean())) < 4 * error
     assert error < 0.05 * float(everything.mean())
@@ -134,7 +138,7 @@ def gradients(loss, x0, eps, share):
     """Of the mean loss over all levels, by the network's guess and by its share of the variance."""
     guess, told = wavy(x0, torch.ones(len(x0))).requires_grad_(), share.clone().requires_grad_()
     objective = DiffusionObjective(T, loss, "learned" if loss != "simple" else "beta")
-    value = objective.at(Told(lambda x, t: guess, lambda x, t: told), x0, levels_of(len(x0)), eps, GREY).per_sample
+    value = objective.at(Told(lambda x, t: guess, lambda x, t: told), x0, times_of(len(x0)), eps, None, GREY).per_sample
     found = torch.autograd.grad(value.sum(), (guess, told), allow_unused=True)
     return value.detach(), *found
 
@@ -165,7 +169,7 @@ def test_a_learned_variance_finds_the_one_that_the_errors_have():
     def slope(w):
         with torch.no_grad():
             told.fill_(w)
-        value = objective.at(denoiser, x0, levels_of(400, level), eps, GREY).per_sample.mean()
+        value = objective.at(denoiser, x0, times_of(400, level), eps, None, GREY).per_sample.mean()
         return float(torch.autograd.grad(value, told)[0])
 
     abar = np.cumprod(1 - BETAS)
@@ -184,7 +188,7 @@ def test_a_variance_that_nothing_trains_is_refused():
     for loss in ("hybrid", "bound"):
         x0, eps = images(2)
         with pytest.raises(UserError, match="has not learned a reverse variance"):
-            DiffusionObjective(T, loss, "learned").at(Told(wavy), x0, levels_of(2), eps, GREY)
+            DiffusionObjective(T, loss, "learned").at(Told(wavy), x0, times_of(2), eps, None, GREY)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_no_denoiser_is_better_than_the_exact_one(loss, variance, parametrizatio
 
     def losses(step):
         denoiser = Perturbed(distribution, process, parametrization, DIRECTIONS[direction], step)
-        at = [objective.at(denoiser, x0, torch.full((count,), k), eps, None).per_sample.mean() for k in range(T)]
+        at = [objective.at(denoiser, x0, times_of(count, k), eps).per_sample.mean() for k in range(T)]
         return torch.stack(at)
 
     best, forth, back = losses(0.0), losses(0.4), losses(-0.4)
@@ -262,6 +266,13 @@ def filled(levels=4, remembered=10, seed=0):
     return losses, moments
 
 
+def drawn_levels(moments, u):
+    """The levels that it draws, and the factors that make up for it."""
+    process = Betas(torch.full((len(moments.counts),), 0.1))
+    t, density = moments.draw(u, process)
+    return process.level_index(t), 1.0 / density
+
+
 def test_it_is_uniform_until_every_level_has_ten_losses():
     moments = SecondMoments(3)
     for _ in range(10):
@@ -269,7 +280,7 @@ def test_it_is_uniform_until_every_level_has_ten_losses():
         moments.remember(torch.tensor([0, 1]), torch.tensor([4.0, 1.0]))
     moments.remember(torch.tensor([0] * 7 + [2] * 9), torch.full((16,), 2.0))
     assert moments.probabilities().tolist() == pytest.approx([1 / 3] * 3)
-    index, weight = moments.draw(torch.tensor([0.1, 0.5, 0.9]))
+    index, weight = drawn_levels(moments, torch.tensor([0.1, 0.5, 0.9]))
     assert (index.tolist(), weight.tolist()) == ([0, 1, 2], pytest.approx([1.0] * 3))
     moments.remember(torch.tensor([2]), torch.tensor([2.0]))
     assert moments.probabilities().tolist() != pytest.approx([1 / 3] * 3, rel=0.1)
@@ -302,7 +313,7 @@ def test_it_forgets_all_but_the_last_ten():
 def test_levels_are_drawn_as_often_as_it_says():
     _, moments = filled()
     count = 100_000
-    index, weight = moments.draw(keyed_uniform(0, "u", torch.arange(count)))
+    index, weight = drawn_levels(moments, keyed_uniform(0, "u", torch.arange(count)))
     p = moments.probabilities()
     counts = torch.bincount(index, minlength=4).numpy()
     assert stats.chisquare(counts, (p * count).numpy()).pvalue > 0.01
@@ -314,7 +325,7 @@ def test_its_weights_make_up_for_it_exactly():
     """Whatever is averaged: over a fine comb of u the weighted draws are the plain mean over the levels."""
     _, moments = filled()
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    index, weight = moments.draw(u)
+    index, weight = drawn_levels(moments, u)
     values = wide(1.0, -7.0, 100.0, 3.0)
     assert float((weight * values[index]).mean()) == pytest.approx(float(values.mean()), rel=1e-3)
 
@@ -322,7 +333,7 @@ def test_its_weights_make_up_for_it_exactly():
 @pytest.mark.parametrize("u", [0.0, 2.0**-24, 1.0 - 2.0**-24])
 def test_the_ends_of_the_draw_are_levels(u):
     for moments in (SecondMoments(1000), filled()[1]):
-        (index,), (weight,) = moments.draw(torch.tensor([u]))
+        (index,), (weight,) = drawn_levels(moments, torch.tensor([u]))
         assert int(index) == (0 if u < 0.5 else len(moments.counts) - 1)
         assert math.isfinite(weight)
 
@@ -345,7 +356,7 @@ def test_what_it_remembers_is_in_the_state():
         each.remember(torch.tensor([2, 0]), torch.tensor([1.0, 50.0]))  # the oldest goes first in both
     assert torch.equal(copy.history, moments.history)
     objective = DiffusionObjective(4, "bound", "beta", "second_moment")
-    assert set(objective.state_dict()) == {"second_moments.history", "second_moments.counts"}
+    assert set(objective.state_dict()) == {"time_law.history", "time_law.counts"}
     assert not DiffusionObjective(4, "bound", "beta").state_dict()
 
 
@@ -354,19 +365,19 @@ def test_it_is_told_the_losses_by_their_times():
     for count in (7, 49, 1000):
         objective = DiffusionObjective(count, "bound", "beta", "second_moment")
         process = Betas(torch.full((count,), 0.1))
-        objective.remember(process.grid(), torch.arange(count).double())
-        assert objective.second_moments.history[:, 0].tolist() == list(range(count))
-        assert objective.second_moments.counts.tolist() == [1] * count
-    DiffusionObjective(7, "bound", "beta").remember(process.grid(), torch.zeros(count))  # which learns nothing
+        objective.time_law.learn(process.grid(), torch.arange(count).double())
+        assert objective.time_law.history[:, 0].tolist() == list(range(count))
+        assert objective.time_law.counts.tolist() == [1] * count
+    DiffusionObjective(7, "bound", "beta").time_law.learn(process.grid(), torch.zeros(count))  # which learns nothing
 
 
 def test_it_is_told_the_loss_of_the_level_without_its_weight():
     x0, _ = images(64)
     objective = DiffusionObjective(T, "simple", "beta", "second_moment")
-    objective.second_moments.remember(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
-    loss = objective(Told(wavy), x0, 0, torch.arange(64), GREY)
+    objective.time_law.remember(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
+    loss = objective(Told(wavy), x0, 0, torch.arange(64), None, GREY)
     level = (loss.t * T).round().long() - 1
-    weight = (1.0 / (T * objective.second_moments.probabilities()))[level]
+    weight = (1.0 / (T * objective.time_law.probabilities()))[level]
     torch.testing.assert_close(loss.per_sample, loss.shown * weight, rtol=1e-12, atol=0)
     assert len(set(level.tolist())) == T
 
@@ -379,12 +390,12 @@ def test_the_loss_of_an_image_is_the_same_in_any_batch(time_law):
     x0, _ = images(16)
     objective = DiffusionObjective(T, "hybrid", "learned", time_law)
     denoiser, index = Told(wavy, narrow), torch.arange(100, 116)
-    together = objective(denoiser, x0, 5, index, GREY)
+    together = objective(denoiser, x0, 5, index, None, GREY)
     order = torch.tensor([3, 15, 0, 7, 8, 1, 2])
-    some = objective(denoiser, x0[order], 5, index[order], GREY)
+    some = objective(denoiser, x0[order], 5, index[order], None, GREY)
     assert torch.equal(some.t, together.t[order])
     torch.testing.assert_close(some.per_sample, together.per_sample[order], rtol=1e-9, atol=0)
-    for other in (objective(denoiser, x0, 5, index + 16, GREY), objective(denoiser, x0, 6, index, GREY)):
+    for other in (objective(denoiser, x0, 5, index + 16, None, GREY), objective(denoiser, x0, 6, index, None, GREY)):
         assert bool((other.per_sample != together.per_sample).all())
 
 
@@ -401,7 +412,7 @@ def test_the_loss_has_the_images_type_and_reaches_the_network():
     x0, _ = images(8)
     scale = nn.Parameter(torch.ones(()))
     objective = DiffusionObjective(T, "hybrid", "learned", "second_moment")
-    loss = objective(Told(lambda x, t: scale * x, lambda x, t: scale * x), x0.float(), 0, torch.arange(8), GREY)
+    loss = objective(Told(lambda x, t: scale * x, lambda x, t: scale * x), x0.float(), 0, torch.arange(8), None, GREY)
     assert (loss.per_sample.shape, loss.per_sample.dtype, loss.t.dtype) == ((8,), torch.float32, torch.float64)
     assert loss.per_sample.requires_grad
     assert not loss.shown.requires_grad

@@ -330,7 +330,7 @@ def test_the_refusal_is_right():
     allowed = Langevin(steps=400, eta=3.9).sample(denoiser, noise_of(1000)).x
     assert float(allowed.double().var()) == pytest.approx(1 / (1 - 3.9 / 4), rel=0.1)
     beyond = Langevin(steps=400, eta=4.1)
-    beyond.check = lambda denoiser: None
+    beyond.require_fit = lambda denoiser, plan: None
     assert float(beyond.sample(denoiser, noise_of(10)).x.abs().max()) > 1e4
 
 

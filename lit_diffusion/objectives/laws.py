@@ -1,0 +1,233 @@
+r"""Laws of t: how the noise level of a training datum is drawn.
+
+A law is an object with parameters. It makes times of uniform numbers, and says by how much its density at each is above
+that of the law whose expectation the loss is; the loss is divided by it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lit_diffusion.errors import UserError, require_choice
+from lit_diffusion.processes import Process
+
+
+class TimeLaw(nn.Module, ABC):
+    """A law of the times of training.
+
+    A subclass draws (:meth:`draw`); one that learns from the losses of every step also has :meth:`learn`.
+    """
+
+    learns: bool = False
+    """Whether :meth:`learn` wants the losses of every step."""
+
+    def check(self, process: Process) -> None:
+        """Refuse a process that does not have the times asked for, before the first step.
+
+        Raises:
+            UserError: with the reason.
+        """
+        self.draw(torch.tensor([0.5]), process)
+
+    @abstractmethod
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Times and what the law's density there is too large by.
+
+        Args:
+            u: uniform numbers in (0, 1), ``[B]``.
+            process: whose times they are.
+
+        Returns:
+            Times, float64 ``[B]``, and the density of this law over that of the law whose expectation the loss is,
+            float64 ``[B]``; None where it is that law itself.
+        """
+
+    def learn(self, t: Tensor, loss: Tensor) -> None:
+        """Take in the losses ``[B]`` of a whole step at times ``[B]``, in the batch's order; by default nothing."""
+
+
+class Levels(TimeLaw):
+    """Every grid point of the process alike (Song and Ermon 2019, arXiv 1907.05600, eq. 6; DDPM's t as well)."""
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Grid points."""
+        grid = process.grid().to(u.device)
+        return grid[(u.to(torch.float64) * len(grid)).long().clamp(max=len(grid) - 1)], None
+
+
+class Uniform(TimeLaw):
+    """Any time from the smallest to the largest of the process alike (Song et al. 2021, arXiv 2011.13456)."""
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """``t_min + (t_max - t_min) u``."""
+        return process.t_min + (process.t_max - process.t_min) * u.to(torch.float64), None
+
+
+class Importance(TimeLaw):
+    r"""The density under which the likelihood weighting has the least variance, made up for by a factor.
+
+    .. math::  p(t) \propto \frac{g^2}{\sigma^2} = -\frac{d \log SNR}{dt}
+
+    for every linear SDE: uniform in the log-SNR (Song et al. 2021, "Maximum likelihood training", arXiv 2101.09258,
+    section 4.2). The expected loss is that of :class:`Uniform`.
+    """
+
+    def check(self, process: Process) -> None:
+        """Refuse one level, and an infinite log-SNR, over which nothing is uniform."""
+        if process.levels == 1:
+            raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
+        if not bool(torch.stack(_log_snr_ends(process, torch.device("cpu"))).isfinite().all()):
+            raise UserError(
+                f"time_law: importance is uniform in the log-SNR, which is infinite at the end of time of "
+                f"{type(process).__name__}: set its t_max below 1, or choose uniform or logit_normal"
+            )
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Times that are uniform in the log-SNR, and their density relative to the uniform one."""
+        start, end = _log_snr_ends(process, u.device)
+        t = process.t_at_log_snr(start + (end - start) * u.to(torch.float64)).clamp(process.t_min, process.t_max)
+        span = process.t_max - process.t_min
+        return t, span * (process.diffusion(t) / process.sigma(t)) ** 2 / (start - end)
+
+
+def _log_snr_ends(process: Process, device: torch.device) -> tuple[Tensor, Tensor]:
+    ends = process.log_snr(torch.tensor([process.t_min, process.t_max], dtype=torch.float64, device=device))
+    return ends[0], ends[1]
+
+
+class LogNormal(TimeLaw):
+    r"""A normal law of the logarithm of the noise level, :math:`\log(\sigma / \alpha) \sim N(mean, std^2)`.
+
+    (Karras et al. 2022, EDM, arXiv 2206.00364, table 1.) Levels that the process does not have are moved to its ends.
+
+    Args:
+        mean: ``P_mean``; EDM's is -1.2 for data of standard deviation 0.5.
+        std: ``P_std``; EDM's is 1.2.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        super().__init__()
+        _require_positive(std)
+        self.mean, self.std = mean, std
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Times of those noise levels."""
+        log_ratio = self.mean + self.std * torch.special.ndtri(u.to(torch.float64))
+        return process.t_at_log_snr(-2.0 * log_ratio).clamp(process.t_min, process.t_max), None
+
+
+class LogitNormal(TimeLaw):
+    r"""A normal law of the logit of the time, :math:`\log \frac{t}{1 - t} \sim N(mean, std^2)`.
+
+    (Esser et al. 2024, "Scaling rectified flow transformers", arXiv 2403.03206, section 3.1.) Times below the smallest
+    or above the largest of the process are moved to it.
+
+    Args:
+        mean: m; above 0 it prefers noise.
+        std: s.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        _require_positive(std)
+        self.mean, self.std = mean, std
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """The logistic function of normal numbers."""
+        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.to(torch.float64)))
+        return t.clamp(process.t_min, process.t_max), None
+
+
+class SecondMoments(TimeLaw):
+    r"""Grid points in proportion to how large the losses there were lately.
+
+    .. math::  p_t \propto \sqrt{E[L_t^2]}
+
+    over the last ten losses of each level, mixed with 0.001 of the uniform law, and uniform until every level has ten
+    (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 18 and section 3.3). The expected loss is that of :class:`Levels`,
+    which it draws in evaluation mode: held-out losses are of one law. What it remembers is in the checkpoint.
+
+    Args:
+        levels: T.
+        remembered: losses kept of each level.
+        uniform_share: of the uniform law in the mixture.
+    """
+
+    learns = True
+    history: Tensor
+    counts: Tensor
+
+    def __init__(self, levels: int, remembered: int = 10, uniform_share: float = 0.001) -> None:
+        super().__init__()
+        self.uniform_share = uniform_share
+        self.register_buffer("history", torch.zeros(levels, remembered, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(levels, dtype=torch.int64))
+
+    def probabilities(self) -> Tensor:
+        """Of the levels, from the least noise to the most: float64 ``[T]``."""
+        levels, remembered = self.history.shape
+        if bool((self.counts < remembered).any()):
+            return torch.full_like(self.history[:, 0], 1.0 / levels)
+        moments = self.history.square().mean(1).sqrt()
+        share = self.uniform_share
+        return (1.0 - share) * moments / moments.sum().clamp(min=1e-300) + share / levels
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Grid points, and T times their probabilities."""
+        if not self.training:
+            return Levels().draw(u, process)
+        probabilities = self.probabilities()
+        cumulated = probabilities.cumsum(0)
+        index = torch.searchsorted(cumulated, u.to(torch.float64) * cumulated[-1], right=True)
+        index = index.clamp(max=len(probabilities) - 1)
+        return process.grid().to(u.device)[index], len(probabilities) * probabilities[index]
+
+    def learn(self, t: Tensor, loss: Tensor) -> None:
+        """Remember the losses at their levels."""
+        self.remember((t * len(self.counts)).round().long() - 1, loss)
+
+    @torch.no_grad()
+    def remember(self, index: Tensor, loss: Tensor) -> None:
+        """Take in the losses ``[B]`` of level indices ``[B]``, in their order; the oldest of a level goes first."""
+        levels, remembered = self.history.shape
+        order = torch.argsort(index, stable=True)
+        index, loss = index[order], loss[order].to(self.history.dtype)
+        arrived = torch.bincount(index, minlength=levels)
+        # Which of its level's losses each is, in the order in which they came.
+        place = torch.arange(len(index), device=index.device) - (arrived.cumsum(0) - arrived)[index]
+        kept = place >= arrived[index] - remembered
+        slot = (self.counts[index] + place) % remembered
+        self.history[index[kept], slot[kept]] = loss[kept]
+        self.counts += arrived
+
+
+def _require_positive(std: float) -> None:
+    if not 0.0 < std < math.inf:
+        raise UserError(f"time_law: std is {std:g}; it must be positive")
+
+
+LAWS: dict[str, type[TimeLaw]] = {
+    "levels": Levels,
+    "uniform": Uniform,
+    "importance": Importance,
+    "log_normal": LogNormal,
+    "logit_normal": LogitNormal,
+}
+"""Laws by name, with their own defaults: ``time_law: uniform``; one with other parameters is given by its class, and so
+is :class:`SecondMoments`, which wants the number of levels."""
+
+
+def law_of(given: TimeLaw | str) -> TimeLaw:
+    """The law that a configuration means.
+
+    Raises:
+        UserError: for a name that is not in the table.
+    """
+    if isinstance(given, TimeLaw):
+        return given
+    require_choice("", "time_law", given, LAWS)
+    return LAWS[given]()
