@@ -318,4 +318,5 @@ def pixel_moments(model: LikelihoodModel, batches: Iterable[Tensor]) -> Gaussian
 
 
 def _pixels(model: LikelihoodModel, x: Tensor) -> Tensor:
-    return torch.from_numpy(to_uint8(x, model.require_facts())).flatten(1).double() / 255.0
+    facts = model.require_facts()
+    return torch.from_numpy(to_uint8(x, facts)).flatten(1).double() / 255.0
