@@ -437,7 +437,8 @@ def test_the_best_of_what_has_a_direction_is_in_the_summary(wandb, tmp_path):
     best = {name: summary for name, _, summary in defined[2:]}
     least = [
         "val/loss",
-        *(f"evaluation/{key}" for key in ("fid-2k", "fid_infinity-2k", "kid-2k", "fd/digits-500", "kd/digits-500")),
+        *(f"evaluation/{key}" for key in ("fid-2k", "fid_infinity-2k", "kid-2k", "fd/digits-500")),
+        *(f"evaluation/{key}" for key in ("fd_infinity/digits-500", "kd/digits-500")),
     ]
     most = ["is-2k", "precision-2k", "recall-2k", "density-2k", "coverage-2k", "is/digits-500"]
     assert best == {
