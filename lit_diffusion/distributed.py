@@ -12,12 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_diffusion.failures import agree
-
-
-def many_processes() -> bool:
-    """Whether there are others to gather from."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+from lit_diffusion.failures import agree, many_processes, said_by_all
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -43,12 +38,9 @@ def summed(values: Tensor) -> Tensor:
 
 def shares_of_all(mine: Any) -> list[Any]:
     """What each process has, in the processes' order; anything that can be pickled, and all processes come."""
-    if not many_processes():
-        return [mine]
-    agree()
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return shares
+    if many_processes():
+        agree()
+    return said_by_all(mine)
 
 
 def gathered(rows: Tensor) -> Tensor:

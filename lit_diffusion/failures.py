@@ -11,10 +11,13 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from lit_diffusion.errors import UserError
+
+T = TypeVar("T")
 
 LONGEST_MESSAGE, LONGEST_TRACEBACK = 500, 4000
 """Characters of a failure that are kept; of a traceback the last ones."""
@@ -55,7 +58,7 @@ class Failure:
             place=place,
             traceback="".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:],
             ends_run=isinstance(error, UserError) and error.ends_run,
-            process=dist.get_rank() if _many_processes() else 0,
+            process=dist.get_rank() if many_processes() else 0,
             depth=depth,
         )
 
@@ -147,12 +150,18 @@ def agree() -> None:
 
 def _told(mine: Failure | None) -> list[Failure]:
     """The failures of all processes, in their order."""
-    if not _many_processes():
-        return [] if mine is None else [mine]
-    shares: list[Failure | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return [failure for failure in shares if failure is not None]
+    return [failure for failure in said_by_all(mine) if failure is not None]
 
 
-def _many_processes() -> bool:
+def many_processes() -> bool:
+    """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def said_by_all(mine: T) -> list[T]:
+    """What each process says, in the processes' order, without word of failures before; all processes come."""
+    if not many_processes():
+        return [mine]
+    shares: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return shares
