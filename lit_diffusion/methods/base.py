@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -81,6 +81,11 @@ class Method(TrainedModule):
     def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The loss of each encoded image at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
         return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond)
+
+    def after_step(self, kept: Mapping[str, Tensor]) -> None:
+        """Let a law of t that learns take in the losses of the step that was made; no other keeps any."""
+        if kept:
+            self.objective.time_law.learn(**kept)
 
     def noise_level(self, t: float) -> tuple[str, dict[str, float]]:
         """A time of the process, in words and in numbers for an event."""

@@ -9,7 +9,7 @@ from the reverse chain (algorithm 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -97,8 +97,3 @@ class DDPM(Method):
     def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The same at given times, those of the grid's levels, and noise."""
         return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond, self.grey_levels)
-
-    def after_step(self, kept: Mapping[str, Tensor]) -> None:
-        """Let the law of the levels learn from the losses of the step that was made."""
-        if kept:
-            self.objective.time_law.learn(**kept)

@@ -19,7 +19,7 @@ from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
 from lit_diffusion.methods import ScoreSDE
-from lit_diffusion.objectives import Uniform
+from lit_diffusion.objectives import SecondMoments, Uniform
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.samplers import AnnealedLangevin, PredictorCorrector, ReverseDiffusion
@@ -292,3 +292,9 @@ def test_the_command_line_refuses_in_one_line(run, tmp_path, process, keys, said
         run(process if isinstance(process, dict) else {"class_path": process}, **keys)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_law_of_t_that_learns_does_so_in_every_method(tmp_path):
+    method = score_sde(VE(0.1, 5.0, levels=8), time_law=SecondMoments(8))
+    fit(method, digits_data(), tmp_path, 64)
+    assert int(method.objective.time_law.counts.sum()) == 64
