@@ -82,7 +82,7 @@ class DenoisingScoreMatching(Objective):
         """The loss at given times ``[B]`` and noise, whatever the law of t."""
         prediction = denoiser(denoiser.process.perturb(x0, t, eps), t, cond)
         if self.weight == "raw":
-            return Loss(self._reduced(prediction.raw.to(x0.dtype) - target_of(prediction, x0, eps)), t)
+            return Loss(self._reduced(output_error(prediction, x0, eps)), t)
         per_sample = self._reduced(prediction.eps - eps)
         weight = WEIGHTS[self.weight](denoiser.process, prediction.level) / prediction.level.sigma**2
         return Loss(per_sample * weight.to(per_sample.dtype), t)
@@ -92,6 +92,7 @@ class DenoisingScoreMatching(Objective):
         return 0.5 * square.sum(1) if self.reduction == "half_sum" else square.mean(1)
 
 
-def target_of(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
-    """What the network should have said, ``u x_0 + v eps``: ``[B, ...]`` like x0."""
-    return expand_like(prediction.u, x0) * x0 + expand_like(prediction.v, x0) * eps
+def output_error(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
+    """What the network said less what it should have said, ``F - (u x_0 + v eps)``: ``[B, ...]`` like x0."""
+    target = expand_like(prediction.u, x0) * x0 + expand_like(prediction.v, x0) * eps
+    return prediction.raw.to(x0.dtype) - target

@@ -26,7 +26,7 @@ from lit_diffusion.data.facts import GreyLevels
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.objectives.base import Loss
-from lit_diffusion.objectives.denoising import target_of
+from lit_diffusion.objectives.denoising import output_error
 from lit_diffusion.objectives.laws import Levels, SecondMoments
 from lit_diffusion.objectives.objective import Objective
 from lit_diffusion.reverse import ReverseChain, ReverseVariance, bound_term
@@ -80,7 +80,7 @@ class DiffusionObjective(Objective):
         prediction = denoiser(process.perturb(x0, t, eps), t, cond)
         per_sample = x0.new_zeros(len(x0))
         if self.loss != "bound":
-            per_sample = (prediction.raw.to(x0.dtype) - target_of(prediction, x0, eps)).flatten(1).square().mean(1)
+            per_sample = output_error(prediction, x0, eps).flatten(1).square().mean(1)
         if self.loss != "simple":
             scored, factor = prediction, 1.0
             if self.loss == "hybrid":
