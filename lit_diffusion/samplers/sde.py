@@ -260,9 +260,10 @@ class PredictorCorrector(Predictor):
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """Predict, then correct; at s = 0 there is no noise level left to correct at."""
         x = self.predictor.step(run, x, move)
-        s, t = at_time(x, move.s), at_time(x, move.t)
-        if not bool((s > 0.0).any()):
+        # A plan's times are numbers, so that nothing waits for the device here.
+        if not bool(torch.as_tensor(move.s > 0.0).any()):
             return x
+        s, t = at_time(x, move.s), at_time(x, move.t)
         kept = run.process.transition(s, t).scale
         epsilon = 2.0 * (kept * self.snr * run.process.sigma(s)) ** 2  # 0 where s is.
         level = torch.where(s > 0.0, s, t)
