@@ -307,7 +307,8 @@ def test_whole_files_are_not_warned_about(tmp_path):
     write(tmp_path / "0.png", random_image())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ImageFolder(tmp_path, size=8, on_corrupt="skip")
+        source = ImageFolder(tmp_path, size=8, on_corrupt="skip")
+    assert len(source) == 1
 
 
 def test_a_member_of_a_zip_file_whose_checksum_is_wrong(tmp_path):
@@ -379,7 +380,9 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch
 def test_a_pipe_is_no_image(tmp_path):
     write(tmp_path / "0.png", random_image())
     os.mkfifo(tmp_path / "1.png")
-    values(ImageFolder(tmp_path, size=8))
+    source = ImageFolder(tmp_path, size=8)
+    values(source)
+    assert source._names == ["0.png"]
 
 
 def test_a_name_twice_in_a_zip_file_is_one_image(tmp_path):
