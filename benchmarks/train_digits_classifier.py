@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_diffusion.data import Digits
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.metrics.extractors.digits import DigitsClassifier
+from lit_diffusion.training.datamodule import DataModule
 
 EPOCHS = 120
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from lit_diffusion.cli import CLI, main
-from lit_diffusion.trainer import callbacks_of
+from lit_diffusion.cli.lightning_cli import CLI, main
+from lit_diffusion.training.trainer import callbacks_of
 
 
 class Prepared(CLI):

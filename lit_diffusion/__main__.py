@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
 from collections.abc import Sequence
 
-from lit_diffusion import __version__, interrupts
+from lit_diffusion import __version__
 from lit_diffusion.errors import UserError, nearest
+from lit_diffusion.training import interrupts
 
 COMMANDS = {
     "fit": "train a method: fit --config experiments/ncsn.yaml",
@@ -24,6 +26,10 @@ COMMANDS = {
     "wandb-sync": "a finished or interrupted run as one Weights & Biases run, from its metrics.jsonl: wandb-sync RUN",
     "fetch": "download data or weights, the only command that does: fetch data NAME",
 }
+
+"""Commands and their lines in the help; each is the file of its name in commands/, or one of LightningCLI's."""
+
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def usage() -> str:
@@ -72,42 +78,10 @@ def dispatch(arguments: Sequence[str]) -> None:
         raise UserError(f"there is no command {command!r}; {hint}")
     wait_passively()
     # Each command imports what it needs only once it is asked for.
-    if command == "sample":
-        from lit_diffusion.commands import sample
-
-        sample.main(rest)
-    elif command == "interpolate":
-        from lit_diffusion.commands import interpolate
-
-        interpolate.main(rest)
-    elif command == "gallery":
-        from lit_diffusion.commands import gallery
-
-        gallery.main(rest)
-    elif command == "report":
-        from lit_diffusion.commands import report
-
-        report.main(rest)
-    elif command == "evaluate":
-        from lit_diffusion.commands import evaluate
-
-        evaluate.main(rest)
-    elif command == "doctor":
-        from lit_diffusion.commands import doctor
-
-        doctor.main(rest)
-    elif command == "wandb-sync":
-        from lit_diffusion.commands import wandb_sync
-
-        wandb_sync.main(rest)
-    elif command == "fetch":
-        from lit_diffusion.commands import fetch
-
-        fetch.main(rest)
+    if command in LIGHTNING_COMMANDS:
+        importlib.import_module("lit_diffusion.cli.lightning_cli").main([command, *rest])
     else:
-        from lit_diffusion import cli
-
-        cli.main([command, *rest])
+        importlib.import_module(f"lit_diffusion.commands.{command.replace('-', '_')}").main(rest)
 
 
 def as_one_line(error: UserError) -> str:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lit_diffusion.callbacks.checkpoint import LAST, PREVIOUS
 from lit_diffusion.callbacks.ema import choose_average, load_average
-from lit_diffusion.data.facts import DataFacts
-from lit_diffusion.datamodule import DataModule
+from lit_diffusion.config.parser import Parser, users_own_errors
+from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.errors import UserError
-from lit_diffusion.formats import CHECKPOINT_KEY, require_known_format
 from lit_diffusion.methods.base import Method
-from lit_diffusion.parser import Parser, users_own_errors
-from lit_diffusion.run import print_note
+from lit_diffusion.runs.formats import CHECKPOINT_KEY, require_known_format
+from lit_diffusion.runs.logger import print_note
+from lit_diffusion.training.datamodule import DataModule
 
 
 class DamagedError(UserError):

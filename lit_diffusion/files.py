@@ -1,4 +1,4 @@
-"""Files, and sets of files, that are whole or absent."""
+"""Files, and sets of files, that are whole or absent, and the folders of what can be made or fetched again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_diffusion.errors import UserError
-from lit_diffusion.formats import FORMAT_VERSION
+from lit_diffusion.runs.formats import FORMAT_VERSION
 
 SET_FILE = "samples.json"
 """Lists the files of a set beside them, and says how they were made."""
@@ -139,10 +139,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def packaged_experiment(name: str) -> Path | None:
-    """The shipped configuration ``experiments/...`` of an installed package, None where there is none of that name."""
-    inside = Path(__file__).parent / name
-    beside = Path(__file__).parent.parent / name
-    if not name.startswith("experiments/"):
-        return None
-    return next((path for path in (inside, beside) if path.is_file()), None)
+def cache_folder(name: str, variable: str | None = None) -> Path:
+    """The folder ``name`` below ``$LIT_DIFFUSION_CACHE`` (default ``~/.cache/lit_diffusion``).
+
+    Args:
+        name: data, weights, references, ...
+        variable: of the environment, which names another folder for this one.
+    """
+    given = os.environ.get(variable) if variable is not None else None
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("LIT_DIFFUSION_CACHE") or "~/.cache/lit_diffusion").expanduser() / name

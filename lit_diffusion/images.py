@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lit_diffusion.data.facts import DataFacts
+    from lit_diffusion.data_spec import DataFacts
 
 ValueRange = tuple[float, float]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data.facts import GreyLevels
+from lit_diffusion.data_spec import GreyLevels
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import expand_like

@@ -22,7 +22,7 @@ from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import LOG_2PI, VP, Betas, Transition, expand_like
 
 if TYPE_CHECKING:  # Samplers do without the data sources.
-    from lit_diffusion.data.facts import GreyLevels
+    from lit_diffusion.data_spec import GreyLevels
 
 ReverseVariance = Literal["beta", "beta_tilde", "learned"]
 

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from tiny import TINY, digits_data, fit, run_logger, same, weights
+from helpers.tiny import TINY, digits_data, fit, run_logger, same, weights
 
 import lit_diffusion
 from lit_diffusion.callbacks import EMA, Checkpoint
@@ -22,8 +22,8 @@ from lit_diffusion.checkpoints import (
     require_fitting_weights,
 )
 from lit_diffusion.errors import UserError
-from lit_diffusion.formats import require_known_format
 from lit_diffusion.methods import NCSN
+from lit_diffusion.runs.formats import require_known_format
 
 MODEL = copy.deepcopy(TINY["model"])
 MODEL["init_args"]["backbone"]["init_args"]["data_shape"] = [1, 8, 8]

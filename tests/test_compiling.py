@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import digits_data, fit, ncsn, same, weights
+from helpers.tiny import digits_data, fit, ncsn, same, weights
 from torch._dynamo.testing import CompileCounter
 
 from lit_diffusion.backbones import UNet

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.tiny import LEVELS, TINY, events
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from tiny import LEVELS, TINY, events
 
 from lit_diffusion.metrics.weights import weights_folder
 

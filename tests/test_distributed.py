@@ -19,24 +19,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from forked import command_line, group, start
-from tiny import CONFIG, LEVELS, ddpm, digits, digits_data, events, fit, ncsn, trainer, two_networks, weights
+from helpers.forked import command_line, group, start
+from helpers.tiny import CONFIG, LEVELS, ddpm, digits, digits_data, events, fit, ncsn, trainer, two_networks, weights
 
 import lit_diffusion
-from lit_diffusion import interrupts
 from lit_diffusion.backbones import UNet
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
 from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.measure import Evaluation
 from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
-from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
-from lit_diffusion.run import RunLogger
+from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
-from lit_diffusion.sharding import whole
+from lit_diffusion.training import interrupts
+from lit_diffusion.training.datamodule import DataModule
+from lit_diffusion.training.interrupts import Interrupted
+from lit_diffusion.training.sharding import whole
 
 NAMES = ("plain", "micro", "nan", "clipped", "second_moment", "two_networks")
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_diffusion import cli
-from lit_diffusion.files import packaged_experiment
+from lit_diffusion.cli.arguments import packaged_experiment
 
 ROOT = Path(__file__).parent.parent / "experiments"
 SHIPPED = sorted(path for path in ROOT.rglob("*.yaml") if "fragments" not in path.parts)

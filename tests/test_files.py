@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from lit_diffusion.cli.arguments import packaged_experiment
 from lit_diffusion.errors import UserError
-from lit_diffusion.files import atomic_write, packaged_experiment
+from lit_diffusion.files import atomic_write
 
 
 def names(folder):

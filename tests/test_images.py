@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import lit_diffusion
-from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import DataModule
+from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import image_grid, save_png, to_uint8
 from lit_diffusion.metrics.reference import RealData
+from lit_diffusion.training.datamodule import DataModule
 
 RANGES = [(0.0, 1.0), (-1.0, 1.0)]
 ENDS = [-1.2, -1.0, 0.0, 1.0, 1.2, float(np.nextafter(np.float32(1), np.float32(0))), 0.5, -0.5, 1e-30]

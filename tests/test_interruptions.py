@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import FORKED, begin
-from tiny import events
+from helpers.forked import FORKED, begin
+from helpers.tiny import events
 
 from lit_diffusion.__main__ import main
 from lit_diffusion.checkpoints import read_checkpoint
-from lit_diffusion.datamodule import Batch
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.methods import Method
+from lit_diffusion.training.datamodule import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 32
@@ -117,9 +117,10 @@ def here(place: str, count: int, *signals: int) -> None:
 
         setattr(owner, name, wrapped)
 
-    from lit_diffusion import clock, run
     from lit_diffusion.callbacks import evaluator, samples
     from lit_diffusion.evaluation import measure
+    from lit_diffusion.runs import clock
+    from lit_diffusion.runs import logger as run
 
     save, batches = torch.save, measure.generate_in_batches
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_diffusion.data.facts import DataFacts, GreyLevels
+from lit_diffusion.data_spec import DataFacts, GreyLevels
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import bits_per_dimension, dequantised, flow_log_prob, variational_bound

@@ -14,7 +14,7 @@ from scipy import integrate
 from torch.distributions import Normal, kl_divergence
 
 from lit_diffusion.backbones import MLP
-from lit_diffusion.data.facts import DataFacts, GreyLevels
+from lit_diffusion.data_spec import DataFacts, GreyLevels
 from lit_diffusion.denoisers import InterpolatedVariance, NetworkDenoiser, Prediction
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, linear_betas

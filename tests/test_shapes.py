@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.tiny import CONFIG, Convolutions, fit, run_logger
 from PIL import Image
-from tiny import CONFIG, Convolutions, fit, run_logger
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.backbones import MLP
@@ -17,13 +17,13 @@ from lit_diffusion.callbacks import EMA, Evaluator, NoiseLevels, Samples
 from lit_diffusion.checks.recipe import evaluation, prepare
 from lit_diffusion.data import ImageFolder, InMemory, Npz
 from lit_diffusion.data.as_given import images_as_given
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
-from lit_diffusion.figures import scatter
 from lit_diffusion.methods import NCSN
 from lit_diffusion.metrics.extractors import default_extractor, load_extractor
 from lit_diffusion.metrics.reference import RealData
+from lit_diffusion.plots.figures import scatter
 from lit_diffusion.samplers import AnnealedLangevin
+from lit_diffusion.training.datamodule import DataModule
 
 SHAPES = [(1, 8, 8), (1, 4, 8), (2, 8, 8), (3, 8, 4), (4, 8, 8), (5, 4, 8), (12, 16, 16), (1,), (3,)]
 

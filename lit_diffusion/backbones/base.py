@@ -12,7 +12,7 @@ from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 
 if TYPE_CHECKING:
-    from lit_diffusion.cuda_graphs import RecordedBackbone
+    from lit_diffusion.backbones.cuda_graphs import RecordedBackbone
 
 Shape = tuple[int, ...]
 """Of one datum without the batch: ``(C, H, W)`` for images, ``(D,)`` for points."""
@@ -90,7 +90,7 @@ class Backbone(nn.Module, ABC):
             self.compiled, self.rows = True, rows
             self.compile(fullgraph=True, dynamic=False)
         if cuda_graphs:
-            from lit_diffusion.cuda_graphs import RecordedBackbone  # It is about a backbone.
+            from lit_diffusion.backbones.cuda_graphs import RecordedBackbone  # It is about a backbone.
 
             self.recorded = RecordedBackbone(self)
 

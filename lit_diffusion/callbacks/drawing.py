@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 
 from lit_diffusion.callbacks.checkpoint import save_before_drawing
 from lit_diffusion.callbacks.ema import averages_of
-from lit_diffusion.clock import Cadence
-from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
-from lit_diffusion.run import print_note, survived
+from lit_diffusion.runs.clock import Cadence
+from lit_diffusion.runs.logger import print_note, survived
 from lit_diffusion.training.callback import Callback, own_callbacks
+from lit_diffusion.training.interrupts import Interrupted
 
 
 class Drawing(Callback, ABC):

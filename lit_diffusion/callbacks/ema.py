@@ -17,13 +17,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_diffusion.clock import in_images
 from lit_diffusion.errors import UserError
-from lit_diffusion.run import print_note
-from lit_diffusion.sharding import local, shared_out_like, whole
-from lit_diffusion.trainer import callbacks_of
+from lit_diffusion.runs.clock import in_images
+from lit_diffusion.runs.logger import print_note
 from lit_diffusion.training.callback import Callback
 from lit_diffusion.training.module import TrainedModule
+from lit_diffusion.training.sharding import local, shared_out_like, whole
+from lit_diffusion.training.trainer import callbacks_of
 
 
 def named_averages(half_lives: list[int]) -> list[str]:

@@ -18,14 +18,11 @@ from lit_diffusion.callbacks.checkpoint import (
 )
 from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import EMA, averages_of, choose_average
-from lit_diffusion.clock import Cadence
 from lit_diffusion.data.npz import label_arrays
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.evaluation import Evaluated, Evaluation, RealSets
 from lit_diffusion.evaluation.sampling import DivergedError
-from lit_diffusion.failures import Failure, agree
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid
 from lit_diffusion.methods.base import Method
@@ -36,10 +33,13 @@ from lit_diffusion.metrics.extractors import ExtractorName, default_extractor, l
 from lit_diffusion.metrics.protocol import differing_keys
 from lit_diffusion.metrics.reference import RealData
 from lit_diffusion.metrics.scores import Result
-from lit_diffusion.precision import precision_name
-from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived, tell_of
 from lit_diffusion.runs.best import best_name, is_among_best, list_best, read_best
+from lit_diffusion.runs.clock import Cadence
+from lit_diffusion.runs.logger import RunLogger, print_note, run_logger_of, survived, tell_of
 from lit_diffusion.samplers import Sampler
+from lit_diffusion.training.datamodule import DataModule
+from lit_diffusion.training.failures import Failure, agree
+from lit_diffusion.training.precision import precision_name
 
 Stage = Literal["fit", "test"]
 

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from lit_diffusion.callbacks.ema import averages_of
-from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.evaluation.bits import (
     BoundBits,
@@ -23,15 +22,16 @@ from lit_diffusion.evaluation.bits import (
     frechet_by_time,
     pixel_moments,
 )
-from lit_diffusion.figures import bars_panel, lines_panel, new_figure, render
 from lit_diffusion.likelihood import Probe, Trace, require_chain
 from lit_diffusion.methods.base import Method
+from lit_diffusion.plots.figures import bars_panel, lines_panel, new_figure, render
 from lit_diffusion.processes import Process
 from lit_diffusion.reverse import ReverseVariance
-from lit_diffusion.run import RunLogger, print_note, run_logger_of, survived
+from lit_diffusion.runs.logger import RunLogger, print_note, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.ode import refuse_grid_only
 from lit_diffusion.samplers.times import timesteps_to_zero
+from lit_diffusion.training.datamodule import NOBODYS, Batch, DataModule
 
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.callbacks.drawing import Drawing
-from lit_diffusion.clock import Cadence
 from lit_diffusion.data import GaussianMixturePoints
-from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
-from lit_diffusion.figures import lines_panel, new_figure, render
 from lit_diffusion.methods.base import Method
+from lit_diffusion.plots.figures import lines_panel, new_figure, render
 from lit_diffusion.randomness import keyed_normal
-from lit_diffusion.run import print_note, run_logger_of
+from lit_diffusion.runs.clock import Cadence
+from lit_diffusion.runs.logger import print_note, run_logger_of
+from lit_diffusion.training.datamodule import Batch, DataModule
 
 
 def known_mixture(trainer: pl.Trainer) -> GaussianMixture | None:

@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_diffusion.clock import Cadence
+from lit_diffusion.backbones.flops import TRAINING
 from lit_diffusion.distributed import many_processes, summed
-from lit_diffusion.failures import agree
-from lit_diffusion.flops import TRAINING
-from lit_diffusion.run import run_logger_of, survived
+from lit_diffusion.runs.clock import Cadence
+from lit_diffusion.runs.logger import run_logger_of, survived
 from lit_diffusion.training.callback import Callback
+from lit_diffusion.training.failures import agree
 from lit_diffusion.training.module import TrainedModule
 
 
@@ -97,8 +97,8 @@ class Telemetry(Callback):
     An event ``train`` has the loss, its named terms, the gradient's norm and the loss by time, averages over the steps
     since the last event that were not skipped (of several networks each has its own, ``<network>/loss``, beside the
     sum); ``images_per_second`` of all processes; ``seconds_per_step`` and its parts on process 0
-    (``seconds/data``, ..., see :data:`~lit_diffusion.stopwatch.PARTS`); ``tflops``, the backbone's floating-point
-    operations a second on all processes, in 10^12; and the largest memory of process 0 so far, in GB.
+    (``seconds/data``, ..., see :data:`~lit_diffusion.training.stopwatch.PARTS`); ``tflops``, the backbone's
+    floating-point operations a second on all processes, in 10^12; and the largest memory of process 0 so far, in GB.
 
     Args:
         every_n_images: how often, in images seen; null: not by images.

@@ -19,12 +19,12 @@ from lit_diffusion.callbacks.noise_levels import known_mixture, score_error
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
-from lit_diffusion.figures import field_panel, new_figure, points_panel, render
 from lit_diffusion.methods.base import Method
+from lit_diffusion.plots.figures import field_panel, new_figure, points_panel, render
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.run import run_logger_of, survived
+from lit_diffusion.runs.logger import run_logger_of, survived
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
-from lit_diffusion.sharding import ShardedStrategy
+from lit_diffusion.training.sharding import ShardedStrategy
 
 
 def mixture_of(trainer: pl.Trainer) -> GaussianMixture:

@@ -109,7 +109,8 @@ def imports() -> Iterator[Finding]:
         module = yield from _imported(name, f"pip install --force-reinstall {name.partition('.')[0]}")
         if module is None:
             return
-    yield from _imported("lit_diffusion.cli", "pip install -e . in its checkout, or pip install lit-diffusion")
+    install = "pip install -e . in its checkout, or pip install lit-diffusion"
+    yield from _imported("lit_diffusion.cli.lightning_cli", install)
 
 
 def _imported(name: str, mend: str, also: str = "") -> Generator[Finding, None, Any]:

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lit_diffusion.cache import cache_folder
 from lit_diffusion.checks import Finding, first_line, in_bytes, note, ok, problem, warning
+from lit_diffusion.files import cache_folder
 
 SHARED_MEMORY = Path("/dev/shm")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -69,7 +69,7 @@ def fast_bf16_on_cpu() -> bool | None:
 
 def processor() -> Iterator[Finding]:
     """CPU cores and the threads that a run would use on them."""
-    from lit_diffusion.threads import suggested
+    from lit_diffusion.training.threads import suggested
 
     threads, mine = suggested(), cores()
     given = os.environ.get("OMP_NUM_THREADS")

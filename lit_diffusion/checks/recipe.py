@@ -22,23 +22,23 @@ from torch import Tensor, nn
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
 from lit_diffusion.callbacks.ema import choose_average
 from lit_diffusion.checks import Finding, first_line, in_bytes, machine, note, ok, problem, warning
-from lit_diffusion.cli import CLI
-from lit_diffusion.cli import main as run_cli
-from lit_diffusion.clock import Cadence
-from lit_diffusion.data.facts import in_brief
-from lit_diffusion.datamodule import DataModule
+from lit_diffusion.cli.lightning_cli import CLI
+from lit_diffusion.cli.lightning_cli import main as run_cli
+from lit_diffusion.data_spec import in_brief
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
 from lit_diffusion.metrics.choice import left_out_line
 from lit_diffusion.metrics.reference import RealData
 from lit_diffusion.metrics.weights import WEIGHTS
-from lit_diffusion.precision import precision_name
 from lit_diffusion.processes import VE
 from lit_diffusion.randomness import keyed_permutation
-from lit_diffusion.run import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, require_known_events
-from lit_diffusion.run_lock import writer_of
+from lit_diffusion.runs.clock import Cadence
+from lit_diffusion.runs.lock import writer_of
+from lit_diffusion.runs.logger import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, require_known_events
 from lit_diffusion.samplers import Ancestral
-from lit_diffusion.trainer import Trainer, callbacks_of
+from lit_diffusion.training.datamodule import DataModule
+from lit_diffusion.training.precision import precision_name
+from lit_diffusion.training.trainer import Trainer, callbacks_of
 
 LOOKED_AT = 512
 """So many of the first training data are measured."""

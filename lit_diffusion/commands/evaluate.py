@@ -17,13 +17,13 @@ from tqdm import tqdm
 import lit_diffusion.data
 from lit_diffusion.commands.options import add_threads_option, choose_device, require_positive, use_threads
 from lit_diffusion.commands.outputs import RULE, output_path
+from lit_diffusion.config.parser import Parser, users_own_errors
 from lit_diffusion.data.as_given import classes_as_given, images_as_given
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError, meant, require_choice
 from lit_diffusion.evaluation import Evaluation, RealSets
 from lit_diffusion.evaluation.measure import Batch
 from lit_diffusion.files import atomic_write
-from lit_diffusion.formats import FORMAT_VERSION
 from lit_diffusion.metrics.base import ScoreOptions
 from lit_diffusion.metrics.catalogue import CATALOGUE, default_metrics
 from lit_diffusion.metrics.choice import Choice, left_out_line
@@ -35,8 +35,8 @@ from lit_diffusion.metrics.extractors import (
 )
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of_moments
 from lit_diffusion.metrics.scores import Result
-from lit_diffusion.parser import Parser, users_own_errors
-from lit_diffusion.run import print_note
+from lit_diffusion.runs.formats import FORMAT_VERSION
+from lit_diffusion.runs.logger import print_note
 
 DARK = 32
 """Images whose values all lie below it are said to be: one in eight of the range, rather another scale than night."""

@@ -17,15 +17,15 @@ import numpy as np
 
 from lit_diffusion.commands.options import require_positive
 from lit_diffusion.commands.outputs import RULE, output_path
+from lit_diffusion.config.parser import Parser
+from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
-from lit_diffusion.formats import FORMAT_VERSION
 from lit_diffusion.images import about_shown, as_shown, png_bytes
 from lit_diffusion.metrics.protocol import differing_keys
-from lit_diffusion.parser import Parser
-from lit_diffusion.run import print_note
-from lit_diffusion.yaml_files import read_yaml
+from lit_diffusion.runs.formats import FORMAT_VERSION
+from lit_diffusion.runs.logger import print_note
 
 REAL = "real data"
 _PLACE_OF_DATA = "GALLERY_DATA"

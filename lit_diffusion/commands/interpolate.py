@@ -19,11 +19,11 @@ from lit_diffusion.commands.options import (
 )
 from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.conditions import Condition
+from lit_diffusion.config.parser import Parser
 from lit_diffusion.errors import UserError
+from lit_diffusion.evaluation.interpolation import interpolate
 from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
-from lit_diffusion.interpolation import interpolate
 from lit_diffusion.methods.base import Method
-from lit_diffusion.parser import Parser
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers import DDIM
 

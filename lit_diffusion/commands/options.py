@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from jsonargparse import Namespace
 
-from lit_diffusion import threads
 from lit_diffusion.checkpoints import load
+from lit_diffusion.config.parser import Parser, users_own_errors
 from lit_diffusion.errors import UserError, nearest
 from lit_diffusion.methods.base import Method
-from lit_diffusion.parser import Parser, users_own_errors
-from lit_diffusion.precision import PrecisionName, autocast_dtype
 from lit_diffusion.samplers import SAMPLERS, Sampler
 from lit_diffusion.samplers.base import described
+from lit_diffusion.training import threads
+from lit_diffusion.training.precision import PrecisionName, autocast_dtype
 
 
 def add_model_options(parser: Parser) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 from lit_diffusion import __version__
 from lit_diffusion.commands.outputs import output_path, require_reports_folder
+from lit_diffusion.config.parser import Parser
+from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.metrics.protocol import differing_keys
-from lit_diffusion.parser import Parser
-from lit_diffusion.reporting import (
+from lit_diffusion.plots.panels import (
     Event,
     Panel,
     Protocol,
@@ -37,8 +38,7 @@ from lit_diffusion.reporting import (
     speed_panels,
     training_panels,
 )
-from lit_diffusion.run import SETTINGS
-from lit_diffusion.yaml_files import read_yaml
+from lit_diffusion.runs.logger import SETTINGS
 
 SAMPLES = {
     "samples": "Samples",

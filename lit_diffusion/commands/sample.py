@@ -21,15 +21,15 @@ from lit_diffusion.commands.options import (
     sampler_help,
 )
 from lit_diffusion.commands.outputs import RULE, is_folder, output_path, require_free_for_a_set
+from lit_diffusion.config.parser import Parser
 from lit_diffusion.data.dataset_json import DATASET_JSON, labels_text
-from lit_diffusion.data.facts import DataFacts
 from lit_diffusion.data.npz import label_arrays
+from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.files import atomic_write, write_set
 from lit_diffusion.images import about_shown, image_grid, png_bytes, save_png, to_uint8
-from lit_diffusion.parser import Parser
-from lit_diffusion.run import print_note
+from lit_diffusion.runs.logger import print_note
 from lit_diffusion.samplers.base import in_words
 
 ENDINGS = (".npz", ".png")
@@ -170,6 +170,6 @@ def write_points(points: np.ndarray, out: Path, facts: DataFacts, labels: Tensor
         with atomic_write(out) as file:
             np.savez_compressed(file, allow_pickle=False, arr_0=points, **label_arrays(labels, facts.class_names))
     else:
-        from lit_diffusion.figures import scatter
+        from lit_diffusion.plots.figures import scatter
 
         scatter(points, out, title=f"{len(points)} samples of {facts.source}")

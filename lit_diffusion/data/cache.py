@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_diffusion.cache import cache_folder
+from lit_diffusion.files import cache_folder
 
 _VARIABLE = "LIT_DIFFUSION_DATA"
 

@@ -17,9 +17,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lit_diffusion.data.dataset_json import DATASET_JSON, read_labels
-from lit_diffusion.data.facts import in_brief
 from lit_diffusion.data.pixels import Size, decode, height_and_width, is_grey, losses
 from lit_diffusion.data.source import Source
+from lit_diffusion.data_spec import in_brief
 from lit_diffusion.errors import UserError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data.facts import GreyLevels
+from lit_diffusion.data_spec import GreyLevels
 from lit_diffusion.distributed import rank_and_world_size, summed
 from lit_diffusion.evaluation.model import GenerativeModel
 from lit_diffusion.images import to_uint8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data.facts import DataFacts
+from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.samplers.base import OnStep, Sampler, Samples
 

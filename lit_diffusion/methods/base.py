@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data.facts import GreyLevels, class_number
-from lit_diffusion.datamodule import Batch, DataModule
+from lit_diffusion.data_spec import GreyLevels, class_number
 from lit_diffusion.denoisers import NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import Loss, Objective
-from lit_diffusion.own_loaders import assumed_facts
 from lit_diffusion.randomness import SampleNoise, keyed_choice
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
-from lit_diffusion.run import print_note
+from lit_diffusion.runs.logger import print_note
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import OnStep, Sampler, Samples
+from lit_diffusion.training.datamodule import Batch, DataModule
 from lit_diffusion.training.module import TrainedModule
+from lit_diffusion.training.own_loaders import assumed_facts
 
 
 class Encoded(NamedTuple):

@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import NetworkDenoiser, NoiseInput, Parametrization
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.methods.base import Method
@@ -24,6 +23,7 @@ from lit_diffusion.objectives.diffusion import LevelLaw, LossName
 from lit_diffusion.processes import Betas, cosine_betas, linear_betas
 from lit_diffusion.reverse import ReverseVariance
 from lit_diffusion.samplers import Ancestral, Sampler
+from lit_diffusion.training.datamodule import Batch, DataModule
 
 Schedule = Literal["linear", "cosine"]
 

@@ -23,11 +23,11 @@ from scipy.stats import norm
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.data.distances import Diameter, largest_distance
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.denoisers import InputScale, NoiseInput, Parametrization
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.ncsn import NCSN
 from lit_diffusion.samplers import AnnealedLangevin, Sampler
+from lit_diffusion.training.datamodule import DataModule
 
 Auto = Literal["auto"]
 

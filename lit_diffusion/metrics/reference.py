@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_diffusion.cache import cache_folder
 from lit_diffusion.data.source import Source
 from lit_diffusion.distributed import gathered, summed
 from lit_diffusion.errors import UserError
-from lit_diffusion.files import atomic_write
+from lit_diffusion.files import atomic_write, cache_folder
 from lit_diffusion.images import to_uint8
 from lit_diffusion.metrics.extractors import Extractor
 from lit_diffusion.metrics.gaussian import Gaussian, Moments

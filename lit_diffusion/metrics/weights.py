@@ -16,9 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lit_diffusion.cache import cache_folder
 from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.files import atomic_write
+from lit_diffusion.files import atomic_write, cache_folder
 
 
 @dataclass(frozen=True)

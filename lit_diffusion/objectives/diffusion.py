@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data.facts import GreyLevels
+from lit_diffusion.data_spec import GreyLevels
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.objectives.base import Loss

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data.facts import GreyLevels
+from lit_diffusion.data_spec import GreyLevels
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.objectives.laws import TimeLaw

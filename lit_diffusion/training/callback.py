@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
-from lit_diffusion.trainer import callbacks_of
+from lit_diffusion.training.trainer import callbacks_of
 
 if TYPE_CHECKING:
     from lit_diffusion.training.module import TrainedModule

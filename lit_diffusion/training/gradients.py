@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_diffusion.distributed import many_processes
-from lit_diffusion.sharding import local, whole
+from lit_diffusion.training.sharding import local, whole
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 
 class _NoHandlers(_SignalConnector):
-    """Lightning's save and broadcast inside the handler; ours set a flag, see :mod:`lit_diffusion.interrupts`."""
+    """Lightning's save and broadcast inside the handler; ours set a flag (training/interrupts.py)."""
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False

@@ -18,25 +18,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lit_diffusion import interrupts
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.clock import Clock, in_images
-from lit_diffusion.data.facts import DataFacts
-from lit_diffusion.datamodule import NOBODYS, Batch, DataModule
+from lit_diffusion.backbones.flops import forward_flops
+from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError
-from lit_diffusion.flops import forward_flops
-from lit_diffusion.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.objectives.base import Loss
-from lit_diffusion.own_loaders import batch_of, indices_to_predict, require_fitting_trainer
 from lit_diffusion.randomness import stream_key
-from lit_diffusion.run import print_note, run_logger_of, survived
-from lit_diffusion.sharding import ShardedStrategy, gradients_kept_back, shard
-from lit_diffusion.stopwatch import Stopwatch
-from lit_diffusion.trainer import Trainer
+from lit_diffusion.runs.clock import Clock, in_images
+from lit_diffusion.runs.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
+from lit_diffusion.runs.logger import print_note, run_logger_of, survived
+from lit_diffusion.training import interrupts
 from lit_diffusion.training.callback import own_callbacks
+from lit_diffusion.training.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.training.gradients import average_over_processes, clip
 from lit_diffusion.training.lightning_internals import count_step, validate_now, validation_follows
+from lit_diffusion.training.own_loaders import batch_of, indices_to_predict, require_fitting_trainer
+from lit_diffusion.training.sharding import ShardedStrategy, gradients_kept_back, shard
+from lit_diffusion.training.stopwatch import Stopwatch
+from lit_diffusion.training.trainer import Trainer
 
 # Both have a say in it by design: the DataModule prepares its own batches, the module those of other loaders.
 warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule` but")
@@ -233,7 +233,7 @@ class TrainedModule(pl.LightningModule):
         """Take the batch of a DataLoader that is not of lit_diffusion's DataModule, which prepares its own.
 
         Raises:
-            UserError: if it cannot be taken, see :mod:`lit_diffusion.own_loaders`.
+            UserError: if it cannot be taken, see :mod:`lit_diffusion.training.own_loaders`.
         """
         trainer = self.trainer
         if isinstance(batch, Batch) or isinstance(getattr(trainer, "datamodule", None), DataModule):
@@ -355,7 +355,7 @@ class TrainedModule(pl.LightningModule):
             if writers:
                 print_note(
                     f"{', '.join(writers)}: nothing is drawn or written, since the Trainer has no RunLogger: "
-                    f"Trainer(logger=lit_diffusion.run.RunLogger('name'))"
+                    f"Trainer(logger=lit_diffusion.runs.logger.RunLogger('name'))"
                 )
 
     def on_train_start(self) -> None:

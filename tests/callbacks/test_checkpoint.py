@@ -9,12 +9,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, fit, ncsn, run_logger, same, trainer, weights
+from helpers.tiny import digits_data, fit, ncsn, run_logger, same, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Samples, Telemetry
 from lit_diffusion.checkpoints import newest_checkpoint
-from lit_diffusion.clock import Clock
 from lit_diffusion.errors import UserError
+from lit_diffusion.runs.clock import Clock
 
 
 def seen(path: Path) -> int:

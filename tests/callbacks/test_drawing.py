@@ -5,11 +5,11 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, events, fit, ncsn, run_logger, same, weights
+from helpers.tiny import digits_data, events, fit, ncsn, run_logger, same, weights
 
-from lit_diffusion import interrupts
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, NoiseLevels, Samples, Telemetry
-from lit_diffusion.interrupts import Interrupted
+from lit_diffusion.training import interrupts
+from lit_diffusion.training.interrupts import Interrupted
 
 STEPS = 6
 TIMINGS = ("seconds", "images_per_second", "tflops", "memory_gb", "gpu_memory_gb")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, fit, ncsn, run_logger, same, trainer, weights
+from helpers.tiny import digits_data, fit, ncsn, run_logger, same, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Checkpoint
 from lit_diffusion.callbacks.ema import choose_average, load_average, named_averages

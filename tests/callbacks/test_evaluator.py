@@ -14,13 +14,24 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import (
+    digits,
+    digits_data,
+    events,
+    fit,
+    ncsn,
+    points_data,
+    run_logger,
+    same,
+    toy_dsm,
+    trainer,
+    weights,
+)
 from PIL import Image
-from tiny import digits, digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, Samples, Telemetry
 from lit_diffusion.callbacks import evaluator as module
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation import measure
 from lit_diffusion.images import image_grid, to_uint8
@@ -32,6 +43,7 @@ from lit_diffusion.runs import best
 from lit_diffusion.runs.best import read_best
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
 from lit_diffusion.samplers.base import in_words
+from lit_diffusion.training.datamodule import DataModule
 
 IMAGE = ["fid", "is", "precision"]
 """Three metrics that take no time."""

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from tiny import digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, weights
+from helpers.tiny import digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, weights
 
 from lit_diffusion.backbones import MLP
 from lit_diffusion.callbacks import NoiseLevels
-from lit_diffusion.datamodule import Batch
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSN, ScoreSDE
 from lit_diffusion.processes import VP
 from lit_diffusion.randomness import keyed_normal
+from lit_diffusion.training.datamodule import Batch
 
 
 def drawn(tmp_path, method, data, **keys):

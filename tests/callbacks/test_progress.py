@@ -9,13 +9,13 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import digits_data, events, fit, ncsn, run_logger, same, trainer, weights
+from helpers.tiny import digits_data, events, fit, ncsn, run_logger, same, trainer, weights
 
+from lit_diffusion.backbones.flops import forward_flops
 from lit_diffusion.callbacks import EMA, Checkpoint, ProgressBar, Samples, Telemetry
 from lit_diffusion.errors import UserError
-from lit_diffusion.flops import forward_flops
-from lit_diffusion.stopwatch import PARTS
 from lit_diffusion.training.callback import Callback
+from lit_diffusion.training.stopwatch import PARTS
 
 
 def told(folder, callbacks, images=96, spoilt=(), **keys):

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
 from PIL import Image
-from tiny import digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
 
 from lit_diffusion.callbacks import EMA, Samples
 from lit_diffusion.callbacks.samples import FILM_ROWS, _Film

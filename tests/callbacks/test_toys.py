@@ -7,21 +7,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import digits_data, events, fit, ncsn, points_data, run_logger, toy_dsm, trainer
 from PIL import Image
-from tiny import digits_data, events, fit, ncsn, points_data, run_logger, toy_dsm, trainer
 
 from lit_diffusion.backbones import MLP
 from lit_diffusion.callbacks import EMA, ModeWeights, ScoreField
 from lit_diffusion.callbacks.toys import mixture_of, score_error
 from lit_diffusion.data import GaussianMixturePoints, Rings
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.denoisers import Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSN
 from lit_diffusion.processes import VE
-from lit_diffusion.run import RunLogger
+from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, Langevin
+from lit_diffusion.training.datamodule import DataModule
 
 
 def toy_ncsn(**keys):

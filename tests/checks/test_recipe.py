@@ -9,20 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import ddpm, digits, digits_data, ncsn, points_data, run_logger, score_sde, toy_dsm, trainer
 from lightning.pytorch.accelerators import MPSAccelerator
-from tiny import ddpm, digits, digits_data, ncsn, points_data, run_logger, score_sde, toy_dsm, trainer
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, NoiseLevels, Samples, Telemetry
 from lit_diffusion.checks import machine, recipe
 from lit_diffusion.checks.recipe import Recipe
-from lit_diffusion.clock import Cadence, Clock
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VP
 from lit_diffusion.reverse import gaussian_kl
-from lit_diffusion.run import Dashboard, RunLogger
+from lit_diffusion.runs.clock import Cadence, Clock
+from lit_diffusion.runs.logger import Dashboard, RunLogger
 from lit_diffusion.samplers import DDIM, Ancestral
+from lit_diffusion.training.datamodule import DataModule
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from functools import cache
 import numpy as np
 import pytest
 import yaml
+from helpers.tiny import LEVELS, TINY
 from PIL import Image
-from tiny import LEVELS, TINY
 
 from lit_diffusion.__main__ import dispatch
-from lit_diffusion.cli import CLI
-from lit_diffusion.cli import main as run_cli
-from lit_diffusion.parser import Parser
+from lit_diffusion.cli.lightning_cli import CLI
+from lit_diffusion.cli.lightning_cli import main as run_cli
+from lit_diffusion.config.parser import Parser
 
 
 @pytest.fixture

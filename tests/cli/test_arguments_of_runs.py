@@ -7,8 +7,8 @@ import shutil
 import pytest
 import yaml
 
-from lit_diffusion.arguments import in_order
 from lit_diffusion.checks.recipe import prepare
+from lit_diffusion.cli.arguments import in_order
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])

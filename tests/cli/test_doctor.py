@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import LEVELS, TINY
+from helpers.tiny import LEVELS, TINY
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.checks import installation

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
-import forked
 import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import forked
+from helpers.tiny import TINY
 from PIL import Image
-from tiny import TINY
 
 from lit_diffusion.__main__ import as_one_line, dispatch, main
 from lit_diffusion.errors import UserError

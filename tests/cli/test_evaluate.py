@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import digits
 from PIL import Image
-from tiny import digits
 
 from lit_diffusion.__main__ import as_one_line, dispatch, main
 from lit_diffusion.commands.evaluate import other_shares

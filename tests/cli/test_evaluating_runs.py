@@ -7,12 +7,12 @@ import socket
 import sys
 import time
 
-import forked
 import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import TINY, digits, digits_data, events
+from helpers import forked
+from helpers.tiny import TINY, digits, digits_data, events
 
 import lit_diffusion
 from lit_diffusion.__main__ import as_one_line, dispatch, main

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import TINY, events
+from helpers.tiny import TINY, events
 
 import lit_diffusion
 from lit_diffusion.checks import recipe
@@ -232,7 +232,7 @@ def test_a_runs_directory_is_its_last_checkpoint_for_every_command(trained, run,
     def opened(given):
         raise UserError(f"opened {given}")
 
-    monkeypatch.setattr("lit_diffusion.cli.open_checkpoint", opened)
+    monkeypatch.setattr("lit_diffusion.cli.lightning_cli.open_checkpoint", opened)
     for command in (("validate",), ("test",), ("predict",), ("fit", "--config", "tiny.yaml", "--run_dir", "x")):
         with pytest.raises(UserError, match=f"opened {trained}"):
             run(*command, "--init_from" if "--config" in command else "--ckpt_path", trained)

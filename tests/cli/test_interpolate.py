@@ -2,12 +2,12 @@
 
 import pytest
 import yaml
-from tiny import TINY
+from helpers.tiny import TINY
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.commands import interpolate as command
 from lit_diffusion.errors import UserError
-from lit_diffusion.interpolation import interpolate
+from lit_diffusion.evaluation.interpolation import interpolate
 
 DDPM = {
     **TINY,

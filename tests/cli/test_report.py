@@ -13,15 +13,15 @@ from io import BytesIO
 import numpy as np
 import pytest
 import yaml
+from helpers.tiny import events
 from PIL import Image
-from tiny import events
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.errors import UserError
-from lit_diffusion.figures import new_figure
 from lit_diffusion.images import png_bytes
 from lit_diffusion.metrics.catalogue import CATALOGUE, metric_of, row_of
-from lit_diffusion.reporting import (
+from lit_diffusion.plots.figures import new_figure
+from lit_diffusion.plots.panels import (
     Curve,
     better,
     metric_panels,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import TINY
+from helpers.tiny import TINY
 
 import lit_diffusion
 from lit_diffusion.__main__ import dispatch

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from helpers.tiny import LEVELS, TINY, events
 from PIL import Image
-from tiny import LEVELS, TINY, events
 
 from lit_diffusion.__main__ import as_one_line, dispatch
 from lit_diffusion.errors import UserError
@@ -157,7 +157,7 @@ def test_pictures_are_those_of_the_run(interrupted, wandb):
 
 def test_it_shows_what_was_shown_live(wandb, tmp_path):
     """The same rows as the dashboard had while the run went on, a test's measured images among them."""
-    from lit_diffusion.run import Dashboard, RunLogger
+    from lit_diffusion.runs.logger import Dashboard, RunLogger
 
     logger = RunLogger("live", "experiment: live\n", run_dir=tmp_path / "run", dashboard=Dashboard("online"))
     logger.clock.images, logger.clock.steps = 640, 20

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import digits_data
 from scipy.spatial.distance import pdist
-from tiny import digits_data
 
 from lit_diffusion.data.distances import Diameter, largest_distance
 

@@ -14,10 +14,10 @@ from PIL import Image
 from lit_diffusion.data import ImageFolder
 from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.data.pixels import LOOKED_AT, decode, height_and_width, middle, to_pixels
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
 from lit_diffusion.metrics.reference import RealData
+from lit_diffusion.training.datamodule import DataModule
 
 
 def chunk(kind, data):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from laws import GAUSSIAN, noise_of, wide
+from helpers.laws import GAUSSIAN, noise_of, wide
 
 from lit_diffusion.denoisers import Denoiser, EndPoint, Prediction, WrappedDenoiser
 from lit_diffusion.denoisers.analytic import ExactDenoiser

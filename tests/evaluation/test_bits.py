@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from exact_model import GAUSSIAN, ExactModel
+from helpers.exact_model import GAUSSIAN, ExactModel
 
 from lit_diffusion.evaluation.bits import BoundBits, BoundSettings, Held, ODEBits, ODESettings
 from lit_diffusion.randomness import SampleNoise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact_model import GAUSSIAN, ExactModel
+from helpers.exact_model import GAUSSIAN, ExactModel
 
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.errors import UserError

@@ -6,14 +6,14 @@ import json
 
 import numpy as np
 import torch
-from tiny import digits, digits_data, events, ncsn, run_logger, trainer
+from helpers.tiny import digits, digits_data, events, ncsn, run_logger, trainer
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import EMA, Evaluator
 from lit_diffusion.metrics import RealData, SampleMetric, Value
 from lit_diffusion.metrics.catalogue import CATALOGUE, Panel, Row, dashboard_rows, metrics_table
 from lit_diffusion.metrics.gathering import RowsMetric
-from lit_diffusion.reporting import better, metric_panels, read_run
+from lit_diffusion.plots.panels import better, metric_panels, read_run
 
 
 class MeanNorm(RowsMetric, SampleMetric):

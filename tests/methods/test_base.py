@@ -9,16 +9,29 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from tiny import ddpm, digits, digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
+from helpers.tiny import (
+    ddpm,
+    digits,
+    digits_data,
+    events,
+    fit,
+    ncsn,
+    points_data,
+    run_logger,
+    same,
+    toy_dsm,
+    trainer,
+    weights,
+)
 
 from lit_diffusion.callbacks import EMA, Checkpoint
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import DDPM, NCSN
 from lit_diffusion.methods.base import Encoded
 from lit_diffusion.randomness import SampleNoise, keyed_normal
 from lit_diffusion.samplers import DDIM
+from lit_diffusion.training.datamodule import DataModule
 
 
 class Watch(pl.Callback):
@@ -457,7 +470,7 @@ def test_each_validation_counts_its_own_images_only(tmp_path):
 
 
 def test_no_held_out_data_no_loss(tmp_path):
-    from tiny import digits
+    from helpers.tiny import digits
 
     method = ncsn()
     made = fit(method, DataModule(digits(), 32, held_out_fraction=0.0), tmp_path, 64, limit_val_batches=1.0)

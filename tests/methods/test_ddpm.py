@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import CONFIG, WALKS, Convolutions, ddpm, digits, digits_data, fit, ncsn, same, trainer, weights
+from helpers.tiny import CONFIG, WALKS, Convolutions, ddpm, digits, digits_data, fit, ncsn, same, trainer, weights
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.backbones import MLP
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.denoisers import PARAMETRIZATIONS
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
@@ -25,6 +24,7 @@ from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.reverse import ReverseChain
 from lit_diffusion.samplers import DDIM as DDIMSampler
 from lit_diffusion.samplers import Ancestral
+from lit_diffusion.training.datamodule import Batch, DataModule
 
 
 def centred(**keys):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import fit, toy_dsm
+from helpers.tiny import fit, toy_dsm
 
 from lit_diffusion.backbones import TiedAutoencoder
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.methods import DSM
 from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.samplers import Langevin
+from lit_diffusion.training.datamodule import Batch, DataModule
 
 SIGMA = 0.4
 

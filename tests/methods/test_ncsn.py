@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import Convolutions, digits_data, fit, ncsn
+from helpers.tiny import Convolutions, digits_data, fit, ncsn
 
 from lit_diffusion.backbones import MLP
 from lit_diffusion.conditions import Condition
-from lit_diffusion.datamodule import Batch
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSN
 from lit_diffusion.samplers import AnnealedLangevin
+from lit_diffusion.training.datamodule import Batch
 
 
 def paper_loss(score, x, sigma, eps):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import Convolutions, digits, digits_data, fit
 from scipy.spatial.distance import pdist
-from tiny import Convolutions, digits, digits_data, fit
 
 from lit_diffusion.backbones import UNet
 from lit_diffusion.errors import UserError

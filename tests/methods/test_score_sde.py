@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import CONFIG, WALKS, Convolutions, digits, digits_data, fit, same, score_sde, weights
+from helpers.tiny import CONFIG, WALKS, Convolutions, digits, digits_data, fit, same, score_sde, weights
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.backbones import MLP
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import to_uint8
 from lit_diffusion.methods import ScoreSDE
@@ -23,6 +22,7 @@ from lit_diffusion.objectives import SecondMoments, Uniform
 from lit_diffusion.processes import VE, VP, Betas, SubVP, linear_betas
 from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.samplers import AnnealedLangevin, PredictorCorrector, ReverseDiffusion
+from lit_diffusion.training.datamodule import Batch, DataModule
 
 PROCESSES = {"VE": lambda **keys: VE(0.01, 5.0, **keys), "VP": VP, "SubVP": SubVP}
 

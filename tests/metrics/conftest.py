@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.toy_images import smooth_images
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as theirs
-from toy_images import smooth_images
 
 
 class _Build(theirs.FeatureExtractorInceptionV3):

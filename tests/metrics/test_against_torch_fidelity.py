@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.toy_images import smooth_images
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from toy_images import smooth_images
 
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.metrics import RealData, ScoreOptions, Scores, load_extractor, reference_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forked import group
+from helpers.forked import group
 
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.metrics import (

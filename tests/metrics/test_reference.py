@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import digits
+from helpers.tiny import digits
 
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lit_diffusion.data.facts import GreyLevels
+from lit_diffusion.data_spec import GreyLevels
 from lit_diffusion.denoisers import PARAMETRIZATIONS, Denoiser, InterpolatedVariance, Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError

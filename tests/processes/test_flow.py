@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from laws import GAUSSIAN, MIXTURE, noise_of, wide
+from helpers.laws import GAUSSIAN, MIXTURE, noise_of, wide
 
 from lit_diffusion.denoisers import Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser

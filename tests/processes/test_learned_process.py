@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from laws import GAUSSIAN, noise_of, wide
+from helpers.laws import GAUSSIAN, noise_of, wide
 from scipy.stats import norm
 from torch import nn
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from laws import (
+from helpers.laws import (
     GAUSSIAN,
     GENTLE,
     MIXTURE,

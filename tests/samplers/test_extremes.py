@@ -3,8 +3,8 @@
 import pytest
 import torch
 import yaml
-from laws import Gaussian, noise_of, wide
-from tiny import CONFIG
+from helpers.laws import Gaussian, noise_of, wide
+from helpers.tiny import CONFIG
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Likelihood

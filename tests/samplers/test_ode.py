@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from laws import (
+from helpers.laws import (
     GAUSSIAN,
     GENTLE,
     MIXTURE,

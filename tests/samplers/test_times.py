@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from laws import wide
+from helpers.laws import wide
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, cosine_betas, linear_betas

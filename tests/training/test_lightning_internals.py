@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from helpers.tiny import digits_data, fit, ncsn
 from lightning.pytorch.strategies import ModelParallelStrategy
-from tiny import digits_data, fit, ncsn
 
 import lit_diffusion
-from lit_diffusion.trainer import Trainer
 from lit_diffusion.training import lightning_internals as internals
+from lit_diffusion.training.trainer import Trainer
 
 
 def test_every_private_name_is_there(tmp_path):

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
-from tiny import (
+from helpers.tiny import (
     Convolutions,
     TwoNetworks,
     digits_data,
@@ -21,6 +20,7 @@ from tiny import (
     two_networks,
     weights,
 )
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lit_diffusion.callbacks import EMA, Checkpoint, Telemetry

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import torch
+from helpers.tiny import digits
 from safetensors import safe_open
-from tiny import digits
 
-from lit_diffusion.datamodule import DataModule
 from lit_diffusion.metrics import RealData, load_extractor
 from lit_diffusion.metrics.extractors.digits import WEIGHTS_FILE, DigitsClassifier
+from lit_diffusion.training.datamodule import DataModule
 
 
 def test_the_weights_are_small_and_only_tensors():

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from toy_images import smooth_images
+from helpers.toy_images import smooth_images
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.metrics import Features, Gaussian, Reference, ScoreOptions, Scores, load_extractor

@@ -1,0 +1,156 @@
+"""What a model must know of its data, and all it ever needs once the data are gone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.errors import UserError
+
+NAMES_SAID = 10
+"""So many of a data set's classes are listed in a message."""
+
+
+@dataclass(frozen=True)
+class GreyLevels:
+    """Where the grey levels of normalised images lie.
+
+    Attributes:
+        low: value of the lowest level.
+        high: value of the highest.
+        width: distance of two neighbouring ones.
+    """
+
+    low: float
+    high: float
+    width: float
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The level in whose bin each entry of x lies, as a share of the highest: float64 in ``[0, 1]``.
+
+        A bin holds its lower end; values beyond the outermost bins belong to these.
+        """
+        highest = round((self.high - self.low) / self.width)
+        level = ((x.to(torch.float64) - self.low) / self.width + 0.5).floor()
+        return level.clamp(0, highest) / max(highest, 1)
+
+    def centre(self, x: Tensor) -> Tensor:
+        """The value of the level in whose bin each entry of x lies: float64."""
+        level = ((x.to(torch.float64) - self.low) / self.width).round()
+        return self.low + self.width * level
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Facts of a data set, kept in every checkpoint.
+
+    Attributes:
+        source: its name.
+        shape: of one datum, ``(C, H, W)`` or ``(D,)``.
+        levels: grey levels of an image, None for points.
+        value_range: what black and white are normalised to, None for points.
+        num_classes: of the labels, None where there are none.
+        dequantised: whether a model of them is trained on grey levels with uniform noise, see
+            :meth:`~lit_diffusion.training.datamodule.DataModule.normalise`.
+        class_names: of the classes in the order of their numbers, None where they have none.
+        class_counts: training data of each class, None where there are no classes.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    levels: int | None
+    value_range: tuple[float, float] | None
+    num_classes: int | None
+    dequantised: bool = False
+    class_names: tuple[str, ...] | None = None
+    class_counts: tuple[int, ...] | None = None
+
+    @property
+    def grey_levels(self) -> GreyLevels | None:
+        """Where the grey levels lie in the value range, None for points."""
+        if self.levels is None or self.value_range is None:
+            return None
+        low, high = self.value_range
+        if self.dequantised:
+            width = (high - low) / self.levels
+            return GreyLevels(low + 0.5 * width, high - 0.5 * width, width)
+        return GreyLevels(low, high, (high - low) / (self.levels - 1))
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a datum is an image ``(C, H, W)``."""
+        return len(self.shape) == 3
+
+    def require_classes_of(self, trained: DataFacts, where: str) -> None:
+        """Refuse classes whose numbers mean others than those that a model was trained on.
+
+        Args:
+            trained: the facts of the training data.
+            where: what the model comes from, for the message.
+
+        Raises:
+            UserError: with the names of both, where both have names.
+        """
+        if trained.class_names and self.class_names and trained.class_names != self.class_names:
+            raise UserError(
+                f"{where} was trained on the classes {in_brief(trained.class_names)}, and data.source has "
+                f"{in_brief(self.class_names)}: give it the classes of the training, all and in their order"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """As plain types, for a checkpoint or YAML."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> DataFacts:
+        """The inverse of :meth:`plain`."""
+        low_high = values["value_range"]
+        return cls(
+            source=values["source"],
+            shape=tuple(values["shape"]),
+            levels=values["levels"],
+            value_range=None if low_high is None else (low_high[0], low_high[1]),
+            num_classes=values["num_classes"],
+            dequantised=values.get("dequantised", False),
+            class_names=None if values.get("class_names") is None else tuple(values["class_names"]),
+            class_counts=None if values.get("class_counts") is None else tuple(values["class_counts"]),
+        )
+
+
+def class_number(given: int | str, count: int, names: Sequence[str] | None = None) -> int:
+    """The number of the class of that name or, where none has it, of that number.
+
+    Args:
+        given: a name, or a number in ``0 .. count - 1``.
+        count: of the classes.
+        names: theirs, in the order of their numbers; None where they have none.
+
+    Raises:
+        UserError: if there is no such class; it lists them, those most alike first.
+    """
+    if names and given in names:
+        return list(names).index(str(given))
+    try:
+        number = int(given)
+    except ValueError:
+        number = -1
+    if 0 <= number < count:
+        return number
+    numbers = f"this model's classes are 0 to {count - 1}"
+    if not names:
+        raise UserError(f"label {given}: {numbers}")
+    lower = {name.lower(): name for name in reversed(names)}
+    alike = [lower[name] for name in difflib.get_close_matches(str(given).lower(), lower)]
+    raise UserError(f"label {given}: {numbers}, by name {in_brief([*alike, *names])}")
+
+
+def in_brief(names: Iterable[str]) -> str:
+    """Names with commas, the first few of many; one that comes again is left out."""
+    once = list(dict.fromkeys(names))
+    more = f", ... ({len(once)} in all)" if len(once) > NAMES_SAID else ""
+    return ", ".join(once[:NAMES_SAID]) + more

@@ -1,0 +1,78 @@
+r"""Interpolation between samples through the noise that a deterministic walk makes them of.
+
+.. math::  x_1(w) = \frac{\sin((1 - w) \theta)}{\sin\theta} x_1^a + \frac{\sin(w \theta)}{\sin\theta} x_1^b,
+           \qquad \cos\theta = \frac{x_1^a \cdot x_1^b}{|x_1^a| |x_1^b|}
+
+(Song, Meng and Ermon 2021, appendix D.5, after Shoemake 1985.) On the straight line between two Gaussian vectors the
+norm shrinks, and the walk would start where it was never trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lit_diffusion.conditions import Condition
+from lit_diffusion.methods.base import Method
+from lit_diffusion.processes import expand_like
+from lit_diffusion.randomness import SampleNoise
+from lit_diffusion.runs.logger import print_note
+from lit_diffusion.samplers import DDIM
+from lit_diffusion.samplers.base import Samples, Strays
+
+
+def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
+    """Between the rows of two states ``[B, ...]``: the first at weight 0, the second at 1; straight where parallel."""
+    a, b = first.flatten(1).double(), second.flatten(1).double()
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-300)
+    angle = torch.arccos(cosine.clamp(-1.0, 1.0))
+    parallel = angle.sin() < 1e-6
+    sine = torch.where(parallel, 1.0, angle.sin())
+    of_first = torch.where(parallel, 1.0 - weight, torch.sin((1.0 - weight) * angle) / sine)
+    of_second = torch.where(parallel, weight, torch.sin(weight * angle) / sine)
+    return expand_like(of_first, first) * first + expand_like(of_second, second) * second
+
+
+@torch.no_grad()
+def interpolate(
+    method: Method,
+    first: Tensor,
+    second: Tensor,
+    columns: int,
+    sampler: DDIM,
+    cond: Condition | None = None,
+    second_cond: Condition | None = None,
+) -> Samples:
+    """Samples made of the noise between two states.
+
+    Between states of different classes each point has the class of the end that is nearer, the first's in the middle:
+    a network knows nothing between two labels, and both ends are made of the class that they belong to.
+
+    Args:
+        method: the model.
+        first: states at time 1, ``[B, ...]``, e.g. from ``DDIM.encode`` or the prior.
+        second: as many others.
+        columns: how many points, both ends included.
+        sampler: the deterministic sampler.
+        cond: the condition of the first states, ``[B]`` rows.
+        second_cond: of the second; None: as of the first.
+
+    Returns:
+        ``x`` is ``[B, columns, ...]`` in data space, ``farthest`` ``[B, columns]``.
+    """
+    rows = len(first)
+    unused = SampleNoise(0, torch.arange(rows, device=first.device), tuple(first.shape[1:]))
+    made: list[Samples] = []
+    for k in range(columns):
+        weight = k / (columns - 1)
+        nearer = cond if weight <= 0.5 or second_cond is None else second_cond
+        start = slerp(first, second, weight)
+        column = sampler.sample(method.denoiser, unused, nearer, start=start)
+        made.append(replace(column, x=method.decode(column.x, unused.stream("decode"), nearer)))
+    farthest = torch.stack([column.farthest for column in made], dim=1)
+    if (strays := Strays.among(farthest.flatten())).count:
+        print_note(str(strays))
+    x = torch.stack([column.x for column in made], dim=1)
+    return Samples(x, made[0].evaluations, farthest)

@@ -1,0 +1,1 @@
+"""Plots: axes, figures of points and curves, and the panels of a run."""

@@ -1,0 +1,361 @@
+"""A run read back: its events as series, and the panels that show them. metrics.jsonl in, pictures out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_diffusion.errors import UserError
+from lit_diffusion.images import png_bytes
+from lit_diffusion.metrics.catalogue import CATALOGUE, Direction, metric_of, row_of
+from lit_diffusion.plots.figures import counts_axis, curves_panel, new_figure, render, theme
+from lit_diffusion.runs.formats import require_known_format
+
+Event = Mapping[str, Any]
+
+_LOSSES = ("val/loss", "test/loss", "test/bpd_ode", "test/bpd_bound")
+
+
+def better(key: str) -> Direction | None:
+    """Whether lower or higher is better, None where neither is or nobody knows."""
+    if key in _LOSSES:
+        return "min"
+    row = row_of(key)
+    return None if row is None else row.better
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run's directory holds, as far as it is whole.
+
+    Args:
+        folder: of the run.
+        events: in their order.
+        torn: lines of metrics.jsonl that are no whole event, as a kill leaves them.
+    """
+
+    folder: Path
+    events: list[Event]
+    torn: int
+
+    def of(self, *kinds: str) -> list[Event]:
+        """The events of some kinds."""
+        return [event for event in self.events if event["event"] in kinds]
+
+    @property
+    def images(self) -> int:
+        """Images seen."""
+        # A test's `images` are those it measured.
+        return max((event["images"] for event in self.events if event["event"] != "test"), default=0)
+
+
+def read_run(folder: Path) -> RecordedRun:
+    """Read a run's events.
+
+    Raises:
+        UserError: if the directory is no run's, or of an unknown format.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no run's directory: {path.name} cannot be read ({error.strerror}); "
+            f"give one such as runs/<experiment>/<run id>"
+        ) from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    read = (_event(line) for line in lines)
+    events = [event for event in read if event is not None]
+    start = next((event for event in events if event["event"] == "start"), None)
+    if start is None:
+        raise UserError(f"{path} has no start event: it is no run's; give a directory such as runs/<experiment>/<id>")
+    require_known_format(start.get("format_version"), str(path))
+    return RecordedRun(folder, events, len(lines) - len(events))
+
+
+def _event(line: str) -> Event | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    images, time = event.get("images"), number(event.get("time"))
+    whole = type(images) is int and 0 <= images < 2**53 and time is not None and 0.0 <= time < 1e11
+    return event if whole else None
+
+
+def recorded_png(folder: Path, name: object) -> bytes | None:
+    """A picture of the run's own samples folder; a name that leads out of it is not followed."""
+    from PIL import Image
+
+    try:
+        path = (folder / str(name)).resolve()
+        if not path.is_relative_to((folder / "samples").resolve()):
+            return None
+        png = path.read_bytes()
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.verify()
+    except (OSError, ValueError, SyntaxError):  # The last is what Pillow says of a broken PNG.
+        return None
+    return png
+
+
+def number(value: object) -> float | None:
+    """A recorded number, NaN and infinity among them; None for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else None
+
+
+# ---- series ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Curve:
+    """Values of one key by images seen."""
+
+    x: list[float] = field(default_factory=list)
+    y: list[float] = field(default_factory=list)
+
+    def add(self, event: Event, value: float) -> None:
+        """One more point."""
+        self.x.append(float(event["images"]))
+        self.y.append(value)
+
+    @property
+    def finite(self) -> list[tuple[float, float]]:
+        """Points that can be drawn."""
+        return [(x, y) for x, y in zip(self.x, self.y, strict=True) if math.isfinite(y)]
+
+
+Curves = dict[str, Curve]
+
+
+def curves_by_key(events: Sequence[Event], wanted: Callable[[str], bool]) -> Curves:
+    """A curve for each key that is wanted, in order of their first appearance."""
+    curves: Curves = {}
+    for event in events:
+        for key, value in event.items():
+            if key not in ("event", "step", "images", "time") and wanted(key) and (y := number(value)) is not None:
+                curves.setdefault(key, Curve()).add(event, y)
+    return curves
+
+
+def smoothed(curve: Curve) -> tuple[Curve, int]:
+    """An exponential average without a pull towards zero, over what is finite, and its half-life in events."""
+    half_life = max(2, len(curve.x) // 40)
+    keep = 0.5 ** (1.0 / half_life)
+    out, total, weight = Curve(), 0.0, 0.0
+    for x, y in curve.finite:
+        total, weight = keep * total + (1.0 - keep) * y, keep * weight + (1.0 - keep)
+        out.x.append(x)
+        out.y.append(total / weight)
+    return out, half_life
+
+
+@dataclass
+class Protocol:
+    """Evaluations that were made in the same way, the only ones that may be compared."""
+
+    name: str
+    values: dict[str, Any]
+    events: list[Event]
+
+
+def protocols_of(evaluations: Sequence[Event]) -> list[Protocol]:
+    """The evaluations of a run by their protocol, in order of first appearance."""
+    found: dict[str, Protocol] = {}
+    for event in evaluations:
+        values = event.get("protocol")
+        values = values if isinstance(values, dict) else {}
+        key = json.dumps(values, sort_keys=True)
+        found.setdefault(key, Protocol(f"protocol {len(found) + 1}", values, [])).events.append(event)
+    return list(found.values())
+
+
+# ---- panels ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of curves.
+
+    Args:
+        name: of its file.
+        title: above it.
+        hint: what to look for.
+        curves: by their label in it.
+        draw: on axes.
+    """
+
+    name: str
+    title: str
+    hint: str
+    curves: Curves
+    draw: Callable[[Any], None]
+
+    def png(self, colours: Literal["light", "dark"]) -> bytes:
+        """As a file, for a light or a dark page."""
+        with theme(colours):
+            figure, axes = new_figure(1, 1)
+            figure.set_size_inches(4.5, 2.9)
+            self.draw(axes[0, 0])
+            return png_bytes(render(figure, dpi=170))
+
+
+def panel(
+    name: str,
+    title: str,
+    hint: str,
+    curves: Curves,
+    y_label: str = "",
+    x_label: str = "images seen",
+    colours: str | None = None,
+    faint: str | None = None,
+) -> list[Panel]:
+    """The panel of some curves; none where there is nothing to draw."""
+    drawn = {label: curve for label, curve in curves.items() if curve.finite}
+    if not drawn:
+        return []
+    return [Panel(name, title, hint, drawn, partial(_draw, drawn, x_label, y_label, colours, faint))]
+
+
+def _draw(curves: Curves, x_label: str, y_label: str, colours: str | None, faint: str | None, axes: Any) -> None:
+    points = {
+        label: (curve.x, [y if math.isfinite(y) else math.nan for y in curve.y]) for label, curve in curves.items()
+    }
+    curves_panel(axes, points, x_label, y_label, colours, faint)
+    if x_label == "images seen":
+        counts_axis(axes)
+
+
+def metric_panels(run: RecordedRun) -> list[Panel]:
+    """Evaluations: a panel of the catalogue for each extractor, a curve for each value and protocol."""
+    protocols = protocols_of(run.of("evaluation"))
+    groups: dict[tuple[str, str], Curves] = {}
+    for protocol in protocols:
+        found = curves_by_key(protocol.events, lambda key: key not in ("seconds", "protocol"))
+        for key, curve in found.items():
+            row, value = row_of(key), metric_of(key)[0]
+            group = (key, "") if row is None else (row.panel.title, key.removeprefix(value))
+            name = key if row is None else value
+            label = name if len(protocols) == 1 else f"{name}, {protocol.name}"
+            groups.setdefault(group, {})[label] = curve
+    hints = {row.panel.title: row.panel.hint for row in CATALOGUE.values()}
+    order = {title: place for place, title in enumerate(hints)}
+    panels: list[Panel] = []
+    for (title, measured_with), curves in sorted(groups.items(), key=lambda item: order.get(item[0][0], len(order))):
+        whole = f"{title}: {measured_with[1:]}" if measured_with else title
+        panels += panel(f"evaluation-{title}{measured_with}", whole, hints.get(title, ""), curves)
+    return panels
+
+
+def training_panels(run: RecordedRun) -> list[Panel]:
+    """Loss, held-out loss, gradient norm, learning rate, skipped steps."""
+    train = curves_by_key(run.of("train"), lambda key: "@" not in key)
+    panels: list[Panel] = []
+    if "loss" in train:
+        loss, half_life = smoothed(train["loss"])
+        curves = {"each event": train["loss"], f"smoothed, half-life {half_life} events": loss}
+        hint = "Falling, then level. It is an average over noise levels: flat does not mean that nothing is learnt."
+        panels += panel("training-loss", "Training loss", hint, curves, "loss", faint="each event")
+    held_out: Curves = {}
+    for event in run.of("metrics"):
+        if (value := number(event.get("val/loss"))) is not None:
+            held_out.setdefault(f"val/loss, weights {event.get('weights', 'unknown')}", Curve()).add(event, value)
+    panels += panel(
+        "held-out-loss",
+        "Held-out loss",
+        "Rising while the training loss falls: the model learns its images by heart.",
+        held_out,
+        "val/loss",
+    )
+    for key, title, hint in (
+        ("gradient_norm", "Gradient norm", "Before clipping. Rare spikes are harmless, a steady rise is not."),
+        ("learning_rate", "Learning rate", "The warm-up, then what the schedule says."),
+    ):
+        panels += panel(key.replace("_", "-"), title, hint, {key: train.get(key, Curve())}, title.lower())
+    skipped = train.get("skipped_steps", Curve())
+    if any(value > 0 for value in skipped.y):
+        hint = "Steps so far whose loss or gradient was not finite; more than a few: lower the learning rate."
+        panels += panel("skipped-steps", "Skipped steps", hint, {"skipped_steps": skipped}, "steps, in all")
+    return panels
+
+
+def noise_level_panels(run: RecordedRun) -> list[Panel]:
+    """The training loss by time: how each part of it develops, and the whole curve at several moments."""
+    pattern = re.compile(r"loss@(\d\.\d+)")
+    events = run.of("train")
+    by_time = {
+        float(match[1]): curve
+        for key, curve in curves_by_key(events, lambda key: pattern.fullmatch(key) is not None).items()
+        if (match := pattern.fullmatch(key))
+    }
+    rising = {f"t = {t:.2f}": smoothed(by_time[t])[0] for t in sorted(by_time)}
+    panels = panel(
+        "loss-by-noise-level",
+        "Loss by noise level",
+        "Smoothed. t = 0 is data, t = 1 noise: small t makes detail, large t what the picture shows.",
+        rising,
+        "loss",
+        colours="viridis",
+    )
+    seen = sorted({x for curve in by_time.values() for x in curve.x})
+    moments: Curves = {}
+    for first, last in _stretches(seen):
+        moment = Curve()
+        for t in sorted(by_time):
+            values = [y for x, y in by_time[t].finite if first <= x <= last]
+            if values:
+                moment.x.append(t)
+                moment.y.append(sum(values) / len(values))
+        moments[f"{first:,.0f} to {last:,.0f} images"] = moment
+    return panels + panel(
+        "loss-against-time",
+        "Loss against t",
+        "Averages over stretches of the training: where the curves still move, there is something left to learn.",
+        moments,
+        "loss",
+        x_label="t",
+        colours="plasma",
+    )
+
+
+def _stretches(seen: Sequence[float]) -> Iterator[tuple[float, float]]:
+    """First and last of the stretches of a training that are drawn: each twice as long as the one before."""
+    begin = 0
+    for share in (16, 8, 4, 2, 1):
+        end = math.ceil(len(seen) / share)
+        if end > begin:
+            yield seen[begin], seen[end - 1]
+            begin = end
+
+
+def speed_panels(run: RecordedRun) -> list[Panel]:
+    """Throughput, and what the evaluations cost."""
+    throughput = curves_by_key(run.of("train"), lambda key: key == "images_per_second")
+    seconds = curves_by_key(run.of("evaluation"), lambda key: key == "seconds")
+    hint = "A drop is another program on the machine, or data that arrive too slowly."
+    return [
+        *panel("throughput", "Throughput", hint, throughput, "images / s"),
+        *panel("evaluation-seconds", "Time of an evaluation", "", seconds, "seconds"),
+    ]
+
+
+def other_panels(run: RecordedRun) -> list[Panel]:
+    """What callbacks of the user's log through Lightning."""
+    mine = curves_by_key(run.of("metrics"), lambda key: key != "val/loss" and not key.startswith("test/"))
+    return [each for key, curve in mine.items() for each in panel(f"metrics-{key}", key, "", {key: curve}, key)]

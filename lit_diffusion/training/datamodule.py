@@ -1,0 +1,472 @@
+"""The DataModule: from a source's bytes to the normalised batch, in an order that is a function of the images seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler as IndexSampler
+
+from lit_diffusion.conditions import Condition
+from lit_diffusion.data.source import Source
+from lit_diffusion.data_spec import DataFacts, in_brief
+from lit_diffusion.errors import UserError
+from lit_diffusion.images import about_shown
+from lit_diffusion.randomness import keyed_permutation, keyed_uniform
+from lit_diffusion.runs.clock import Clock
+from lit_diffusion.runs.logger import print_note
+from lit_diffusion.training.interrupts import leave_it_to_the_main_process
+from lit_diffusion.training.trainer import Trainer
+
+SPLIT_SEED = 0
+"""The held-out images do not depend on a run's seed, so that runs can be compared on them."""
+
+
+NOBODYS = -1
+"""The number of a row that is there so that all processes make equally many batches: nobody counts it."""
+
+
+@dataclass
+class Batch:
+    """A normalised batch.
+
+    Attributes:
+        x: float32 ``[B, C, H, W]`` in the declared value range, or points ``[B, D]``.
+        index: int64 ``[B]``: which image of the run each is (its number n in training), the key of its randomness.
+        cond: what each is conditioned on, None for data without labels.
+    """
+
+    x: Tensor
+    index: Tensor
+    cond: Condition | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Parts of at most ``size`` rows; the whole batch for None."""
+        if size is None or size >= len(self):
+            return [self]
+        return [
+            Batch(self.x[rows], self.index[rows], None if self.cond is None else self.cond[rows])
+            for rows in (slice(start, start + size) for start in range(0, len(self), size))
+        ]
+
+
+class _Numbered(Dataset[tuple[np.ndarray, int, int]]):
+    """Items ``(number in the run, index in the source)`` to their value, label and number."""
+
+    def __init__(self, source: Source, labels: np.ndarray | None) -> None:
+        self.source = source
+        self.labels = labels
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, int, int]:
+        number, index = item
+        return self.source.value(index), -1 if self.labels is None else int(self.labels[index]), number
+
+    @staticmethod
+    def collate(items: list[tuple[np.ndarray, int, int]]) -> dict[str, Tensor]:
+        values, labels, numbers = zip(*items, strict=True)
+        return {
+            "value": torch.from_numpy(np.stack(values)),
+            "label": torch.tensor(labels),
+            "index": torch.tensor(numbers),
+        }
+
+
+MOST_CLASSES = 1_000_000
+"""More are no classes: labels that were never numbered."""
+
+
+def _labels(source: Source, key: str) -> np.ndarray | None:
+    """The class of each datum, int64 ``[N]``; None without classes.
+
+    Raises:
+        UserError: if one is not in ``0 .. num_classes - 1``, or the names are not as many different ones.
+    """
+    count, names = source.num_classes, source.class_names
+    if count is None:
+        return None
+    if count > MOST_CLASSES:
+        raise UserError(f"{key} {source.name} has {count} classes: number them from 0 without gaps, or leave them out")
+    if names and (len(names) != count or len(set(names)) != count):
+        raise UserError(
+            f"{key} {source.name} has {count} classes and the names {in_brief(names)}: give each its own name"
+        )
+    given = [source.label(index) for index in range(len(source))]
+    labels = np.array([-1 if label is None else label for label in given], dtype=np.int64)
+    if len(wrong := np.flatnonzero((labels < 0) | (labels >= count))):
+        raise UserError(
+            f"{key} {source.name}: the label of item {wrong[0]} is {given[wrong[0]]}, and it has {count} classes, 0 to "
+            f"{count - 1} ({len(wrong)} such items): correct the labels, or leave these items out"
+        )
+    return labels
+
+
+def _labels_as_in_training(held_out: Source, source: Source) -> np.ndarray | None:
+    """The labels of held-out data by the numbers that the classes have in training; None where either has none.
+
+    Raises:
+        UserError: for a class that there is not in training.
+    """
+    labels = None if source.num_classes is None else _labels(held_out, "data.held_out")
+    if labels is None or source.num_classes is None or held_out.num_classes is None:
+        return None
+    without = "or leave its labels out (classes: false, label_key: null)"
+    if not source.class_names or not held_out.class_names:
+        if held_out.num_classes > source.num_classes:
+            raise UserError(
+                f"data.held_out has {held_out.num_classes} classes, data.source {source.num_classes}: give it the "
+                f"classes of the training, {without}"
+            )
+        return labels
+    numbers = {name: number for number, name in enumerate(source.class_names)}
+    table = np.array([numbers.get(name, -1) for name in held_out.class_names])
+    if len(unknown := np.unique(labels[table[labels] < 0])):
+        first = held_out.class_names[unknown[0]]
+        raise UserError(
+            f"data.held_out has a class {first!r} that data.source has not: {in_brief(held_out.class_names)} against "
+            f"{in_brief(source.class_names)}; name its classes as those of the training, {without}"
+        )
+    return table[labels]
+
+
+class TrainingOrder(IndexSampler[list[tuple[int, int]]]):
+    """Endless batches of one process: image n of the run is entry ``n mod N`` of the permutation of its epoch.
+
+    Args:
+        indices: int64 ``[N]``, of the training images in their source.
+        seed: of the run.
+        start: images seen so far.
+        batch: over all processes.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, indices: Tensor, seed: int, start: int, batch: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = indices
+        self.seed = seed
+        self.start = start
+        self.batch = batch
+        self.share = batch // world_size
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        length = len(self.indices)
+        epoch, order = -1, self.indices
+        first = self.start + self.rank * self.share
+        while True:
+            numbered = []
+            for n in range(first, first + self.share):
+                if n // length != epoch:
+                    epoch = n // length
+                    order = self.indices[keyed_permutation(self.seed, "order", length, epoch)]
+                numbered.append((n, int(order[n % length])))
+            yield numbered
+            first += self.batch
+
+
+class _Epoch(TrainingOrder):
+    """The same batches for Lightning's own Trainer, which counts in epochs: so many as hold every image, then more.
+
+    Args:
+        clock: of the run: each epoch begins at the images seen.
+    """
+
+    def __init__(self, clock: Clock, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.clock = clock
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.start = self.clock.images
+        return islice(super().__iter__(), len(self))
+
+
+class DataModule(pl.LightningDataModule):
+    """Images (or points) of one source, split, ordered, flipped and normalised exactly once.
+
+    Args:
+        source: where the data come from.
+        global_batch_size: images of one optimiser step over all processes together.
+        value_range: what black and white become, ``[0, 1]`` or ``[-1, 1]``; points are used as they are.
+        held_out: a source of its own for validation and test; null: a fraction of ``source``. Its classes are those of
+            ``source``: by their names where both have names, else by their numbers.
+        held_out_fraction: of ``source`` kept for validation and test when ``held_out`` is null; the same images for
+            every seed.
+        flip: mirror half of the training images left to right.
+        dequantise: train on grey levels with uniform noise of one level, so that values fill the range; held-out images
+            have each level's middle value.
+        micro_batch_size: the most images of one forward and backward pass in a process, the rest is accumulated; null:
+            the process's whole share.
+        num_workers: processes that load images, per training process; the order is the same for any number.
+        predict_samples: how many samples ``predict`` makes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        global_batch_size: int = 128,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        held_out: Source | None = None,
+        held_out_fraction: float = 0.1,
+        flip: bool = False,
+        dequantise: bool = False,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        predict_samples: int = 64,
+    ) -> None:
+        super().__init__()
+        if len(source) < 2:
+            raise UserError(f"data source {source.name} has {len(source)} items; training needs at least two")
+        if global_batch_size < 1:
+            raise UserError(f"data.global_batch_size is {global_batch_size}; give a positive number")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise UserError(f"data.micro_batch_size is {micro_batch_size}; give a positive number or null")
+        if not value_range[0] < value_range[1]:
+            raise UserError(f"data.value_range is {list(value_range)}; the first must be below the second")
+        if held_out is not None and tuple(held_out.shape) != tuple(source.shape):
+            raise UserError(f"data.held_out has shape {held_out.shape}, data.source {source.shape}; they must agree")
+        if held_out is not None and held_out.levels != source.levels:
+            raise UserError(f"data.held_out has {held_out.levels} levels, data.source {source.levels}; they must agree")
+        if (len(source.shape) == 3) != (source.levels is not None):
+            raise UserError(
+                f"data source {source.name} has shape {list(source.shape)} and levels {source.levels}; images "
+                f"(C, H, W) have a number of grey levels, points (D,) have levels null"
+            )
+        if not 0.0 <= held_out_fraction < 1.0:
+            raise UserError(f"data.held_out_fraction is {held_out_fraction}; it must be at least 0 and below 1")
+        if flip and len(source.shape) != 3:
+            raise UserError("data.flip mirrors images; this source has points: set flip: false")
+        self.source = source
+        self.global_batch_size = global_batch_size
+        self.flip = flip
+        self.dequantise = dequantise
+        self.micro_batch_size = micro_batch_size
+        self.num_workers = num_workers
+        self.predict_samples = predict_samples
+        self.seed = 0
+        """Of the run; the command line sets it."""
+        self.held_out_source = source if held_out is None else held_out
+        self.labels = _labels(source, "data.source")
+        """Of the source's data, int64 ``[N]``; None without classes."""
+        self.held_out_labels = self.labels if held_out is None else _labels_as_in_training(held_out, source)
+        """Of the held-out source's, by the numbers that the classes have in training."""
+        facts = DataFacts(
+            source=source.name,
+            shape=tuple(source.shape),
+            levels=source.levels,
+            value_range=None if source.levels is None else (float(value_range[0]), float(value_range[1])),
+            num_classes=source.num_classes,
+            dequantised=dequantise and source.levels is not None,
+            class_names=tuple(source.class_names) if source.num_classes and source.class_names else None,
+        )
+        if held_out is not None:
+            self.train_indices = torch.arange(len(source))
+            self.held_out_indices = torch.arange(len(held_out))
+        else:
+            order = keyed_permutation(SPLIT_SEED, "split", len(source))
+            count = round(held_out_fraction * len(source))
+            self.held_out_indices = order[:count].sort().values
+            self.train_indices = order[count:].sort().values
+            if len(self.train_indices) == 0:
+                raise UserError(
+                    f"data.held_out_fraction {held_out_fraction} leaves nothing of {count} images to train on"
+                )
+        self.facts = replace(facts, class_counts=self.class_counts(held_out=False))
+        self._checked = False
+        shown = about_shown(self.facts.shape[0]) if self.facts.is_image else None
+        for line in [*source.notes(), *([] if held_out is None else held_out.notes()), *([shown] if shown else [])]:
+            print_note(line)
+
+    def class_counts(self, held_out: bool) -> tuple[int, ...] | None:
+        """How many of the held-out, or the training data each class has; None where they have no labels."""
+        labels, indices = (
+            (self.held_out_labels, self.held_out_indices) if held_out else (self.labels, self.train_indices)
+        )
+        if labels is None:
+            return None
+        return tuple(np.bincount(labels[indices.numpy()], minlength=self.source.num_classes or 0).tolist())
+
+    # ---- loaders -----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check what only the Trainer knows.
+
+        Raises:
+            UserError: if the global batch cannot be shared equally, or a process would have nothing to evaluate.
+        """
+        _, processes = self._place
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        shares_out = connector is not None and connector.use_distributed_sampler
+        if processes > 1 and shares_out:
+            raise UserError("give the Trainer use_distributed_sampler=False: the DataModule shares its data out itself")
+        if self.global_batch_size % processes != 0:
+            raise UserError(
+                f"data.global_batch_size {self.global_batch_size} is not a multiple of the "
+                f"{processes} processes; choose one that is"
+            )
+        if stage != "predict" and 0 < len(self.held_out_indices) < processes:
+            raise UserError(
+                f"data has {len(self.held_out_indices)} held-out images for {processes} processes; hold out "
+                f"more, or none"
+            )
+        if stage == "predict" and self.predict_samples < processes:
+            raise UserError(
+                f"data.predict_samples is {self.predict_samples}; give at least one for each of the "
+                f"{processes} processes"
+            )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Training images of one forward pass in a process."""
+        share = self.global_batch_size // self._place[1]
+        return min(share, self.micro_batch_size or share)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Endless, from the images seen so far."""
+        rank, world_size = self._place
+        clock = None if self.trainer is None else getattr(self.trainer.lightning_module, "clock", None)
+        seen = 0 if clock is None else clock.images
+        which = (self.train_indices, self.seed, seen, self.global_batch_size, rank, world_size)
+        if clock is None or isinstance(self.trainer, Trainer):
+            order = TrainingOrder(*which)
+        else:
+            order = _Epoch(clock, *which)
+        return self._loader(self.source, self.labels, order)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Every held-out image once, over all processes: strided; nothing where none is held out.
+
+        All processes have equally many batches, since a sharded network is evaluated by all or by none: one that has
+        fewer gets another of one row that is not counted.
+        """
+        numbered = list(enumerate(self.held_out_indices.tolist()))
+        if not numbered:
+            return []
+        batches = self._shared_out(numbered, (NOBODYS, numbered[0][1]))
+        return self._loader(self.held_out_source, self.held_out_labels, batches)
+
+    def _shared_out(self, items: list[Any], nobodys: Any) -> list[list[Any]]:
+        """This process's batches of items that every world_size-th is of, as many as the first process has."""
+        rank, world_size = self._place
+        size = max(1, self.global_batch_size // world_size)
+        mine, most = items[rank::world_size], len(items[::world_size])
+        batches = [mine[k : k + size] for k in range(0, len(mine), size)]
+        return batches + [[nobodys]] * (-(-most // size) - len(batches))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """As for validation; where nothing is held out one empty batch, so that samples are evaluated all the same."""
+        held_out = self.val_dataloader()
+        return held_out if isinstance(held_out, DataLoader) else DataLoader(torch.empty(1, 0))  # type: ignore[arg-type]
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The indices of the samples that ``predict`` makes, shared out as the held-out images are."""
+        indices = list(range(self.predict_samples + 1))  # The last is nobody's.
+        batches = self._shared_out(indices[:-1], indices[-1])
+        return DataLoader([torch.tensor(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
+
+    def _loader(self, source: Source, labels: np.ndarray | None, batches: Any) -> DataLoader[Any]:
+        return DataLoader(
+            _Numbered(source, labels),
+            batch_sampler=batches,
+            collate_fn=_Numbered.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_it_to_the_main_process,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    # ---- normalisation -----------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On the device: augment and normalise. Indices of samples to predict pass through."""
+        if isinstance(batch, Tensor):
+            return batch
+        training = self.trainer is not None and self.trainer.training
+        return self.prepare(batch["value"], batch["label"], batch["index"], training)
+
+    def prepare(self, value: Tensor, label: Tensor, index: Tensor, training: bool) -> Batch:
+        """A normalised batch from a source's values ``[B, ...]``, labels ``[B]`` (-1: none) and numbers ``[B]``."""
+        if self.facts.is_image:
+            self._check(value)
+            if training and self.flip:
+                mirrored = keyed_uniform(self.seed, "flip", index) < 0.5
+                value = torch.where(mirrored[:, None, None, None], value.flip(-1), value)
+        x = self.normalise(value, index if self.dequantise and training else None)
+        cond = None if self.facts.num_classes is None else Condition(label=label)
+        return Batch(x, index, cond)
+
+    def normalise(self, value: Tensor, dequantise_index: Tensor | None = None) -> Tensor:
+        """Grey levels to the value range, float32; points as they are.
+
+        ``v / (levels - 1)`` of the range; for a model of dequantised data ``(v + u) / levels``, where u is 1/2, the
+        centre of the level's bin.
+
+        Args:
+            value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
+            dequantise_index: with it u is uniform, keyed by it.
+        """
+        if self.facts.levels is None or self.facts.value_range is None:
+            return value.to(torch.float32)
+        low, high = self.facts.value_range
+        if not self.facts.dequantised:
+            unit = value.to(torch.float32) / (self.facts.levels - 1)
+        else:
+            u: Tensor | float = 0.5
+            if dequantise_index is not None:
+                u = keyed_uniform(self.seed, "dequantise", dequantise_index, tuple(value.shape[1:]))
+            unit = (value.to(torch.float32) + u) / self.facts.levels
+        return low + (high - low) * unit
+
+    def _check(self, value: Tensor) -> None:
+        """Once, on the first batch: the source must yield raw grey levels."""
+        if self._checked:
+            return
+        name, levels = self.source.name, self.facts.levels
+        assert levels is not None
+        if value.dtype != torch.uint8:
+            raise UserError(
+                f"data source {name} yields {value.dtype}, not uint8 grey levels 0..{levels - 1}: it was normalised "
+                f"already; the DataModule does that once, to value_range {list(self.facts.value_range or ())}"
+            )
+        if int(value.max()) > levels - 1:
+            raise UserError(
+                f"data source {name} yields grey level {int(value.max())} but declares levels 0..{levels - 1}; "
+                f"correct the source's levels"
+            )
+        self._checked = True
+
+    # ---- single data, for what looks at them before or beside a training ----------------------------------------
+
+    def training_values(self, indices: Tensor) -> Tensor:
+        """Normalised training data number ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
+        return self._values(self.source, self.train_indices[indices])
+
+    def training_batch(self, indices: Tensor) -> Batch:
+        """Training data number ``indices`` of ``train_indices`` with their labels, numbered as given."""
+        cond = None
+        if self.labels is not None:
+            cond = Condition(label=torch.from_numpy(self.labels)[self.train_indices[indices]])
+        return Batch(self.training_values(indices), indices, cond)
+
+    def held_out_values(self, indices: Tensor) -> Tensor:
+        """Normalised held-out data number ``indices`` of ``held_out_indices``: float32 ``[B, ...]``."""
+        return self._values(self.held_out_source, self.held_out_indices[indices])
+
+    def _values(self, source: Source, indices: Tensor) -> Tensor:
+        return self.normalise(torch.from_numpy(np.stack([source.value(int(i)) for i in indices])))

@@ -1,0 +1,151 @@
+"""Training from a DataLoader of one's own, with lit_diffusion's Trainer or Lightning's: what its batches must be.
+
+A batch is images, or (images, labels): float in the declared range, ``[0, 1]`` unless ``method.facts`` says another
+(torchvision's ``ToTensor`` gives that), or uint8 grey levels, which are brought to the range. Points are float. The
+images of a run are numbered by its clock, so that their noise is a function of (seed, number) whatever the batch size;
+which image comes when is the loader's own business, and so is how exactly it can be continued.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.conditions import Condition
+from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.errors import UserError
+from lit_diffusion.training.datamodule import Batch
+from lit_diffusion.training.trainer import Trainer
+
+OUT_OF_RANGE = 1e-3
+"""Of the range's width: so far outside it a rounding may lie, and nothing else."""
+
+
+def assumed_facts(backbone: Backbone) -> DataFacts:
+    """What is taken for granted of the data where nobody has said more: the backbone's shape and classes."""
+    shape = tuple(backbone.data_shape)
+    image = len(shape) == 3
+    return DataFacts(
+        source="DataLoader",
+        shape=shape,
+        levels=256 if image else None,
+        value_range=(0.0, 1.0) if image else None,
+        num_classes=backbone.num_classes,
+    )
+
+
+def require_fitting_trainer(trainer: pl.Trainer) -> None:
+    """Refuse what Lightning's own Trainer would do differently than ours, and let its evaluation take gradients.
+
+    Raises:
+        UserError: with what to give instead.
+    """
+    if isinstance(trainer, Trainer):
+        return
+    if trainer.precision != "32-true":
+        raise UserError(
+            f"precision is {trainer.precision}: Lightning's own Trainer would compute noise levels and losses in it, "
+            f"too; give 32-true, or take lit_diffusion.training.trainer.Trainer, where it is the backbone's alone"
+        )
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        raise UserError("sharded strategies need lit_diffusion.training.trainer.Trainer(strategy='fsdp')")
+    loops = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop)
+    for loop in loops:
+        loop.inference_mode = False  # In which samplers and likelihoods could take no gradients.
+
+
+def indices_to_predict(batch: Any) -> Tensor:
+    """The numbers ``[B]`` of the samples that ``predict`` is to make.
+
+    Raises:
+        UserError: if the loader gives anything else.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, Tensor) and batch.dim() == 1 and batch.dtype == torch.int64:
+        return batch
+    raise UserError(
+        "predict takes the numbers of the samples to make: trainer.predict(method, DataLoader(torch.arange(64), 16))"
+    )
+
+
+def batch_of(given: Any, facts: DataFacts, classes: int | None, check: bool) -> Batch:
+    """A loader's batch as a method takes it, its rows numbered from 0.
+
+    Args:
+        given: images or points ``[B, *shape]``, alone or with labels ``[B]``.
+        facts: what is known of the data.
+        classes: of the backbone, None if it is told none: then labels are left aside.
+        check: look at the values, too; shapes and labels are always looked at.
+
+    Raises:
+        UserError: saying what is wrong with it, and what to give.
+    """
+    parts = list(given) if isinstance(given, list | tuple) else [given]
+    if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in parts):
+        keys = f" with the keys {', '.join(map(str, given))}" if isinstance(given, dict) else ""
+        raise UserError(
+            f"the DataLoader gives a {type(given).__name__}{keys}; give batches of images, or of (images, labels), as "
+            f"tensors: collate_fn=lambda items: ..."
+        )
+    x = parts[0]
+    if tuple(x.shape[1:]) != tuple(facts.shape):
+        raise UserError(
+            f"the DataLoader gives a batch of shape {list(x.shape)}; the model takes [B, "
+            f"{', '.join(map(str, facts.shape))}]"
+        )
+    return Batch(_values(x, facts, check), torch.arange(len(x), device=x.device), _labels(parts, classes))
+
+
+def _values(x: Tensor, facts: DataFacts, check: bool) -> Tensor:
+    if facts.value_range is None or facts.levels is None:
+        return x.float()
+    low, high = facts.value_range
+    if x.dtype == torch.uint8:
+        if check and int(x.max()) >= facts.levels:
+            raise UserError(
+                f"the DataLoader gives grey level {int(x.max())}, and method.facts says {facts.levels} levels: correct "
+                f"one of them"
+            )
+        if facts.dequantised:
+            raise UserError("grey levels are dequantised by lit_diffusion's DataModule alone: give floats, or take it")
+        return low + (high - low) * (x.float() / (facts.levels - 1))
+    if not x.is_floating_point():
+        raise UserError(f"the DataLoader gives {x.dtype}; give floats in [{low:g}, {high:g}], or uint8 grey levels")
+    if check:
+        least, most = x.min().item(), x.max().item()
+        edge = OUT_OF_RANGE * (high - low)
+        if not (low - edge <= least and most <= high + edge):
+            raise UserError(
+                f"the DataLoader gives values from {least:.4g} to {most:.4g}, not in [{low:g}, {high:g}]: scale them, "
+                f"or say their range before: method.facts = DataFacts(source=..., shape=..., levels=256, "
+                f"value_range=(-1.0, 1.0), num_classes=...)"
+            )
+    return x.float()
+
+
+def _labels(parts: list[Tensor], classes: int | None) -> Condition | None:
+    if classes is None:
+        return None
+    if len(parts) == 1:
+        raise UserError(
+            f"the backbone has {classes} classes and the DataLoader gives no labels: give batches of (images, labels), "
+            f"or a backbone with num_classes None"
+        )
+    label = parts[1]
+    if label.shape != parts[0].shape[:1] or label.is_floating_point():
+        raise UserError(
+            f"the DataLoader gives labels of shape {list(label.shape)}, {label.dtype}; give class numbers [B], int64"
+        )
+    # Of every batch: the row after the last class is the network's own for no class.
+    if not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise UserError(
+            f"the DataLoader gives labels from {int(label.min())} to {int(label.max())}; the backbone's classes are 0 "
+            f"to {classes - 1}: give it num_classes={max(int(label.max()) + 1, classes)}, or other labels"
+        )
+    return Condition(label=label.long())
