@@ -8,9 +8,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lit_diffusion import __version__
+from lit_diffusion import __version__, interrupts
 from lit_diffusion.errors import UserError, nearest
-from lit_diffusion.training import interrupts
 
 COMMANDS = {
     "fit": "train a method: fit --config experiments/ncsn.yaml",

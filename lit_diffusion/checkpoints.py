@@ -15,8 +15,8 @@ from lit_diffusion.config.parser import Parser, users_own_errors
 from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.formats import CHECKPOINT_KEY, require_known_format
-from lit_diffusion.runs.logger import print_note
 from lit_diffusion.training.datamodule import DataModule
 
 

@@ -1,6 +1,6 @@
 """What several processes tell each other: sums, rows, anything that can be pickled.
 
-Every exchange begins with word of how everybody is (:func:`lit_diffusion.training.failures.agree`), so that no process
+Every exchange begins with word of how everybody is (:func:`lit_diffusion.failures.agree`), so that no process
 waits for one that has failed. All processes call each of these functions, in the same order; alone they cost nothing.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_diffusion.training.failures import agree, many_processes, said_by_all
+from lit_diffusion.failures import agree, many_processes, said_by_all
 
 
 def rank_and_world_size() -> tuple[int, int]:

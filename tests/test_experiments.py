@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_diffusion.cli import lightning_cli
 from lit_diffusion.cli.arguments import packaged_experiment
 
 ROOT = Path(__file__).parent.parent / "experiments"
@@ -19,11 +20,11 @@ def instantiate(tmp_path_factory):
     """Each configuration is made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("instantiated"))
-        patch.setattr(cli.CLI, "_run_subcommand", lambda self, subcommand: None)
+        patch.setattr(lightning_cli.CLI, "run_command", lambda self, subcommand: None)
 
         @cache
         def call(path, *arguments):
-            return cli.main(["fit", "--config", str(path), *arguments])
+            return lightning_cli.main(["fit", "--config", str(path), *arguments])
 
         yield call
 
@@ -34,7 +35,9 @@ def test_it_instantiates(path, instantiate):
     made.model.sampler.check(made.model.denoiser)
     config = yaml.safe_load(made.run_logger.config_text)
     assert config["experiment"] == yaml.safe_load(path.read_text())["experiment"]
-    assert "auto" not in {value for key, value in cli.flatten(config["model"]).items() if isinstance(value, str)}
+    assert "auto" not in {
+        value for key, value in lightning_cli.flatten(config["model"]).items() if isinstance(value, str)
+    }
     assert config["ema"]["half_lives_images"]
     assert config["eval"]["every_n_images"]
     assert isinstance(config["eval"]["samples"], int)  # recipes give the count, so that runs are comparable

@@ -11,13 +11,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lit_diffusion import interrupts
 from lit_diffusion.distributed import summed
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import sync_folder
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.runs.clock import Cadence
 from lit_diffusion.runs.logger import run_logger_of
-from lit_diffusion.training import interrupts
-from lit_diffusion.training.interrupts import Interrupted
 from lit_diffusion.training.lightning_internals import checkpoint_of
 from lit_diffusion.training.module import TrainedModule
 from lit_diffusion.training.sharding import local

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 
 from lit_diffusion.callbacks.checkpoint import save_before_drawing
 from lit_diffusion.callbacks.ema import averages_of
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.runs.clock import Cadence
-from lit_diffusion.runs.logger import print_note, survived
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.logger import survived
 from lit_diffusion.training.callback import Callback, own_callbacks
-from lit_diffusion.training.interrupts import Interrupted
 
 
 class Drawing(Callback, ABC):
@@ -54,6 +56,14 @@ class Drawing(Callback, ABC):
         """Know what was drawn before the run stopped."""
         self._drawn_at = state_dict["drawn_at"]
         self._knows_its_past = True
+
+    makes: frozenset[str] = frozenset()
+    """Events, and names of pictures, that it makes."""
+
+    @classmethod
+    def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
+        """What it makes, where that was due and not yet done when the checkpoint was written."""
+        return set(cls.makes) if state.get("drawn_at", images) != images else set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make up for what a stop cut off."""

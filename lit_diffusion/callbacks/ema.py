@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_diffusion.errors import UserError
 from lit_diffusion.runs.clock import in_images
-from lit_diffusion.runs.logger import print_note
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.training.callback import Callback
 from lit_diffusion.training.module import TrainedModule
 from lit_diffusion.training.sharding import local, shared_out_like, whole

@@ -23,6 +23,7 @@ from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.evaluation import Evaluated, Evaluation, RealSets
 from lit_diffusion.evaluation.sampling import DivergedError
+from lit_diffusion.failures import Failure, agree
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid
 from lit_diffusion.methods.base import Method
@@ -35,10 +36,10 @@ from lit_diffusion.metrics.reference import RealData
 from lit_diffusion.metrics.scores import Result
 from lit_diffusion.runs.best import best_name, is_among_best, list_best, read_best
 from lit_diffusion.runs.clock import Cadence
-from lit_diffusion.runs.logger import RunLogger, print_note, run_logger_of, survived, tell_of
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.logger import RunLogger, run_logger_of, survived, tell_of
 from lit_diffusion.samplers import Sampler
 from lit_diffusion.training.datamodule import DataModule
-from lit_diffusion.training.failures import Failure, agree
 from lit_diffusion.training.precision import precision_name
 
 Stage = Literal["fit", "test"]
@@ -86,6 +87,7 @@ class Evaluator(Drawing):
 
     state_key = "Evaluator"
     name = "evaluation"
+    makes = frozenset({"evaluation", "neighbours"})
 
     def __init__(
         self,
@@ -168,6 +170,11 @@ class Evaluator(Drawing):
         assert isinstance(pl_module, Method)
         self._began, self._began_at = time.perf_counter(), pl_module.clock.images
         super().on_train_start(trainer, pl_module)
+
+    @classmethod
+    def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
+        """An evaluation that had not ended when the checkpoint was written."""
+        return set() if images in (state.get("last", {}).get("images"), state.get("drawn_at")) else set(cls.makes)
 
     def _is_missing(self, method: Method) -> bool:
         # With its count not chosen yet it was never begun; the speed that a choice needs is not known yet either.

@@ -27,7 +27,8 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.plots.figures import bars_panel, lines_panel, new_figure, render
 from lit_diffusion.processes import Process
 from lit_diffusion.reverse import ReverseVariance
-from lit_diffusion.runs.logger import RunLogger, print_note, run_logger_of, survived
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.logger import RunLogger, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.ode import refuse_grid_only
 from lit_diffusion.samplers.times import timesteps_to_zero

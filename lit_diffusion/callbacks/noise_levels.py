@@ -16,7 +16,8 @@ from lit_diffusion.methods.base import Method
 from lit_diffusion.plots.figures import lines_panel, new_figure, render
 from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.runs.clock import Cadence
-from lit_diffusion.runs.logger import print_note, run_logger_of
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.logger import run_logger_of
 from lit_diffusion.training.datamodule import Batch, DataModule
 
 
@@ -52,6 +53,7 @@ class NoiseLevels(Drawing):
     """
 
     name = "noise_levels"
+    makes = frozenset({"noise_levels", "noise-levels"})
 
     def __init__(
         self,

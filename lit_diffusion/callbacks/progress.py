@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from lit_diffusion.backbones.flops import TRAINING
 from lit_diffusion.distributed import many_processes, summed
+from lit_diffusion.failures import agree
 from lit_diffusion.runs.clock import Cadence
 from lit_diffusion.runs.logger import run_logger_of, survived
 from lit_diffusion.training.callback import Callback
-from lit_diffusion.training.failures import agree
 from lit_diffusion.training.module import TrainedModule
 
 

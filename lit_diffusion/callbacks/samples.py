@@ -22,15 +22,16 @@ from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.distributed import shares_of_all
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
+from lit_diffusion.failures import Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
 from lit_diffusion.methods.base import Method
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.runs.clock import Cadence
-from lit_diffusion.runs.logger import print_note, run_logger_of
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.logger import run_logger_of
 from lit_diffusion.samplers.base import Progress, Strays
 from lit_diffusion.training.datamodule import DataModule
-from lit_diffusion.training.failures import Failure
 
 FILM_ROWS = 16
 """A film strip has at most so many rows, evenly spaced over the levels."""
@@ -85,6 +86,7 @@ class Samples(Drawing):
     """
 
     name = "samples"
+    makes = frozenset({"samples", "film"})
 
     def __init__(
         self,

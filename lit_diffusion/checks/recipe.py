@@ -33,8 +33,10 @@ from lit_diffusion.metrics.weights import WEIGHTS
 from lit_diffusion.processes import VE
 from lit_diffusion.randomness import keyed_permutation
 from lit_diffusion.runs.clock import Cadence
+from lit_diffusion.runs.dashboard import Dashboard, logged_in
+from lit_diffusion.runs.events import require_known_events
 from lit_diffusion.runs.lock import writer_of
-from lit_diffusion.runs.logger import RUN_DIR_FILES, Dashboard, RunLogger, logged_in, require_known_events
+from lit_diffusion.runs.logger import RUN_DIR_FILES, RunLogger
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.training.datamodule import DataModule
 from lit_diffusion.training.precision import precision_name
@@ -58,7 +60,7 @@ Check = Callable[["Recipe"], Iterator[Finding]]
 class Prepared(CLI):
     """All that ``fit`` makes before it starts, and none of what it does then: no directory, no event, no step."""
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_command(self, subcommand: str) -> None:
         """Nothing."""
 
     def _hold(self, run_dir: str | None, wait: bool = False) -> None:

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -46,14 +47,20 @@ from lit_diffusion.config.parser import Parser, users_own_errors
 from lit_diffusion.config.yaml_files import Loader
 from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.errors import UserError
+from lit_diffusion.failures import is_first_process
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
 from lit_diffusion.runs.best import read_best
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.dashboard import Dashboard
+from lit_diffusion.runs.events import drop_lost_events
 from lit_diffusion.runs.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.runs.lock import RunLock
-from lit_diffusion.runs.logger import Dashboard, RunLogger, drop_lost_events, print_note
+from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.training import threads
+from lit_diffusion.training.callback import Callback
 from lit_diffusion.training.datamodule import DataModule
-from lit_diffusion.training.interrupts import Interrupted
+from lit_diffusion.training.lightning_internals import OpenCLI
 from lit_diffusion.training.trainer import Trainer, callbacks_of
 
 # Interpolations are resolved after all files and arguments are merged, and absolute ones work below subcommands.
@@ -73,6 +80,18 @@ TRAINER_DEFAULTS = {
 }
 
 
+CALLBACKS: dict[str, type[pl.Callback]] = {
+    "ema": EMA,
+    "checkpoint": Checkpoint,
+    "samples": Samples,
+    "telemetry": Telemetry,
+    "noise_levels": NoiseLevels,
+    "eval": Evaluator,
+    "likelihood": Likelihood,
+}
+"""Callbacks that every run has, by the key that configures each."""
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dictionary with dotted keys."""
     if not isinstance(tree, dict) or not tree:
@@ -83,7 +102,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class CLI(LightningCLI):
+class LightningParser(Parser, LightningArgumentParser):
+    """The parser of LightningCLI's commands."""
+
+
+class CLI(OpenCLI):
     """LightningCLI with named callbacks, checkpoint precedence, ``auto`` values and run directories."""
 
     lock: RunLock | None = None
@@ -104,7 +127,7 @@ class CLI(LightningCLI):
 
         The parsers of the others, each with all keys, would take half of the time in which a command starts.
         """
-        return {self._command: LightningCLI.subcommands()[self._command] | {"weights_only"}}
+        return {self._command: OpenCLI.subcommands()[self._command] | {"weights_only"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The seed."""
@@ -133,13 +156,8 @@ class CLI(LightningCLI):
             default=None,
             help="Checkpoint, or a run's directory, whose weights to start from, nothing else.",
         )
-        parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(Telemetry, "telemetry")
-        parser.add_lightning_class_args(NoiseLevels, "noise_levels")
-        parser.add_lightning_class_args(Evaluator, "eval")
-        parser.add_lightning_class_args(Likelihood, "likelihood")
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
         parser.add_class_arguments(Dashboard, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -185,9 +203,7 @@ class CLI(LightningCLI):
 
         Where they were started together, a refusal waits until they are connected and hear of it from the run's logger.
         """
-        ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # Of whichever launcher there is.
-        first = all(os.environ.get(name, "0") == "0" for name in ranks)
-        if run_dir is None or self.lock is not None or not first:
+        if run_dir is None or self.lock is not None or not is_first_process():
             return
         self.lock = RunLock(Path(run_dir), print_note)
         try:
@@ -209,9 +225,6 @@ class CLI(LightningCLI):
         self.continues = (Path(run_dir) / "run_id").is_file()
         return newest_checkpoint(Path(run_dir)) if self.continues else None
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning's would let the checkpoint override the command line."""
-
     # ---- from configuration to objects -------------------------------------------------------------------------
 
     @property
@@ -230,7 +243,7 @@ class CLI(LightningCLI):
         with users_own_errors():
             self.config_init = self.parser.instantiate(self.config)
         section["model"] = model
-        self.datamodule = self._get(self.config_init, "data")
+        self.datamodule = self.instantiated("data")
         self.datamodule.seed = section.seed_everything
         self.model = self._build_model(section)
         self.trainer = self.instantiate_trainer()
@@ -309,7 +322,7 @@ class CLI(LightningCLI):
         for key in ("run_dir", "resume", "ckpt_path", "init_from"):
             again[key] = None
         again["experiment"] = self._experiment(section)
-        return str(self._parser(self.subcommand).dump(again, skip_unset=False, format="yaml"))
+        return str(self.parser_of(self.subcommand).dump(again, skip_unset=False, format="yaml"))
 
     @staticmethod
     def _experiment(section: Namespace) -> str:
@@ -364,7 +377,7 @@ class CLI(LightningCLI):
             return
         seen, again = -1, set[str]()  # Killed before its first checkpoint: all events are made again.
         if self.checkpoint is not None:
-            seen, again = _made_again(self.checkpoint)
+            seen, again = made_again(self.checkpoint)
         lost = drop_lost_events(run_dir, seen, again)
         print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
 
@@ -422,20 +435,14 @@ def _parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     return config
 
 
-def _made_again(checkpoint: dict[str, Any]) -> tuple[int, set[str]]:
+def made_again(checkpoint: dict[str, Any]) -> tuple[int, set[str]]:
     """The images that a checkpoint has seen, and what a run that continues it makes again at that very moment."""
     state, callbacks = checkpoint[CHECKPOINT_KEY], checkpoint.get("callbacks", {})
-    seen = state["images_seen"]
-    again: set[str] = set()
-    evaluator = callbacks.get("Evaluator", {})
-    if seen not in (evaluator.get("last", {}).get("images"), evaluator.get("drawn_at")):
-        again |= {"evaluation", "neighbours"}
-    if state.get("validation_due", False):
-        again |= {"metrics"}
-    for name, events in (("Samples", {"samples", "film"}), ("NoiseLevels", {"noise_levels", "noise-levels"})):
-        if callbacks.get(name, {}).get("drawn_at", seen) != seen:
-            again |= events
-    return seen, again
+    again = {"metrics"} if state.get("validation_due", False) else set[str]()
+    for callback in CALLBACKS.values():
+        if issubclass(callback, Callback):
+            again |= callback.made_again(callbacks.get(callback.__name__, {}), state["images_seen"])
+    return state["images_seen"], again
 
 
 def _short(path: Path) -> str:
@@ -476,7 +483,7 @@ def _run(arguments: Sequence[str], cli: type[CLI]) -> CLI:
         save_config_callback=None,
         trainer_class=Trainer,
         trainer_defaults=TRAINER_DEFAULTS,
-        parser_class=Parser,
+        parser_class=LightningParser,
         parser_kwargs={"parser_mode": "omegaconf+", "prog": "python -m lit_diffusion"},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

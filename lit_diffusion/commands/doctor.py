@@ -62,7 +62,7 @@ def findings(arguments: Sequence[str]) -> Iterator[Finding]:
 
 def _no_recipe() -> Iterator[Finding]:
     from lit_diffusion.checks import recipe
-    from lit_diffusion.runs.logger import Dashboard
+    from lit_diffusion.runs.dashboard import Dashboard
 
     yield from machine.disk(Path("runs"))
     yield from machine.shared_memory()

@@ -35,8 +35,8 @@ from lit_diffusion.metrics.extractors import (
 )
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of_moments
 from lit_diffusion.metrics.scores import Result
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.formats import FORMAT_VERSION
-from lit_diffusion.runs.logger import print_note
 
 DARK = 32
 """Images whose values all lie below it are said to be: one in eight of the range, rather another scale than night."""

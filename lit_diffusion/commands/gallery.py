@@ -24,8 +24,8 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import about_shown, as_shown, png_bytes
 from lit_diffusion.metrics.protocol import differing_keys
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.formats import FORMAT_VERSION
-from lit_diffusion.runs.logger import print_note
 
 REAL = "real data"
 _PLACE_OF_DATA = "GALLERY_DATA"

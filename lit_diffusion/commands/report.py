@@ -20,25 +20,21 @@ from lit_diffusion.config.parser import Parser
 from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
+from lit_diffusion.metrics.catalogue import better
 from lit_diffusion.metrics.protocol import differing_keys
 from lit_diffusion.plots.panels import (
-    Event,
     Panel,
     Protocol,
-    RecordedRun,
-    better,
     curves_by_key,
     metric_panels,
     noise_level_panels,
-    number,
     other_panels,
     protocols_of,
-    read_run,
-    recorded_png,
     speed_panels,
     training_panels,
 )
-from lit_diffusion.runs.logger import SETTINGS
+from lit_diffusion.runs.dashboard import SETTINGS
+from lit_diffusion.runs.events import Event, RecordedRun, number, read_run, recorded_png
 
 SAMPLES = {
     "samples": "Samples",

@@ -29,7 +29,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.files import atomic_write, write_set
 from lit_diffusion.images import about_shown, image_grid, png_bytes, save_png, to_uint8
-from lit_diffusion.runs.logger import print_note
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.samplers.base import in_words
 
 ENDINGS = (".npz", ".png")

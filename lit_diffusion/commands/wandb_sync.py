@@ -15,10 +15,11 @@ from PIL import Image
 from lit_diffusion.config.parser import Parser
 from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.errors import UserError
-from lit_diffusion.plots.panels import Event, RecordedRun, read_run, recorded_png
 from lit_diffusion.runs.clock import Clock
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.dashboard import Dashboard, logged_in
+from lit_diffusion.runs.events import Event, RecordedRun, read_run, recorded_png
 from lit_diffusion.runs.lock import RunLock
-from lit_diffusion.runs.logger import Dashboard, logged_in, print_note
 
 DESCRIPTION = """Replays a run's metrics.jsonl and its pictures into one Weights & Biases run, in order, each step once.
 For runs that were trained offline and interrupted, or recorded with --wandb.mode disabled: each start left an offline

@@ -18,7 +18,7 @@ from lit_diffusion.conditions import Condition
 from lit_diffusion.methods.base import Method
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
-from lit_diffusion.runs.logger import print_note
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.samplers import DDIM
 from lit_diffusion.samplers.base import Samples, Strays
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_diffusion.distributed import rank_and_world_size
 from lit_diffusion.evaluation.model import GenerativeModel
 from lit_diffusion.evaluation.sampling import Share, generate_in_batches
+from lit_diffusion.failures import agree
 from lit_diffusion.images import to_uint8
 from lit_diffusion.metrics.base import Context, Pair, ScoreOptions
 from lit_diffusion.metrics.choice import Choice, choose_metrics
@@ -24,7 +25,6 @@ from lit_diffusion.metrics.extractors import CLIP, Extractor
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of
 from lit_diffusion.metrics.scores import Result, Scores
 from lit_diffusion.samplers.base import Sampler, Strays, in_words
-from lit_diffusion.training.failures import agree
 
 Batch = tuple[Tensor, np.ndarray, list[str] | None]
 """Numbers of samples, int64 ``[b]``; the samples, uint8 ``[b, H, W, C]`` or points ``[b, D]``; captions, if any."""

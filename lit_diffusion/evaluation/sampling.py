@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_diffusion import interrupts
 from lit_diffusion.distributed import many_processes, shares_of_all
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.model import GenerativeModel
+from lit_diffusion.failures import AloneError, Failure, agree
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.samplers.base import OnStep, Progress, Sampler, Strays
-from lit_diffusion.training import interrupts
-from lit_diffusion.training.failures import AloneError, Failure, agree
-from lit_diffusion.training.interrupts import Interrupted
 
 
 class DivergedError(UserError):

@@ -16,7 +16,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import Loss, Objective
 from lit_diffusion.randomness import SampleNoise, keyed_choice
 from lit_diffusion.reverse import ReverseChain, ReverseVariance
-from lit_diffusion.runs.logger import print_note
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import OnStep, Sampler, Samples
 from lit_diffusion.training.datamodule import Batch, DataModule

@@ -241,5 +241,16 @@ def dashboard_rows() -> str:
     return "\n".join(lines) + "\n"
 
 
+_LOSSES = ("val/loss", "test/loss", "test/bpd_ode", "test/bpd_bound")
+
+
+def better(key: str) -> Direction | None:
+    """Whether lower or higher is better, None where neither is or nobody knows."""
+    if key in _LOSSES:
+        return "min"
+    row = row_of(key)
+    return None if row is None else row.better
+
+
 if __name__ == "__main__":  # To bring the two pages up to date: python -m lit_diffusion.metrics.catalogue
     sys.stdout.write(f"{metrics_table()}\n{dashboard_rows()}")

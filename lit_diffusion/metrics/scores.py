@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.distributed import summed
+from lit_diffusion.failures import Attempt, Failure
 from lit_diffusion.metrics.base import Pair, SampleMetric, ScoreOptions, Seen, Subject, Value
 from lit_diffusion.metrics.catalogue import CATALOGUE, metric_key
 from lit_diffusion.metrics.choice import class_of
 from lit_diffusion.metrics.extractors import CLIP, Extractor
 from lit_diffusion.metrics.reference import Reference
-from lit_diffusion.training.failures import Attempt, Failure
 
 
 @dataclass(frozen=True)

@@ -5,119 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from lit_diffusion.errors import UserError
 from lit_diffusion.images import png_bytes
-from lit_diffusion.metrics.catalogue import CATALOGUE, Direction, metric_of, row_of
+from lit_diffusion.metrics.catalogue import CATALOGUE, metric_of, row_of
 from lit_diffusion.plots.figures import counts_axis, curves_panel, new_figure, render, theme
-from lit_diffusion.runs.formats import require_known_format
-
-Event = Mapping[str, Any]
-
-_LOSSES = ("val/loss", "test/loss", "test/bpd_ode", "test/bpd_bound")
-
-
-def better(key: str) -> Direction | None:
-    """Whether lower or higher is better, None where neither is or nobody knows."""
-    if key in _LOSSES:
-        return "min"
-    row = row_of(key)
-    return None if row is None else row.better
-
+from lit_diffusion.runs.events import Event, RecordedRun, number
 
 # ---- reading -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """What a run's directory holds, as far as it is whole.
-
-    Args:
-        folder: of the run.
-        events: in their order.
-        torn: lines of metrics.jsonl that are no whole event, as a kill leaves them.
-    """
-
-    folder: Path
-    events: list[Event]
-    torn: int
-
-    def of(self, *kinds: str) -> list[Event]:
-        """The events of some kinds."""
-        return [event for event in self.events if event["event"] in kinds]
-
-    @property
-    def images(self) -> int:
-        """Images seen."""
-        # A test's `images` are those it measured.
-        return max((event["images"] for event in self.events if event["event"] != "test"), default=0)
-
-
-def read_run(folder: Path) -> RecordedRun:
-    """Read a run's events.
-
-    Raises:
-        UserError: if the directory is no run's, or of an unknown format.
-    """
-    path = folder / "metrics.jsonl"
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(
-            f"{folder} is no run's directory: {path.name} cannot be read ({error.strerror}); "
-            f"give one such as runs/<experiment>/<run id>"
-        ) from error
-    lines = [line for line in text.split("\n") if line.strip()]
-    read = (_event(line) for line in lines)
-    events = [event for event in read if event is not None]
-    start = next((event for event in events if event["event"] == "start"), None)
-    if start is None:
-        raise UserError(f"{path} has no start event: it is no run's; give a directory such as runs/<experiment>/<id>")
-    require_known_format(start.get("format_version"), str(path))
-    return RecordedRun(folder, events, len(lines) - len(events))
-
-
-def _event(line: str) -> Event | None:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return None
-    images, time = event.get("images"), number(event.get("time"))
-    whole = type(images) is int and 0 <= images < 2**53 and time is not None and 0.0 <= time < 1e11
-    return event if whole else None
-
-
-def recorded_png(folder: Path, name: object) -> bytes | None:
-    """A picture of the run's own samples folder; a name that leads out of it is not followed."""
-    from PIL import Image
-
-    try:
-        path = (folder / str(name)).resolve()
-        if not path.is_relative_to((folder / "samples").resolve()):
-            return None
-        png = path.read_bytes()
-        with Image.open(path, formats=("PNG",)) as picture:
-            picture.verify()
-    except (OSError, ValueError, SyntaxError):  # The last is what Pillow says of a broken PNG.
-        return None
-    return png
-
-
-def number(value: object) -> float | None:
-    """A recorded number, NaN and infinity among them; None for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else None
 
 
 # ---- series ------------------------------------------------------------------------------------------------------

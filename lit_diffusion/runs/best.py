@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_diffusion.files import atomic_write
 from lit_diffusion.metrics.catalogue import CATALOGUE, is_better
-from lit_diffusion.runs.logger import print_note
+from lit_diffusion.runs.console import print_note
 
 BEST = "best.json"
 """Lists the best checkpoints, best first: file, metric, value, images."""

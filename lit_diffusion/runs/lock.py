@@ -35,8 +35,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
-from lit_diffusion.training import interrupts
 
 LOCK = "lock"
 """The file's name in a run's directory."""

@@ -4,177 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lit_diffusion.errors import UserError
+from lit_diffusion.failures import Attempt, Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import save_png
-from lit_diffusion.plots.panels import better
 from lit_diffusion.runs.clock import Clock
-from lit_diffusion.runs.formats import FORMAT_VERSION, require_known_format
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.dashboard import Dashboard
+from lit_diffusion.runs.events import _failed_before, require_known_events
+from lit_diffusion.runs.formats import FORMAT_VERSION
 from lit_diffusion.runs.lock import RunLock
-from lit_diffusion.training.failures import Attempt, Failure
 
 RUN_DIR_FILES = ("config.yaml", "metrics.jsonl", "run_id")
-
-SETTINGS = frozenset({"seed", "rtol", "atol", "t_min", "steps", "sampled"})
-"""Numbers of an event that say how something was measured, not what was found: no curves."""
-
-
-class Dashboard:
-    """Weights & Biases, as a view of the run: absent or in trouble, it changes nothing else.
-
-    Args:
-        mode: ``auto``: online when you are logged in, offline otherwise; ``online``; ``offline``; ``disabled``: wandb
-            is not even imported.
-        project: of the dashboard.
-        entity: user or team that owns the project, null for your default.
-        tags: words to find the run by.
-    """
-
-    resume: Literal["allow", "never"] = "allow"
-    """What wandb does where it has a run of this id already."""
-
-    def __init__(
-        self,
-        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
-        project: str = "lit_diffusion",
-        entity: str | None = None,
-        tags: list[str] | None = None,
-    ) -> None:
-        self.mode = mode
-        self.project = project
-        self.entity = entity
-        self.tags = tags
-        self.on_trouble: Callable[[], None] = lambda: None
-        """Called when the view is lost; a run counts it."""
-        self._run: Any = None
-        self._defined: set[str] = set()
-
-    def resolved_mode(self) -> str:
-        """``online``, ``offline`` or ``disabled``; the variable WANDB_MODE settles ``auto``."""
-        if self.mode != "auto":
-            return self.mode
-        chosen = os.environ.get("WANDB_MODE")
-        if chosen in ("online", "offline", "disabled"):
-            return chosen
-        return "online" if logged_in() else "offline"
-
-    @contextmanager
-    def _trouble_is_a_note(self) -> Iterator[None]:
-        """Whatever wandb or its service does, or where it is not installed: the run goes on without this view."""
-        try:
-            yield
-        except Exception as error:
-            print_note(f"Weights & Biases is off: {(str(error) or type(error).__name__).splitlines()[0]}")
-            self._run = None
-            if not isinstance(error, ModuleNotFoundError):  # Absent is one of the three ways to have it.
-                self.on_trouble()
-
-    def open(self, run_id: str, run_dir: Path, experiment: str, config: dict[str, Any]) -> None:
-        """Start the view of a run."""
-        with self._trouble_is_a_note():
-            mode = self.resolved_mode()
-            if mode == "disabled":
-                return
-            import wandb
-
-            self._run = wandb.init(
-                mode=mode,  # type: ignore[arg-type]
-                id=run_id,
-                name=f"{experiment}/{run_id}",
-                project=self.project,
-                entity=self.entity,
-                tags=self.tags,
-                dir=str(run_dir),
-                config=config,
-                resume=self.resume,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-            # One clock for all panels; wandb's own step is never given, so nothing is ever out of order.
-            self._run.define_metric("images")
-            self._run.define_metric("*", step_metric="images")
-            self._defined.clear()
-
-    def log(self, event: str, values: Mapping[str, Any], clock: Clock) -> None:
-        """One event, its numbers in the section of its name."""
-        self._send(dashboard_values(event, values), clock)
-
-    def picture(self, name: str, picture: np.ndarray, caption: str, clock: Clock) -> None:
-        """One picture, uint8 ``[H, W, C]``."""
-        if self._run is not None:
-            with self._trouble_is_a_note():
-                import wandb
-
-                image = wandb.Image(picture[..., 0] if picture.shape[-1] == 1 else picture, caption=caption)
-                self._send({f"pictures/{name}": image}, clock)
-
-    def _send(self, values: Mapping[str, Any], clock: Clock) -> None:
-        if self._run is None or not values:
-            return
-        with self._trouble_is_a_note():
-            # By its whole name: which of several patterns that fit a key counts, wandb leaves open.
-            for key in values.keys() - self._defined:
-                if best := better(key.removeprefix("evaluation/")):
-                    self._run.define_metric(key, step_metric="images", summary=f"last,{best}")
-                self._defined.add(key)
-            self._run.log({**values, "images": clock.images, "trainer/global_step": clock.steps})
-
-    def close(self, failed: bool) -> None:
-        """Say whether it ended well."""
-        if self._run is not None:
-            with self._trouble_is_a_note():
-                self._run.finish(exit_code=1 if failed else 0)
-            self._run = None
-
-
-def logged_in() -> bool:
-    """Whether this machine has a key of Weights & Biases; asks no server."""
-    import wandb
-
-    return bool(wandb.api.api_key)
-
-
-def dashboard_values(event: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dashboard shows of an event, as docs/dashboard.md says: numbers, and the protocol as JSON.
-
-    The part of a key before its first slash is the panel's section. What modules log through Lightning, event
-    ``metrics``, brings its own (``val/loss``).
-    """
-    if event in ("start", "end", "picture"):  # pictures are shown themselves
-        return {}
-    section = "" if event == "metrics" else f"{event}/"
-    shown: dict[str, Any] = {
-        f"{section}{key}": value
-        for key, value in values.items()
-        if isinstance(value, int | float) and key not in SETTINGS
-    }
-    if isinstance(protocol := values.get("protocol"), dict):
-        shown[f"{section}protocol"] = json.dumps(protocol, sort_keys=True)
-    return shown
-
-
-@rank_zero_only
-def print_note(line: str) -> None:
-    """One line for the person at the terminal, outside the progress bar; of several processes the first says it."""
-    from tqdm import tqdm
-
-    with suppress(OSError, ValueError):  # A terminal that is gone, a full disk that the output goes to.
-        tqdm.write(line)
 
 
 def new_run_id() -> str:
@@ -490,7 +345,7 @@ def run_logger_of(trainer: Any) -> RunLogger | None:
 def survived(trainer: Any, name: str) -> Iterator[None]:
     """What is done beside the training, and must not end it: a failure is said, recorded and counted, and that is all.
 
-    All processes come, and a failure of one is one of all, see :mod:`lit_diffusion.training.failures`.
+    All processes come, and a failure of one is one of all, see :mod:`lit_diffusion.failures`.
 
     Args:
         trainer: whose run it is.
@@ -515,76 +370,3 @@ def _failed_line(name: str, failure: Failure, clock: Clock, again: bool = False)
     if again:
         return f"{name} failed again at {clock.images} images: {failure.kind} at {failure.place}"
     return f"{name} failed at {clock.images} images, and the run goes on without: {failure}"
-
-
-def _failed_before(path: Path) -> list[str]:
-    """What failed, once for each time, by the events of a run that is continued."""
-    if not path.exists():
-        return []
-    names = []
-    for line in path.read_text().splitlines():
-        if '"event": "failed"' in line:
-            with suppress(ValueError):  # A line torn by a kill.
-                names.append(str(json.loads(line).get("name")))
-    return names
-
-
-def require_known_events(run_dir: Path) -> None:
-    """Refuse to continue a run whose events are not there or of another format.
-
-    Raises:
-        UserError: saying which.
-    """
-    path = run_dir / "metrics.jsonl"
-    try:
-        with path.open() as file:
-            first = json.loads(file.readline())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot continue the run in {run_dir}: {path.name} is missing or not its own ({error}); "
-            f"choose another --run_dir"
-        ) from error
-    require_known_format(first.get("format_version") if isinstance(first, dict) else None, str(path))
-
-
-def drop_lost_events(run_dir: Path, images_seen: int, again: Collection[str] = ()) -> int:
-    """Move the events after a checkpoint, which a continued run makes again, to metrics.lost.jsonl.
-
-    Of several processes, which are not connected yet, only the first does it.
-
-    Args:
-        run_dir: of the run that is continued.
-        images_seen: by the checkpoint; -1 where there is none, so that all events are made again.
-        again: events, and names of pictures, of the checkpoint's own moment that were written after it, if they were:
-            they are made again too.
-
-    Returns:
-        How many events were moved.
-
-    Raises:
-        UserError: if there are none, or of an unknown format; then nothing is touched.
-    """
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        return 0
-    path = run_dir / "metrics.jsonl"
-    if images_seen < 0 and (not path.exists() or b"\n" not in path.read_bytes()):
-        path.unlink(missing_ok=True)  # A kill came before its first line was whole.
-        return 0
-    require_known_events(run_dir)
-    kept: list[str] = []
-    lost: list[str] = []
-    for line in path.read_text().splitlines():
-        try:
-            event = json.loads(line)
-            after = event["images"] > images_seen
-            if event["images"] == images_seen:
-                after = event["event"] in again or str(event.get("name")).partition("/")[0] in again
-        except (json.JSONDecodeError, KeyError, TypeError):
-            after = True  # a line torn by a kill
-        (lost if after else kept).append(line + "\n")
-    if lost:
-        with (run_dir / "metrics.lost.jsonl").open("a") as file:
-            file.writelines(lost)
-        with atomic_write(path) as out:
-            out.write("".join(kept).encode())
-    return len(lost)

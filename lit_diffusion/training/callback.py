@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
@@ -21,6 +21,16 @@ class Callback(pl.Callback):
 
     def after_step(self, module: TrainedModule) -> None:
         """Follow a step that changed the weights; no hook of Lightning's sees it before."""
+
+    @classmethod
+    def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
+        """Events, and names of pictures, that a continued run makes again at the moment of its checkpoint.
+
+        Args:
+            state: of the callback in that checkpoint; empty where it has none.
+            images: seen by the checkpoint.
+        """
+        return set()
 
     def exclude(self, seconds: float) -> None:
         """Do not count what was no training: drawing, evaluating."""

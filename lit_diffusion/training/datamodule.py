@@ -20,10 +20,10 @@ from lit_diffusion.data.source import Source
 from lit_diffusion.data_spec import DataFacts, in_brief
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import about_shown
+from lit_diffusion.interrupts import leave_it_to_the_main_process
 from lit_diffusion.randomness import keyed_permutation, keyed_uniform
 from lit_diffusion.runs.clock import Clock
-from lit_diffusion.runs.logger import print_note
-from lit_diffusion.training.interrupts import leave_it_to_the_main_process
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.training.trainer import Trainer
 
 SPLIT_SEED = 0

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 
 class _NoHandlers(_SignalConnector):
-    """Lightning's save and broadcast inside the handler; ours set a flag (training/interrupts.py)."""
+    """Lightning's save and broadcast inside the handler; ours set a flag (interrupts.py)."""
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False
@@ -72,3 +73,25 @@ def checkpoint_of(trainer: pl.Trainer) -> dict[str, Any]:
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
     """Let a sharded strategy share weights out over the processes of all nodes; by default it does over the nodes."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+class OpenCLI(LightningCLI):
+    """LightningCLI with public names for the private methods that ours changes or calls."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning's would let the checkpoint override the command line."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run_command(subcommand)
+
+    def run_command(self, subcommand: str) -> None:
+        """Call the Trainer's method of the command's name; the last thing that the constructor does."""
+        super()._run_subcommand(subcommand)
+
+    def instantiated(self, key: str) -> Any:
+        """What was made of a key of the command that is run."""
+        return self._get(self.config_init, key)
+
+    def parser_of(self, subcommand: str) -> LightningArgumentParser:
+        """The parser of a command, without that which chooses it."""
+        return self._parser(subcommand)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lit_diffusion import interrupts
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.backbones.flops import forward_flops
 from lit_diffusion.data_spec import DataFacts
@@ -26,9 +27,9 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.randomness import stream_key
 from lit_diffusion.runs.clock import Clock, in_images
+from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
-from lit_diffusion.runs.logger import print_note, run_logger_of, survived
-from lit_diffusion.training import interrupts
+from lit_diffusion.runs.logger import run_logger_of, survived
 from lit_diffusion.training.callback import own_callbacks
 from lit_diffusion.training.datamodule import NOBODYS, Batch, DataModule
 from lit_diffusion.training.gradients import average_over_processes, clip

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers.tiny import digits_data, events, fit, ncsn, run_logger, same, weights
 
+from lit_diffusion import interrupts
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, NoiseLevels, Samples, Telemetry
-from lit_diffusion.training import interrupts
-from lit_diffusion.training.interrupts import Interrupted
+from lit_diffusion.interrupts import Interrupted
 
 STEPS = 6
 TIMINGS = ("seconds", "images_per_second", "tflops", "memory_gb", "gpu_memory_gb")

@@ -20,7 +20,8 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VP
 from lit_diffusion.reverse import gaussian_kl
 from lit_diffusion.runs.clock import Cadence, Clock
-from lit_diffusion.runs.logger import Dashboard, RunLogger
+from lit_diffusion.runs.dashboard import Dashboard
+from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.samplers import DDIM, Ancestral
 from lit_diffusion.training.datamodule import DataModule
 

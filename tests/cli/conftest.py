@@ -84,7 +84,7 @@ def parser_of(tmp_path_factory):
         def instantiate_classes(self) -> None:
             """Nothing: the parser is all that is wanted."""
 
-        def _run_subcommand(self, subcommand: str) -> None:
+        def run_command(self, subcommand: str) -> None:
             """Nothing."""
 
     config = tmp_path_factory.mktemp("parser") / "tiny.yaml"

@@ -19,18 +19,10 @@ from PIL import Image
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import png_bytes
-from lit_diffusion.metrics.catalogue import CATALOGUE, metric_of, row_of
+from lit_diffusion.metrics.catalogue import CATALOGUE, better, metric_of, row_of
 from lit_diffusion.plots.figures import new_figure
-from lit_diffusion.plots.panels import (
-    Curve,
-    better,
-    metric_panels,
-    noise_level_panels,
-    protocols_of,
-    read_run,
-    smoothed,
-    training_panels,
-)
+from lit_diffusion.plots.panels import Curve, metric_panels, noise_level_panels, protocols_of, smoothed, training_panels
+from lit_diffusion.runs.events import read_run
 
 HOSTILE = "<script>alert('\"&$x^{')</script>"
 PROTOCOL = {"extractor": "digits", "resize": "none", "n_fake": 500, "sampler": "ancestral", "seed": 0, "stage": "fit"}

@@ -157,7 +157,8 @@ def test_pictures_are_those_of_the_run(interrupted, wandb):
 
 def test_it_shows_what_was_shown_live(wandb, tmp_path):
     """The same rows as the dashboard had while the run went on, a test's measured images among them."""
-    from lit_diffusion.runs.logger import Dashboard, RunLogger
+    from lit_diffusion.runs.dashboard import Dashboard
+    from lit_diffusion.runs.logger import RunLogger
 
     logger = RunLogger("live", "experiment: live\n", run_dir=tmp_path / "run", dashboard=Dashboard("online"))
     logger.clock.images, logger.clock.steps = 640, 20

@@ -12,7 +12,7 @@ import lit_diffusion.config.parser
 from lit_diffusion.__main__ import as_one_line, dispatch
 from lit_diffusion.cli.arguments import in_order
 from lit_diffusion.commands.options import choose_sampler
-from lit_diffusion.config.parser import REPORTS, takes_of
+from lit_diffusion.config.messages import REPORTS, takes_of
 from lit_diffusion.errors import UserError
 from lit_diffusion.samplers import Heun
 
@@ -158,7 +158,7 @@ def test_every_report_is_still_one_of_jsonargparses(workdir, fit_parser, monkeyp
         "--trainer.max_images lots",
     ]
     messages: list[str] = []
-    explain = lit_diffusion.config.parser.explain
+    explain = lit_diffusion.config.messages.explain
     monkeypatch.setattr(
         lit_diffusion.config.parser, "explain", lambda parser, text: (messages.append(text), explain(parser, text))[1]
     )

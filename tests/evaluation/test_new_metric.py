@@ -11,9 +11,10 @@ from helpers.tiny import digits, digits_data, events, ncsn, run_logger, trainer
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import EMA, Evaluator
 from lit_diffusion.metrics import RealData, SampleMetric, Value
-from lit_diffusion.metrics.catalogue import CATALOGUE, Panel, Row, dashboard_rows, metrics_table
+from lit_diffusion.metrics.catalogue import CATALOGUE, Panel, Row, better, dashboard_rows, metrics_table
 from lit_diffusion.metrics.gathering import RowsMetric
-from lit_diffusion.plots.panels import better, metric_panels, read_run
+from lit_diffusion.plots.panels import metric_panels
+from lit_diffusion.runs.events import read_run
 
 
 class MeanNorm(RowsMetric, SampleMetric):

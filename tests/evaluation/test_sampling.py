@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers.tiny import ddpm, digits_data, ncsn, points_data, toy_dsm
 
+from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation import sampling
 from lit_diffusion.evaluation.sampling import Share, generate_in_batches
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.samplers import DDIM, AnnealedLangevin, Langevin
 from lit_diffusion.samplers.base import Strays, far_outside
-from lit_diffusion.training import interrupts
-from lit_diffusion.training.interrupts import Interrupted
 
 
 def drawn(method, count, *arguments, **keys):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lit_diffusion.metrics.catalogue import CATALOGUE, metric_key
+from lit_diffusion.metrics.catalogue import CATALOGUE, better, metric_key
 from lit_diffusion.metrics.protocol import differing_keys
-from lit_diffusion.plots.panels import better
 
 ALIKE = {"extractor": "inception-v3-compat", "reference": "0123", "n_fake": 2000, "seed": 0, "weights": "ema"}
 

@@ -21,6 +21,7 @@ import yaml
 from helpers.tiny import CONFIG, events
 
 import lit_diffusion
+from lit_diffusion import interrupts
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.checks.recipe import run_directory
 from lit_diffusion.cli.lightning_cli import CLI, main
@@ -28,7 +29,6 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.runs import lock as run_lock
 from lit_diffusion.runs.lock import LOCK, Holder, Place, RunLock
 from lit_diffusion.runs.logger import RunLogger
-from lit_diffusion.training import interrupts
 
 HOLD = """
 import sys
@@ -496,7 +496,7 @@ def test_of_processes_started_together_all_hear_of_a_refusal(tmp_path, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     class Stopped(CLI):
-        def _run_subcommand(self, subcommand):
+        def run_command(self, subcommand):
             self.run_logger.open()
 
     main(["fit", "--config", "tiny.yaml", "--run_dir", "run", "--resume", "auto"], Stopped)

@@ -21,7 +21,10 @@ from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Telemetry
 from lit_diffusion.errors import UserError
 from lit_diffusion.runs.clock import Clock
-from lit_diffusion.runs.logger import Dashboard, RunLogger, drop_lost_events, new_run_id, print_note, run_logger_of
+from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.dashboard import Dashboard
+from lit_diffusion.runs.events import drop_lost_events
+from lit_diffusion.runs.logger import RunLogger, new_run_id, run_logger_of
 
 
 def refusal(make) -> str:
@@ -228,15 +231,13 @@ def test_events_after_the_checkpoint_are_set_aside(tmp_path):
 
 
 def test_of_several_processes_only_the_first_moves_them_and_speaks(tmp_path, monkeypatch, capsys):
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
     path = written(tmp_path, [("a", 96)])
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setenv("RANK", "1")
     assert drop_lost_events(tmp_path, 64) == 0
     print_note("hello")
     assert kinds(path) == ["start", "a"]
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    monkeypatch.setenv("RANK", "0")
     assert drop_lost_events(tmp_path, 64) == 1
     print_note("hello")
     assert capsys.readouterr().out == "hello\n"
@@ -551,7 +552,7 @@ def test_disabled_does_not_even_import_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
     monkeypatch.delenv("WANDB_MODE", raising=False)
     notes = []
-    monkeypatch.setattr("lit_diffusion.runs.logger.print_note", notes.append)
+    monkeypatch.setattr("lit_diffusion.runs.console.print_note", notes.append)
     for folder, dashboard in (("a", Dashboard("disabled")), ("b", None)):
         method = ncsn()
         logger = run_logger(tmp_path / folder, method, dashboard=dashboard)

@@ -7,6 +7,7 @@ and all leave the attempt together.
 
 from __future__ import annotations
 
+import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,13 @@ def _told(mine: Failure | None) -> list[Failure]:
 def many_processes() -> bool:
     """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for all; by its launcher's word where they are not connected yet."""
+    if many_processes():
+        return dist.get_rank() == 0
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def said_by_all(mine: T) -> list[T]:

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import pytest
 from helpers.tiny import digits_data, fit, ncsn
 
+from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
-from lit_diffusion.training import interrupts
 
 
 @pytest.fixture

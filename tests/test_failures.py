@@ -28,14 +28,15 @@ from lit_diffusion.callbacks import (
     Telemetry,
 )
 from lit_diffusion.checkpoints import read_checkpoint
-from lit_diffusion.cli.lightning_cli import _made_again
+from lit_diffusion.cli.lightning_cli import made_again
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.sampling import Share, generate_in_batches
+from lit_diffusion.failures import AloneError, Attempt, FailedElsewhereError, Failure, agree
 from lit_diffusion.metrics.frechet import FrechetDistance
 from lit_diffusion.metrics.scores import Scores
 from lit_diffusion.runs.best import read_best
-from lit_diffusion.runs.logger import Dashboard, drop_lost_events
-from lit_diffusion.training.failures import AloneError, Attempt, FailedElsewhereError, Failure, agree
+from lit_diffusion.runs.dashboard import Dashboard
+from lit_diffusion.runs.events import drop_lost_events
 
 STEPS = 4
 
@@ -259,7 +260,7 @@ def test_what_failed_counts_as_drawn_when_the_run_goes_on(tmp_path, monkeypatch,
         _, run_dir = trained(tmp_path, steps=2)
     last = run_dir / "checkpoints" / "last.ckpt"
     saved = read_checkpoint(last)
-    seen, again = _made_again(saved)
+    seen, again = made_again(saved)
     assert (seen, again) == (64, set())
     assert drop_lost_events(run_dir, seen, again) == 0
     method, _ = trained(tmp_path, continues=True, ckpt_path=last)
@@ -270,13 +271,13 @@ def test_what_failed_counts_as_drawn_when_the_run_goes_on(tmp_path, monkeypatch,
     assert events(run_dir, "end")[-1]["failed"] == {"samples": 1, "evaluation": 1}  # Of the whole run.
 
 
-def test_the_events_of_what_is_made_again_move_aside(tmp_path):
+def test_the_events_of_what_ismade_again_move_aside(tmp_path):
     """Failures of a moment that is drawn again are told again, too."""
     lines = [{"event": "start", "format_version": 1, "images": 0}]
     lines += [{"event": "failed", "name": name, "images": 64} for name in ("samples", "evaluation/fid", "telemetry")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     state = {"lit_diffusion": {"images_seen": 64}, "callbacks": {"Samples": {"drawn_at": 32}}}
-    assert drop_lost_events(tmp_path, *_made_again(state)) == 2
+    assert drop_lost_events(tmp_path, *made_again(state)) == 2
     assert [event.get("name") for event in events(tmp_path)] == [None, "telemetry"]
 
 

@@ -1,0 +1,17 @@
+"""What a run says to the person at the terminal."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from lit_diffusion.failures import is_first_process
+
+
+def print_note(line: str) -> None:
+    """One line for the person at the terminal, outside the progress bar; of several processes the first says it."""
+    from tqdm import tqdm
+
+    if not is_first_process():
+        return
+    with suppress(OSError, ValueError):  # A terminal that is gone, a full disk that the output goes to.
+        tqdm.write(line)

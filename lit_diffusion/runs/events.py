@@ -1,0 +1,178 @@
+"""The events of a run, metrics.jsonl: read back, and set right where a run is continued."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_diffusion.errors import UserError
+from lit_diffusion.failures import is_first_process
+from lit_diffusion.files import atomic_write
+from lit_diffusion.runs.formats import require_known_format
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run's directory holds, as far as it is whole.
+
+    Args:
+        folder: of the run.
+        events: in their order.
+        torn: lines of metrics.jsonl that are no whole event, as a kill leaves them.
+    """
+
+    folder: Path
+    events: list[Event]
+    torn: int
+
+    def of(self, *kinds: str) -> list[Event]:
+        """The events of some kinds."""
+        return [event for event in self.events if event["event"] in kinds]
+
+    @property
+    def images(self) -> int:
+        """Images seen."""
+        # A test's `images` are those it measured.
+        return max((event["images"] for event in self.events if event["event"] != "test"), default=0)
+
+
+def read_run(folder: Path) -> RecordedRun:
+    """Read a run's events.
+
+    Raises:
+        UserError: if the directory is no run's, or of an unknown format.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no run's directory: {path.name} cannot be read ({error.strerror}); "
+            f"give one such as runs/<experiment>/<run id>"
+        ) from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    read = (_event(line) for line in lines)
+    events = [event for event in read if event is not None]
+    start = next((event for event in events if event["event"] == "start"), None)
+    if start is None:
+        raise UserError(f"{path} has no start event: it is no run's; give a directory such as runs/<experiment>/<id>")
+    require_known_format(start.get("format_version"), str(path))
+    return RecordedRun(folder, events, len(lines) - len(events))
+
+
+def _event(line: str) -> Event | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    images, time = event.get("images"), number(event.get("time"))
+    whole = type(images) is int and 0 <= images < 2**53 and time is not None and 0.0 <= time < 1e11
+    return event if whole else None
+
+
+def recorded_png(folder: Path, name: object) -> bytes | None:
+    """A picture of the run's own samples folder; a name that leads out of it is not followed."""
+    from PIL import Image
+
+    try:
+        path = (folder / str(name)).resolve()
+        if not path.is_relative_to((folder / "samples").resolve()):
+            return None
+        png = path.read_bytes()
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.verify()
+    except (OSError, ValueError, SyntaxError):  # The last is what Pillow says of a broken PNG.
+        return None
+    return png
+
+
+def number(value: object) -> float | None:
+    """A recorded number, NaN and infinity among them; None for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else None
+
+
+def _failed_before(path: Path) -> list[str]:
+    """What failed, once for each time, by the events of a run that is continued."""
+    if not path.exists():
+        return []
+    names = []
+    for line in path.read_text().splitlines():
+        if '"event": "failed"' in line:
+            with suppress(ValueError):  # A line torn by a kill.
+                names.append(str(json.loads(line).get("name")))
+    return names
+
+
+def require_known_events(run_dir: Path) -> None:
+    """Refuse to continue a run whose events are not there or of another format.
+
+    Raises:
+        UserError: saying which.
+    """
+    path = run_dir / "metrics.jsonl"
+    try:
+        with path.open() as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot continue the run in {run_dir}: {path.name} is missing or not its own ({error}); "
+            f"choose another --run_dir"
+        ) from error
+    require_known_format(first.get("format_version") if isinstance(first, dict) else None, str(path))
+
+
+def drop_lost_events(run_dir: Path, images_seen: int, again: Collection[str] = ()) -> int:
+    """Move the events after a checkpoint, which a continued run makes again, to metrics.lost.jsonl.
+
+    Of several processes, which are not connected yet, only the first does it.
+
+    Args:
+        run_dir: of the run that is continued.
+        images_seen: by the checkpoint; -1 where there is none, so that all events are made again.
+        again: events, and names of pictures, of the checkpoint's own moment that were written after it, if they were:
+            they are made again too.
+
+    Returns:
+        How many events were moved.
+
+    Raises:
+        UserError: if there are none, or of an unknown format; then nothing is touched.
+    """
+    if not is_first_process():
+        return 0
+    path = run_dir / "metrics.jsonl"
+    if images_seen < 0 and (not path.exists() or b"\n" not in path.read_bytes()):
+        path.unlink(missing_ok=True)  # A kill came before its first line was whole.
+        return 0
+    require_known_events(run_dir)
+    kept: list[str] = []
+    lost: list[str] = []
+    for line in path.read_text().splitlines():
+        try:
+            event = json.loads(line)
+            after = event["images"] > images_seen
+            if event["images"] == images_seen:
+                after = event["event"] in again or str(event.get("name")).partition("/")[0] in again
+        except (json.JSONDecodeError, KeyError, TypeError):
+            after = True  # a line torn by a kill
+        (lost if after else kept).append(line + "\n")
+    if lost:
+        with (run_dir / "metrics.lost.jsonl").open("a") as file:
+            file.writelines(lost)
+        with atomic_write(path) as out:
+            out.write("".join(kept).encode())
+    return len(lost)
