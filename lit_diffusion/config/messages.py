@@ -46,6 +46,7 @@ class Refusal(NamedTuple):
     words: str
 
     def sentence(self) -> str:
+        """The words with the key in them."""
         dotted = f"{self.key}." if self.key else ""
         return self.words.replace("<key.>", dotted).replace("<key>", self.key)
 
@@ -60,6 +61,7 @@ class Refusal(NamedTuple):
         return max(found, key=lambda refusal: refusal.key.count("."), default=None)
 
     def below(self, key: str) -> Refusal:
+        """The same, seen from the parser around."""
         return self._replace(key=".".join(part for part in (key, self.key) if part))
 
 

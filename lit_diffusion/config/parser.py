@@ -1,8 +1,9 @@
 """The command line's parser: jsonargparse, with one plain sentence for each mistake.
 
 A class in a configuration has a parser of its own, and a mistake inside of it passes through all parsers around. The
-innermost knows most: which class it is, which keys it has, what each takes. It makes a :class:`~lit_diffusion.config.messages.Refusal`,
-and those around it put the key by which they know it in front of its own.
+innermost knows most: which class it is, which keys it has, what each takes. It makes a
+:class:`~lit_diffusion.config.messages.Refusal`, and those around it put the key by which they know it in front of its
+own.
 """
 
 from __future__ import annotations

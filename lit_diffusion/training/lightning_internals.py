@@ -92,6 +92,7 @@ class OpenCLI(LightningCLI):
         """What was made of a key of the command that is run."""
         return self._get(self.config_init, key)
 
-    def parser_of(self, subcommand: str) -> LightningArgumentParser:
+    def parser_of(self, subcommand: str | None) -> LightningArgumentParser:
         """The parser of a command, without that which chooses it."""
-        return self._parser(subcommand)
+        parser: LightningArgumentParser = self._parser(subcommand)
+        return parser
