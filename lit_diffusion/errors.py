@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
+from jsonargparse import Namespace
+
 
 class UserError(Exception):
     """Something the user can mend: a wrong key, a missing file, a step that must diverge.
@@ -52,3 +54,14 @@ def nearest(typed: str, known: Iterable[str]) -> str | None:
 
     best = max((name for name in known if name != typed), key=likeness, default=None)
     return best if best is not None and likeness(best) >= 0.6 else None
+
+
+def require_positive(options: Namespace, *keys: str) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for key in keys:
+        if options[key] < 1:
+            raise UserError(f"--{key} is {options[key]}; give a positive number")

@@ -29,43 +29,73 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-CORE_FOLDERS = ("backbones", "evaluation", "processes", "denoisers", "objectives", "samplers", "data", "metrics")
+CORE_FOLDERS = (
+    "backbones",
+    "evaluation",
+    "processes",
+    "denoisers",
+    "objectives",
+    "samplers",
+    "data",
+    "metrics",
+    "plots",
+)
+ABOVE = {
+    "training",
+    "methods",
+    "callbacks",
+    "cli",
+    "commands",
+    "checks",
+    "checkpoints",
+    "runs.logger",
+    "runs.dashboard",
+}
 CORE = [
-    *(PACKAGE / f"{name}.py" for name in ("conditions", "randomness", "images", "figures")),
-    *(PACKAGE / f"{name}.py" for name in ("distributed", "likelihood", "reverse")),
+    *(PACKAGE / f"{name}.py" for name in ("conditions", "data_spec", "randomness", "images", "files", "errors")),
+    *(PACKAGE / f"{name}.py" for name in ("distributed", "failures", "interrupts", "likelihood", "reverse")),
     *(path for folder in CORE_FOLDERS for path in (PACKAGE / folder).rglob("*.py")),
 ]
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_core_knows_nothing_of_lightning_or_what_stands_on_it(path):
-    above = {"training", "methods", "callbacks", "datamodule", "trainer", "run", "cli", "commands", "checkpoints"}
     for name in imported(path):
         assert not name.startswith("lightning")
-        assert name.removeprefix("lit_diffusion.").partition(".")[0] not in above or not name.startswith(
-            "lit_diffusion."
-        )
+        assert not any(f"{name}.".startswith(f"lit_diffusion.{above}.") for above in ABOVE)
+
+
+def test_the_files_at_the_door_are_these():
+    """What has a room stands in it."""
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {
+        *("__init__", "__main__", "checkpoints", "conditions", "data_spec", "distributed", "errors", "failures"),
+        *("files", "images", "interrupts", "likelihood", "randomness", "reverse"),
+    }
+
+
+def started(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after some code."""
+    command = [sys.executable, "-c", f"{code}; import sys; print(); print(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command", ["gallery", "report", "wandb_sync"])
+def test_what_only_reads_runs_starts_without_lightning(command):
+    assert "lightning" not in started(f"from lit_diffusion.commands import {command}")
 
 
 def test_samplers_can_be_imported_alone():
-    done = subprocess.run(
-        [sys.executable, "-c", "import lit_diffusion.samplers, sys; print(*sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = set(done.stdout.split())
+    loaded = started("import lit_diffusion.samplers")
     heavy = {"lightning", "wandb", "torchvision", "torch_fidelity", "matplotlib", "torchmetrics", "sklearn"}
     assert not heavy & loaded
     # Nor the networks or the sources: what samplers know is a denoiser.
-    assert {name for name in loaded if name.startswith(("lit_diffusion.backbones", "lit_diffusion.data"))} == set()
+    assert {name for name in loaded if name.startswith(("lit_diffusion.backbones", "lit_diffusion.data."))} == set()
     assert "lit_diffusion.denoisers.network" in loaded
 
 
 def test_evaluations_need_no_lightning():
-    code = "import lit_diffusion.evaluation.bits, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"lightning", "wandb"} & set(done.stdout.split())
+    assert not {"lightning", "wandb"} & started("import lit_diffusion.evaluation.bits")
 
 
 def test_the_malicious_releases_of_lightning_cannot_be_resolved():

@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 import lit_diffusion.data
-from lit_diffusion.commands.options import add_threads_option, choose_device, require_positive, use_threads
+from lit_diffusion.commands.options import add_threads_option, choose_device, use_threads
 from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.config.parser import Parser, users_own_errors
 from lit_diffusion.data.as_given import classes_as_given, images_as_given
 from lit_diffusion.data.source import Source
-from lit_diffusion.errors import UserError, meant, require_choice
+from lit_diffusion.errors import UserError, meant, require_choice, require_positive
 from lit_diffusion.evaluation import Evaluation, RealSets
 from lit_diffusion.evaluation.measure import Batch
 from lit_diffusion.files import atomic_write

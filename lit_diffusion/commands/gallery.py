@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from lit_diffusion.commands.options import require_positive
 from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.config.parser import Parser
 from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.data.as_given import images_as_given
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, require_positive
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import about_shown, as_shown, png_bytes
 from lit_diffusion.metrics.protocol import differing_keys

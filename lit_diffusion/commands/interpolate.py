@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.checkpoints import build_datamodule
-from lit_diffusion.commands.options import (
-    add_model_options,
-    choose_sampler,
-    load_model,
-    parse,
-    require_positive,
-)
+from lit_diffusion.commands.options import add_model_options, choose_sampler, load_model, parse
 from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.conditions import Condition
 from lit_diffusion.config.parser import Parser
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, require_positive
 from lit_diffusion.evaluation.interpolation import interpolate
 from lit_diffusion.images import about_shown, image_grid, save_png, to_uint8
 from lit_diffusion.methods.base import Method

@@ -105,17 +105,6 @@ def parse(
     return parser.parse_args(others), name, keys
 
 
-def require_positive(options: Namespace, *keys: str) -> None:
-    """Refuse numbers below 1.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for key in keys:
-        if options[key] < 1:
-            raise UserError(f"--{key} is {options[key]}; give a positive number")
-
-
 def sampler_help() -> str:
     """The samplers and their keys, for ``--help``."""
     lines = ["", "samplers (--sampler NAME, or a class path; --sampler.KEY VALUE; default: the method's own):"]

@@ -12,20 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.commands.options import (
-    add_model_options,
-    choose_sampler,
-    load_model,
-    parse,
-    require_positive,
-    sampler_help,
-)
+from lit_diffusion.commands.options import add_model_options, choose_sampler, load_model, parse, sampler_help
 from lit_diffusion.commands.outputs import RULE, is_folder, output_path, require_free_for_a_set
 from lit_diffusion.config.parser import Parser
 from lit_diffusion.data.dataset_json import DATASET_JSON, labels_text
 from lit_diffusion.data.npz import label_arrays
 from lit_diffusion.data_spec import DataFacts
-from lit_diffusion.errors import UserError
+from lit_diffusion.errors import UserError, require_positive
 from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.files import atomic_write, write_set
 from lit_diffusion.images import about_shown, image_grid, png_bytes, save_png, to_uint8

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.methods.base import Method
+from lit_diffusion.evaluation.model import GenerativeModel
 from lit_diffusion.processes import expand_like
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.runs.console import print_note
@@ -37,7 +37,7 @@ def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
 
 @torch.no_grad()
 def interpolate(
-    method: Method,
+    method: GenerativeModel,
     first: Tensor,
     second: Tensor,
     columns: int,

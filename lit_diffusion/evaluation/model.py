@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data_spec import DataFacts
 from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers.base import OnStep, Sampler, Samples
 
 
@@ -47,6 +48,9 @@ class GenerativeModel(Protocol):
         self, indices: Tensor, seed: int, class_counts: Sequence[int] | None, label: int | str | None = None
     ) -> Condition | None:
         """The condition of samples, their classes as often as the counts say."""
+
+    def decode(self, z: Tensor, noise: SampleNoise, cond: Condition | None) -> Tensor:
+        """Data of what a sampler made."""
 
     def generate(
         self,

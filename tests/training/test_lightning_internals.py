@@ -41,13 +41,7 @@ def test_they_are_used_in_one_file():
     root, found = Path(lit_diffusion.__file__).parent, set()
     for path in root.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            name = (
-                node.attr
-                if isinstance(node, ast.Attribute)
-                else node.name
-                if isinstance(node, ast.alias | ast.FunctionDef)
-                else None
-            )
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", None)
             if name in names:
                 found.add(path.relative_to(root).as_posix())
     assert found == {"training/lightning_internals.py"}
