@@ -3,7 +3,7 @@
     python benchmarks/training_step.py            # on the CPU: the digits run, and the 35.7 million U-Net of CIFAR-10
     python benchmarks/training_step.py --device cuda --diffusers
 
-The bare loop has the same backbone, data, batch, optimiser, clipping, warm-up and averages, and nothing else: no keyed
+The bare loop has the same backbone, data, batch, optimizer, clipping, warm-up and averages, and nothing else: no keyed
 noise, no checks, no telemetry, no progress bar. Blocks of steps of the two take turns inside one training, so that
 whatever else the machine does falls on both; printed are the medians over the blocks, and their ratio.
 
@@ -97,7 +97,7 @@ class BareLoop:
     """The step of a researcher's script.
 
     Args:
-        method: whose backbone, process, optimiser and averages it copies.
+        method: whose backbone, process, optimizer and averages it copies.
         data: its data.
         half_lives: of the averages, in images.
         network: takes the place of the method's backbone.
@@ -112,8 +112,8 @@ class BareLoop:
         self.clip = method.gradient_clip
         self.warmup = method.warmup[0] or 0
         self.batch = data.global_batch_size
-        self.low, self.high = data.facts.value_range
-        self.levels = data.facts.levels
+        self.low, self.high = data.data_spec.value_range
+        self.levels = data.data_spec.levels
         self.channels_last = next(method.denoiser.backbone.parameters()).ndim == 4 and method.trainer.channels_last
         self.half_lives = half_lives
         self.averages = [[p.detach().clone() for p in network.parameters()] for _ in half_lives]
@@ -122,7 +122,7 @@ class BareLoop:
         denoiser = method.denoiser
         grid = denoiser.process.level(denoiser.process.grid())
         self.alpha, self.sigma = (v.float().to(self.device) for v in (grid.alpha, grid.sigma))
-        self.is_ncsn = denoiser.noise_input == "log_sigma"
+        self.is_ncsn = denoiser.c_noise == "log_sigma"
         self.sigma_data = denoiser.sigma_data
         loader = DataLoader(Values(data.source), batch_size=self.batch, shuffle=True, drop_last=True, pin_memory=False)
         self.batches = self._endless(loader)
@@ -149,7 +149,7 @@ class BareLoop:
         return F.mse_loss(out, eps)
 
     def step(self) -> None:
-        """Data, loss, backward, clip, optimise, average."""
+        """Data, loss, backward, clip, optimize, average."""
         x = next(self.batches).to(self.device).float().div_(self.levels - 1).mul_(self.high - self.low).add_(self.low)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)

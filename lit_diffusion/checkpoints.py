@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_diffusion.callbacks.checkpoint import LAST, PREVIOUS
 from lit_diffusion.callbacks.ema import choose_average, load_average
 from lit_diffusion.config.parser import Parser, users_own_errors
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.base import Method
 from lit_diffusion.runs.console import print_note
@@ -203,8 +203,8 @@ def load(
     require_fitting_weights(method, checkpoint["state_dict"], path)
     method.load_state_dict(checkpoint["state_dict"])
     state = checkpoint[CHECKPOINT_KEY]
-    if state["facts"] is not None:
-        method.facts = DataFacts.from_plain(state["facts"])
+    if state["data_spec"] is not None:
+        method.data_spec = DataSpec.from_plain(state["data_spec"])
         method.require_fitting_classes()
     method.clock.images, method.clock.steps = state["images_seen"], state["steps"]
     method.run_config = state["config"]

@@ -18,7 +18,7 @@ NAMES_SAID = 10
 
 @dataclass(frozen=True)
 class GreyLevels:
-    """Where the grey levels of normalised images lie.
+    """Where the grey levels of normalized images lie.
 
     Attributes:
         low: value of the lowest level.
@@ -46,17 +46,17 @@ class GreyLevels:
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DataSpec:
     """Facts of a data set, kept in every checkpoint.
 
     Attributes:
         source: its name.
         shape: of one datum, ``(C, H, W)`` or ``(D,)``.
         levels: grey levels of an image, None for points.
-        value_range: what black and white are normalised to, None for points.
+        value_range: what black and white are normalized to, None for points.
         num_classes: of the labels, None where there are none.
-        dequantised: whether a model of them is trained on grey levels with uniform noise, see
-            :meth:`~lit_diffusion.training.datamodule.DataModule.normalise`.
+        dequantized: whether a model of them is trained on grey levels with uniform noise, see
+            :meth:`~lit_diffusion.training.datamodule.DataModule.normalize`.
         class_names: of the classes in the order of their numbers, None where they have none.
         class_counts: training data of each class, None where there are no classes.
     """
@@ -66,7 +66,7 @@ class DataFacts:
     levels: int | None
     value_range: tuple[float, float] | None
     num_classes: int | None
-    dequantised: bool = False
+    dequantized: bool = False
     class_names: tuple[str, ...] | None = None
     class_counts: tuple[int, ...] | None = None
 
@@ -76,7 +76,7 @@ class DataFacts:
         if self.levels is None or self.value_range is None:
             return None
         low, high = self.value_range
-        if self.dequantised:
+        if self.dequantized:
             width = (high - low) / self.levels
             return GreyLevels(low + 0.5 * width, high - 0.5 * width, width)
         return GreyLevels(low, high, (high - low) / (self.levels - 1))
@@ -86,7 +86,7 @@ class DataFacts:
         """Whether a datum is an image ``(C, H, W)``."""
         return len(self.shape) == 3
 
-    def require_classes_of(self, trained: DataFacts, where: str) -> None:
+    def require_classes_of(self, trained: DataSpec, where: str) -> None:
         """Refuse classes whose numbers mean others than those that a model was trained on.
 
         Args:
@@ -107,7 +107,7 @@ class DataFacts:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> DataFacts:
+    def from_plain(cls, values: dict[str, Any]) -> DataSpec:
         """The inverse of :meth:`plain`."""
         low_high = values["value_range"]
         return cls(
@@ -116,7 +116,7 @@ class DataFacts:
             levels=values["levels"],
             value_range=None if low_high is None else (low_high[0], low_high[1]),
             num_classes=values["num_classes"],
-            dequantised=values.get("dequantised", False),
+            dequantized=values.get("dequantized", False),
             class_names=None if values.get("class_names") is None else tuple(values["class_names"]),
             class_counts=None if values.get("class_counts") is None else tuple(values["class_counts"]),
         )

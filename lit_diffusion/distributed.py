@@ -25,7 +25,7 @@ def _carrier() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def summed(values: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """Added up over the processes; a copy."""
     total = values.detach().clone()
     if not many_processes():
@@ -36,14 +36,14 @@ def summed(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
-def shares_of_all(mine: Any) -> list[Any]:
+def all_gather_objects(mine: Any) -> list[Any]:
     """What each process has, in the processes' order; anything that can be pickled, and all processes come."""
     if many_processes():
         agree()
     return said_by_all(mine)
 
 
-def gathered(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """The rows ``[n, D]`` of all processes, in the processes' order, on the CPU; each may hold any number of them."""
     if not many_processes():
         return rows.cpu()

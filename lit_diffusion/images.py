@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lit_diffusion.data_spec import DataFacts
+    from lit_diffusion.data_spec import DataSpec
 
 ValueRange = tuple[float, float]
 
 
-def to_uint8(x: Tensor, scale: DataFacts | ValueRange) -> np.ndarray:
+def to_uint8(x: Tensor, scale: DataSpec | ValueRange) -> np.ndarray:
     """Images as a screen shows them: clamp to the range, scale to 0 .. 255, round to the nearest.
 
-    A model of dequantised data knows grey level v of L as the bin ``[v / L, (v + 1) / L)`` of the range: its images
+    A model of dequantized data knows grey level v of L as the bin ``[v / L, (v + 1) / L)`` of the range: its images
     are put back on the levels, ``v = floor(L x)``, before they are scaled, so that the bytes of a training image are
     those of its source.
 
@@ -44,7 +44,7 @@ def to_uint8(x: Tensor, scale: DataFacts | ValueRange) -> np.ndarray:
         low, high = scale
     elif scale.value_range is None or scale.grey_levels is None:
         raise ValueError(f"to_uint8: {scale.source} are points, which have no grey levels")
-    elif scale.dequantised:
+    elif scale.dequantized:
         low, high, x = 0.0, 1.0, scale.grey_levels.nearest(x)
     else:
         low, high = scale.value_range

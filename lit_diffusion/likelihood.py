@@ -46,7 +46,7 @@ def bits_per_dimension(log_prob: Tensor, dimension: int, grey_levels: GreyLevels
     return -(log_prob + log_volume) / (dimension * math.log(2.0))
 
 
-def dequantised(x: Tensor, noise: SampleNoise, grey_levels: GreyLevels | None) -> Tensor:
+def dequantized(x: Tensor, noise: SampleNoise, grey_levels: GreyLevels | None) -> Tensor:
     """Grey levels spread uniformly over their bins, ``x + (u - 1/2) width``; points as they are.
 
     The expected log-density of the result is a lower bound of the grey levels' log-probability (Theis et al. 2016,

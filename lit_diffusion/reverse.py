@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_in_words, clipped, require_clip
+from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clipped, describe_clip, require_clip
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import LOG_2PI, VP, Betas, Transition, expand_like
 
@@ -96,7 +96,7 @@ class ReverseChain:
             before_last: the time at which the step before the last one begins; None: 2t, as on a whole grid.
         """
         variance, process = self.variance_of(denoiser), denoiser.process
-        t, last = prediction.level.t, s == 0.0
+        t, last = prediction.coefficients.t, s == 0.0
         beta, beta_tilde = step.beta, step.beta_tilde
         if bool(last.any()):
             begin = (2.0 * t).clamp(max=process.t_max) if before_last is None else torch.full_like(t, before_last)
@@ -112,7 +112,7 @@ class ReverseChain:
         chosen = beta if variance == "beta" else beta_tilde
         return chosen.log().view(-1, *[1] * (prediction.x_t.ndim - 1))
 
-    def in_words(self, denoiser: Denoiser, of_grey_levels: bool) -> dict[str, str]:
+    def describe(self, denoiser: Denoiser, of_grey_levels: bool) -> dict[str, str]:
         """As a protocol says it."""
         variance = self.variance_of(denoiser)
         first = {
@@ -120,12 +120,12 @@ class ReverseChain:
             "beta_tilde": "beta_tilde of the second step",
             "learned": "between beta and beta_tilde of the second step",
         }[variance]
-        return {"variance": variance, "first_variance": first, "clip_x0": clip_in_words(self.clip_x0, denoiser)}
+        return {"variance": variance, "first_variance": first, "clip_x0": describe_clip(self.clip_x0, denoiser)}
 
 
 def posterior_mean(x0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
     """``c_0 x0 + c_t x_t``, of ``q(x_s | x_t, x_0)``: ``[B, ...]``."""
-    return expand_like(step.on_x0, x_t) * x0 + expand_like(step.on_xt, x_t) * x_t
+    return expand_like(step.x0_coefficient, x_t) * x0 + expand_like(step.xt_coefficient, x_t) * x_t
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def bound_term(
         grey_levels: of the data, None for points.
         before_last: the time at which the step before the decoder's begins; None: 2t, as on a whole grid.
     """
-    step = denoiser.process.transition(s, prediction.level.t)
+    step = denoiser.process.transition(s, prediction.coefficients.t)
     mean = chain.mean(prediction, denoiser, step).to(torch.float64)
     log_variance = chain.log_variance(prediction, denoiser, step, s, grey_levels is not None, before_last)
     last = s == 0.0

@@ -61,8 +61,8 @@ def test_load_gives_the_method_of_the_file(trained):
     method, _, path = trained
     loaded = load(path, weights="raw")
     assert same(loaded.state_dict(), method.state_dict())
-    assert loaded.facts == method.facts
-    assert loaded.facts.value_range == (-1.0, 1.0)
+    assert loaded.data_spec == method.data_spec
+    assert loaded.data_spec.value_range == (-1.0, 1.0)
     assert (loaded.clock.images, loaded.clock.steps) == (96, 3)
     assert loaded.run_config == {"model": MODEL}
     assert not any(module.training for module in loaded.modules())

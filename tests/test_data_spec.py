@@ -1,29 +1,29 @@
 import pytest
 import torch
 
-from lit_diffusion.data_spec import DataFacts, class_number
+from lit_diffusion.data_spec import DataSpec, class_number
 from lit_diffusion.errors import UserError
 
 
 def test_a_dequantised_value_belongs_to_its_grey_level():
-    for dequantised in (False, True):
-        grey = DataFacts("x", (1, 1, 1), 17, (-1.0, 1.0), None, dequantised).grey_levels
+    for dequantized in (False, True):
+        grey = DataSpec("x", (1, 1, 1), 17, (-1.0, 1.0), None, dequantized).grey_levels
         centres = torch.linspace(grey.low, grey.high, 17).double()
         for u in (-0.49, 0.0, 0.49):
             torch.testing.assert_close(grey.centre(centres + u * grey.width), centres)
 
 
 def test_points_have_none():
-    assert DataFacts("x", (2,), None, None, None).grey_levels is None
+    assert DataSpec("x", (2,), None, None, None).grey_levels is None
 
 
 def test_plain_types_and_back():
-    facts = DataFacts("x", (1, 8, 8), 17, (-1.0, 1.0), 10, True)
-    assert DataFacts.from_plain(facts.plain()) == facts
-    named = DataFacts("x", (1, 8, 8), 17, (-1.0, 1.0), 2, class_names=("a", "b"), class_counts=(3, 0))
-    assert DataFacts.from_plain(named.plain()) == named
-    older = {key: value for key, value in facts.plain().items() if key not in ("dequantised", "class_names")}
-    assert not DataFacts.from_plain(older).dequantised
+    data_spec = DataSpec("x", (1, 8, 8), 17, (-1.0, 1.0), 10, True)
+    assert DataSpec.from_plain(data_spec.plain()) == data_spec
+    named = DataSpec("x", (1, 8, 8), 17, (-1.0, 1.0), 2, class_names=("a", "b"), class_counts=(3, 0))
+    assert DataSpec.from_plain(named.plain()) == named
+    older = {key: value for key, value in data_spec.plain().items() if key not in ("dequantized", "class_names")}
+    assert not DataSpec.from_plain(older).dequantized
 
 
 # ---- classes by name or number -----------------------------------------------------------------------------------

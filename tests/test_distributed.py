@@ -30,7 +30,7 @@ from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.measure import Evaluation
-from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
+from lit_diffusion.evaluation.sampling import DivergedError, Shard, generate_in_batches
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
 from lit_diffusion.runs.logger import RunLogger
@@ -174,7 +174,7 @@ def unet(optimizer=None, seed: int = 0, **keys) -> NCSN:
         sigma_min=0.1,
         levels=3,
         parametrization="score",
-        noise_input="log_sigma",
+        c_noise="log_sigma",
         optimizer=optimizer,
         **keys,
     )
@@ -296,12 +296,12 @@ def full_disk(folder: Path, many: dict) -> tuple[str, str]:
 def sampling_that_ends(of_the_last: str, rank: int) -> tuple[str, str, int]:
     """A walk of several processes of which the last diverges, or is asked to stop, in its second batch of three."""
     method, walk, made = ncsn(), Fixed(), []
-    method.facts = digits_data().facts
+    method.data_spec = digits_data().data_spec
     if of_the_last == "diverged":
         walk.lost = 6 if rank else 1000
 
     def all_of_it():
-        for batch in generate_in_batches(method, Share.of(12, 2, rank, 2), 0, 2, walk, show_progress=False):
+        for batch in generate_in_batches(method, Shard.of(12, 2, rank, 2), 0, 2, walk, show_progress=False):
             made.append(batch.indices)
             if of_the_last == "interrupted" and rank:
                 interrupts._asked = "SIGUSR1"
@@ -349,7 +349,7 @@ def everything(folder: Path, many: dict) -> dict:
     """All cases, on one process or on each of two."""
     results = {
         "plain": run(folder, "plain", many),
-        "micro": run(folder, "micro", many, {"micro_batch_size": 5, "flip": True, "dequantise": True}),
+        "micro": run(folder, "micro", many, {"micro_batch_size": 5, "flip": True, "dequantize": True}),
         "nan": run(folder, "nan", many, loss=nan_on_the_last_process),
         "clipped": run(folder, "clipped", many, method={"gradient_clip": 5.0, "warmup_steps": 3}),
         # Four levels: the law is uneven from the second step on.
@@ -550,7 +550,7 @@ def test_a_failure_of_one_process_is_survived_by_both(two, name):
 
 
 def moments(run_dir):
-    """The optimiser's state in a run's last checkpoint, in one row."""
+    """The optimizer's state in a run's last checkpoint, in one row."""
     (state,) = read_checkpoint(Path(run_dir) / "checkpoints" / "last.ckpt")["optimizer_states"]
     return {f"{number} {key}": value for number, each in state["state"].items() for key, value in each.items()}
 
@@ -617,7 +617,7 @@ def test_a_sharded_checkpoint_is_one_of_one_process(one, two, tmp_path):
         ("compile", "trainer.strategy fsdp does not go with trainer.compile"),
         ("16-mixed", "trainer.strategy fsdp does not go with precision 16-mixed"),
         ("adaptive", "ProbabilityFlow chooses its own steps, and with trainer.strategy fsdp"),
-        ("outside", "NCSN: the parameter more wants a gradient, and no optimiser holds it"),
+        ("outside", "NCSN: the parameter more wants a gradient, and no optimizer holds it"),
         (
             "two networks",
             "fsdp shares out one backbone with one loss, and TwoNetworks trains denoiser, autoencoder with",

@@ -99,9 +99,9 @@ def test_the_digits_experiments_share_all_but_the_method(name, resolved):
     first, other = resolved("ncsn"), resolved(name)
     for config in (first, other):
         del config["experiment"], config["data"]["value_range"]
-    optimisers = [config["model"]["init_args"]["optimizer"] for config in (first, other)]
+    optimizers = [config["model"]["init_args"]["optimizer"] for config in (first, other)]
     networks = [config["model"]["init_args"]["backbone"] for config in (first, other)]
-    assert optimisers[0] == optimisers[1]
+    assert optimizers[0] == optimizers[1]
     if name != "ncsnv2":  # whose network is told nothing of the noise level
         assert networks[0] == networks[1]
     assert first["eval"].pop("sampler") is not None  # a walk that fits the model's levels

@@ -30,7 +30,7 @@ from lit_diffusion.callbacks import (
 from lit_diffusion.checkpoints import read_checkpoint
 from lit_diffusion.cli.lightning_cli import made_again
 from lit_diffusion.errors import UserError
-from lit_diffusion.evaluation.sampling import Share, generate_in_batches
+from lit_diffusion.evaluation.sampling import Shard, generate_in_batches
 from lit_diffusion.failures import AloneError, Attempt, FailedElsewhereError, Failure, agree
 from lit_diffusion.metrics.frechet import FrechetDistance
 from lit_diffusion.metrics.scores import Scores
@@ -95,7 +95,7 @@ FAULTS = {
     "film": ("callbacks.samples._Film.rows", "samples", "samples", []),
     "sampler": ("samplers.langevin.AnnealedLangevin.step", "samples", "samples", []),
     "files": ("run.save_png", "samples", "samples", []),
-    "loss": ("methods.base.Method.loss_at", "noise_levels", "noise_levels", []),
+    "loss": ("methods.base.Method.loss_given_t", "noise_levels", "noise_levels", []),
     "figure": ("callbacks.noise_levels.render", "noise_levels", "noise_levels", ["noise_levels"]),
     "count": ("callbacks.evaluator.Evaluator._choose_count", "evaluation", "evaluation", []),
     "reference": ("evaluation.measure.reference_of", "evaluation", "evaluation", []),
@@ -192,7 +192,7 @@ def test_figures_of_points_may_fail(tmp_path, monkeypatch):
     ends = []
     for folder, fault in ((tmp_path / "a", False), (tmp_path / "b", True)):
         if fault:
-            monkeypatch.setattr("lit_diffusion.callbacks.toys.render", fails())
+            monkeypatch.setattr("lit_diffusion.callbacks.score_figures.render", fails())
         method = toy_dsm()
         logger = run_logger(folder, method)
         fit(method, points_data(size=200), folder, 64, callbacks=[ScoreField(), Checkpoint()], logger=logger)
@@ -374,14 +374,14 @@ def test_who_leaves_an_outer_attempt_takes_the_others_with_them(monkeypatch):
 def test_a_failure_among_processes_that_share_one_networks_weights_ends_the_run(monkeypatch):
     """The others wait for this one in the network, where nobody can tell them."""
     method = ncsn()
-    method.facts, method.sharded = digits_data().facts, True
+    method.data_spec, method.sharded = digits_data().data_spec, True
     monkeypatch.setattr("lit_diffusion.evaluation.sampling.many_processes", lambda: True)
     monkeypatch.setattr(type(method.sampler), "step", fails())
     with (
         pytest.raises(AloneError, match=r"sampling failed \(TypeError: injected fault .*continue it from its last"),
         Attempt(),
     ):
-        list(generate_in_batches(method, Share.of(4, 2, 0, 1), 0, 2, show_progress=False))
+        list(generate_in_batches(method, Shard.of(4, 2, 0, 1), 0, 2, show_progress=False))
 
 
 def test_failures_are_plain_and_short():

@@ -12,7 +12,7 @@ from PIL import Image
 
 import lit_diffusion
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import image_grid, save_png, to_uint8
 from lit_diffusion.metrics.reference import RealData
@@ -71,9 +71,9 @@ def test_a_grey_level_is_one_byte_in_training_reference_and_samples(levels):
         int(Fraction(255 * v, levels - 1) + Fraction(1, 2)) for v in range(levels)
     ]
     for value_range in RANGES:
-        for dequantise in (False, True):
-            data = DataModule(source, 1, value_range, held_out_fraction=0.0, dequantise=dequantise)
-            np.testing.assert_array_equal(to_uint8(data.training_values(both), data.facts), reference)
+        for dequantize in (False, True):
+            data = DataModule(source, 1, value_range, held_out_fraction=0.0, dequantize=dequantize)
+            np.testing.assert_array_equal(to_uint8(data.training_values(both), data.data_spec), reference)
 
 
 @pytest.mark.parametrize("value_range", RANGES)
@@ -101,29 +101,29 @@ def test_channels_come_last_and_gradients_stay_out():
         assert out[n, h, w, c] == ((n * 3 + c) * 4 + h) * 5 + w
 
 
-@pytest.mark.parametrize("dequantise", [False, True])
+@pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("value_range", RANGES)
 @pytest.mark.parametrize("levels", [2, 17, 255, 256])
-def test_training_values_have_the_bytes_of_their_source(levels, value_range, dequantise):
+def test_training_values_have_the_bytes_of_their_source(levels, value_range, dequantize):
     """A perfect model's samples are judged as what they are."""
     grey = np.arange(levels, dtype=np.uint8).repeat(50)[:, None, None, None]
     source = InMemory(grey, levels=levels)
-    data = DataModule(source, 1, value_range=value_range, held_out_fraction=0.0, dequantise=dequantise)
+    data = DataModule(source, 1, value_range=value_range, held_out_fraction=0.0, dequantize=dequantize)
     index = torch.arange(len(grey))
     expected = RealData.of(source, index, "train").values(index)
     for training in (False, True):
         x = data.prepare(torch.from_numpy(grey), torch.full((len(grey),), -1), index, training).x
-        np.testing.assert_array_equal(to_uint8(x, data.facts), expected)
-    if not dequantise:
-        np.testing.assert_array_equal(to_uint8(x, data.facts), to_uint8(x, value_range))
+        np.testing.assert_array_equal(to_uint8(x, data.data_spec), expected)
+    if not dequantize:
+        np.testing.assert_array_equal(to_uint8(x, data.data_spec), to_uint8(x, value_range))
 
 
 def test_a_bin_holds_its_lower_end_and_the_outermost_all_beyond():
-    facts = DataFacts("x", (1, 1, 1), 4, (0.0, 1.0), None, dequantised=True)
+    data_spec = DataSpec("x", (1, 1, 1), 4, (0.0, 1.0), None, dequantized=True)
     x = torch.tensor([-9.0, 0.0, 0.25, 0.4999, 0.5, 0.75, 0.999, 1.0, 9.0]).view(1, 1, 1, -1)
-    assert (to_uint8(x, facts).ravel() / 85).tolist() == [0, 0, 1, 1, 2, 3, 3, 3, 3]
+    assert (to_uint8(x, data_spec).ravel() / 85).tolist() == [0, 0, 1, 1, 2, 3, 3, 3, 3]
     with pytest.raises(ValueError, match="x are points"):
-        to_uint8(x, DataFacts("x", (2,), None, None, None))
+        to_uint8(x, DataSpec("x", (2,), None, None, None))
 
 
 def pictures(count, height, width, channels):
@@ -252,15 +252,14 @@ def test_the_search_passes_what_makes_none():
 
 
 def test_images_of_a_model_are_made_bytes_with_the_facts_of_its_data():
-    """A bare value range knows nothing of dequantised levels: only a source's own levels need no more."""
+    """A bare value range knows nothing of dequantized levels: only a source's own levels need no more."""
     root = Path(lit_diffusion.__file__).parent
     bare = []
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "to_uint8":
-                bare += (
-                    [] if getattr(node.args[1], "id", "") in ("facts", "spec") else [path.relative_to(root).as_posix()]
-                )
+                known = getattr(node.args[1], "id", "") in ("data_spec", "spec")
+                bare += [] if known else [path.relative_to(root).as_posix()]
     assert bare == ["metrics/reference.py"]
 
 

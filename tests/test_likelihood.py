@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from lit_diffusion.data_spec import DataFacts, GreyLevels
+from lit_diffusion.data_spec import DataSpec, GreyLevels
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
-from lit_diffusion.likelihood import bits_per_dimension, dequantised, flow_log_prob, variational_bound
+from lit_diffusion.likelihood import bits_per_dimension, dequantized, flow_log_prob, variational_bound
 from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, linear_betas
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.reverse import ReverseChain
@@ -36,7 +36,7 @@ def draws(distribution, count, seed=0):
 
 
 def marginal(distribution, process, t):
-    level = process.level(torch.tensor([t], dtype=torch.float64))
+    level = process.coefficients(torch.tensor([t], dtype=torch.float64))
 
     def log_prob(x):
         alpha, sigma = level.alpha.expand(len(x)), level.sigma.expand(len(x))
@@ -156,8 +156,8 @@ def expected_bound(process, c, steps, variance):
     beta = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
     tilde = beta * sigma_s**2 / sigma_t**2
     v = beta if variance == "beta" else tilde
-    on_x0 = alpha_s * beta / sigma_t**2
-    kl = 0.5 * (tilde / v - 1 - (tilde / v).log() + on_x0**2 * posterior / v)
+    x0_coefficient = alpha_s * beta / sigma_t**2
+    kl = 0.5 * (tilde / v - 1 - (tilde / v).log() + x0_coefficient**2 * posterior / v)
     last = beta[0] if variance == "beta" else sigma_t[0] ** 2 * beta[1] / sigma_t[1] ** 2
     decoder = 0.5 * (math.log(2 * math.pi) + last.log() + posterior[0] / last)
     one, p = torch.ones(1).double(), process.prior_std**2
@@ -256,9 +256,9 @@ def test_a_walk_of_one_step_has_a_decoder(variance):
 
 
 def test_a_uniform_density_costs_the_logarithm_of_the_number_of_levels():
-    for dequantise in (False, True):
-        facts = DataFacts("x", (1, 2, 3), 17, (-1.0, 1.0), None, dequantise)
-        grey = facts.grey_levels
+    for dequantize in (False, True):
+        data_spec = DataSpec("x", (1, 2, 3), 17, (-1.0, 1.0), None, dequantize)
+        grey = data_spec.grey_levels
         # The bins fill the range, or reach half a level beyond it.
         volume = 17 * grey.width
         log_prob = torch.full((4,), -6 * math.log(volume)).double()
@@ -269,8 +269,8 @@ def test_a_uniform_density_costs_the_logarithm_of_the_number_of_levels():
 def test_dequantised_values_fill_their_bins():
     grey = GreyLevels(0.0, 1.0, 1.0 / 16)
     x = torch.full((4000, 3), 5.0 / 16, dtype=torch.float64)
-    spread = (dequantised(x, noise_of(4000), grey) - x) / grey.width
+    spread = (dequantized(x, noise_of(4000), grey) - x) / grey.width
     assert -0.5 < float(spread.min()) < -0.49
     assert 0.49 < float(spread.max()) < 0.5
     assert float(spread.mean()) == pytest.approx(0.0, abs=0.01)
-    assert torch.equal(dequantised(x, noise_of(4000), None), x)
+    assert torch.equal(dequantized(x, noise_of(4000), None), x)

@@ -14,7 +14,7 @@ from scipy import integrate
 from torch.distributions import Normal, kl_divergence
 
 from lit_diffusion.backbones import MLP
-from lit_diffusion.data_spec import DataFacts, GreyLevels
+from lit_diffusion.data_spec import DataSpec, GreyLevels
 from lit_diffusion.denoisers import InterpolatedVariance, NetworkDenoiser, Prediction
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, linear_betas
@@ -28,8 +28,8 @@ def wide(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def grey_levels(count, value_range=(-1.0, 1.0), dequantised=False):
-    return DataFacts("x", (1, 2, 2), count, value_range, None, dequantised).grey_levels
+def grey_levels(count, value_range=(-1.0, 1.0), dequantized=False):
+    return DataSpec("x", (1, 2, 2), count, value_range, None, dequantized).grey_levels
 
 
 def tables(betas=BETAS):
@@ -75,7 +75,7 @@ def test_the_mean_is_the_papers(level):
     prediction = at_level(level, x0, eps)
     beta, alpha, abar, _ = (table[level - 1] for table in tables())
     before = abar / alpha
-    step = network().process.transition(wide((level - 1) / T).expand(3), prediction.level.t)
+    step = network().process.transition(wide((level - 1) / T).expand(3), prediction.coefficients.t)
     guess = prediction.raw
     expected = (prediction.x_t - beta / math.sqrt(1 - abar) * guess) / math.sqrt(alpha)
     torch.testing.assert_close(ReverseChain().mean(prediction, network(), step), expected, rtol=1e-10, atol=1e-12)
@@ -85,7 +85,7 @@ def test_the_mean_is_the_papers(level):
 
 def log_variance(prediction, level, variance, of_grey_levels=False):
     s = torch.full((len(prediction.x_t),), (level - 1) / T, dtype=torch.float64)
-    step = network().process.transition(s, prediction.level.t)
+    step = network().process.transition(s, prediction.coefficients.t)
     return ReverseChain(variance).log_variance(prediction, network(), step, s, of_grey_levels)
 
 
@@ -120,7 +120,7 @@ def test_the_variances_are_the_papers(level):
 def test_each_row_has_its_own_step_and_only_a_last_one_a_stand_in(process):
     s, t = wide(0.0, 0.25, 0.0, 0.5), wide(0.25, 0.75, 0.75, 0.625)
     x = torch.zeros(4, 1, 2, 2)
-    prediction = Prediction(x, x, process.level(t), torch.zeros(4), torch.ones(4))
+    prediction = Prediction(x, x, process.coefficients(t), torch.zeros(4), torch.ones(4))
     step, denoiser = process.transition(s, t), SimpleNamespace(process=process)
     found = ReverseChain("beta_tilde").log_variance(prediction, denoiser, step, s)
     assert found.shape == (4, 1, 1, 1)
@@ -206,11 +206,11 @@ def test_the_probability_of_a_grey_level_is_the_integral_over_its_bin(mean, devi
     assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-10)
 
 
-@pytest.mark.parametrize("dequantised", [False, True])
+@pytest.mark.parametrize("dequantized", [False, True])
 @pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0)])
 @pytest.mark.parametrize("count", [2, 17, 256])
-def test_the_probabilities_of_all_grey_levels_add_up_to_1(count, value_range, dequantised):
-    levels = grey_levels(count, value_range, dequantised)
+def test_the_probabilities_of_all_grey_levels_add_up_to_1(count, value_range, dequantized):
+    levels = grey_levels(count, value_range, dequantized)
     mean = wide(-4.0, -1.0, -0.3, 0.0, 0.51, 1.0, 9.0)[:, None, None]
     log_variance = 2 * wide(1e-3, 0.03, 0.5, 30.0).log()[:, None]
     # As float32, which images are, the edges of neighbouring bins differ in the last digit.
@@ -275,9 +275,9 @@ def by_hand(level, x0, eps, variance, levels, clip=math.inf):
             grey = round((clean - levels.low) / levels.width)
             terms[place] = -of_a_level(grey, levels, m, math.sqrt(v))
         else:
-            on_x0 = math.sqrt(abar[k - 1]) * beta[k] / (1 - abar[k])
-            on_xt = math.sqrt(alpha[k]) * (1 - abar[k - 1]) / (1 - abar[k])
-            terms[place] = divergence(on_x0 * clean + on_xt * float(x_t[place]), beta_tilde[k], m, v)
+            x0_coefficient = math.sqrt(abar[k - 1]) * beta[k] / (1 - abar[k])
+            xt_coefficient = math.sqrt(alpha[k]) * (1 - abar[k - 1]) / (1 - abar[k])
+            terms[place] = divergence(x0_coefficient * clean + xt_coefficient * float(x_t[place]), beta_tilde[k], m, v)
     return terms.sum(1)
 
 
@@ -322,10 +322,10 @@ def test_the_variance_is_the_papers_own_unless_it_is_given():
         denoiser = SimpleNamespace(process=process, learned_variance=learned, data_range=(0.0, 1.0))
         assert ReverseChain().variance_of(denoiser) == expected
         assert ReverseChain("beta").variance_of(denoiser) == "beta"
-        assert ReverseChain().in_words(denoiser, True)["variance"] == expected
-    said = ReverseChain("beta").in_words(denoiser, True)
+        assert ReverseChain().describe(denoiser, True)["variance"] == expected
+    said = ReverseChain("beta").describe(denoiser, True)
     assert said == {"variance": "beta", "first_variance": "beta_tilde of the second step", "clip_x0": "data [0, 1]"}
-    assert ReverseChain("beta", None).in_words(denoiser, False)["first_variance"] == "beta"
+    assert ReverseChain("beta", None).describe(denoiser, False)["first_variance"] == "beta"
 
 
 def test_rows_at_different_levels_do_not_mix():
@@ -393,7 +393,7 @@ def test_images_have_their_pixels_summed():
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
             image = Prediction(
                 **{name: value.to(dtype) for name, value in views.items()},
-                level=flat.level,
+                level=flat.coefficients,
                 u=flat.u,
                 v=flat.v,
                 reverse_log_variance=InterpolatedVariance(flat.reverse_log_variance.share.view(shape).to(dtype)),

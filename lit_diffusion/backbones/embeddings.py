@@ -14,7 +14,7 @@ from lit_diffusion.conditions import NO_LABEL, Condition
 from lit_diffusion.errors import UserError
 from lit_diffusion.randomness import keyed_normal
 
-NoiseFeatures = Literal["positional", "fourier", "none"]
+TimeEmbedding = Literal["positional", "fourier", "none"]
 
 
 class PositionalFeatures(nn.Module):
@@ -95,7 +95,7 @@ class NoiseEmbedding(nn.Module):
         self,
         features: int,
         width: int,
-        kind: NoiseFeatures = "positional",
+        kind: TimeEmbedding = "positional",
         fourier_scale: float = 16.0,
         num_classes: int | None = None,
     ) -> None:

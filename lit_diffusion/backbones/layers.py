@@ -1,4 +1,4 @@
-"""What the networks are built of: initialised linear maps, normalisations, attention.
+"""What the networks are built of: initialised linear maps, normalizations, attention.
 
 Every layer here is twice differentiable, except attention's fused kernel (see :class:`Attention`), and keeps the memory
 format of its input.
@@ -59,26 +59,26 @@ def group_count(channels: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He 2018) with :func:`group_count` groups, the same at every noise level."""
+    """Group normalization (Wu and He 2018) with :func:`group_count` groups, the same at every noise level."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(group_count(channels), channels, eps=1e-6)
 
     def forward(self, input: Tensor, level: Tensor | None = None) -> Tensor:
-        """Normalise ``[B, C, H, W]``; the level is not used."""
+        """Normalize ``[B, C, H, W]``; the level is not used."""
         # Autocast computes it in float32 and would leave the result there, and with it the activation that follows.
         return super().forward(input).to(input.dtype)
 
 
 class ConditionalInstanceNorm(nn.Module):
-    r"""Conditional instance normalisation++ (Song and Ermon 2019, app. A).
+    r"""Conditional instance normalization++ (Song and Ermon 2019, app. A).
 
     With the mean ``mu_k`` and standard deviation ``s_k`` of channel k over the pixels of one image, and the mean m and
     standard deviation v of ``mu_1 .. mu_C``::
 
         z_k = gamma[i, k] (x_k - mu_k) / s_k + beta[i, k] + alpha[i, k] (mu_k - m) / v
 
-    where i is the noise level's index. The last term gives back what instance normalisation removes: how bright the
+    where i is the noise level's index. The last term gives back what instance normalization removes: how bright the
     image is. Deviations are the population's, and 1e-5 is added to both variances.
 
     Args:
@@ -95,7 +95,7 @@ class ConditionalInstanceNorm(nn.Module):
         nn.init.zeros_(self.table.weight[:, 2 * channels :])  # beta
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """Normalise ``[B, C, H, W]`` for the levels int64 ``[B]``."""
+        """Normalize ``[B, C, H, W]`` for the levels int64 ``[B]``."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         gamma, alpha, beta = self.table(level)[:, :, None, None].chunk(3, dim=1)
         variance, mean = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        norm: the normalisation before the projections; its ``forward`` takes the features and the level's index.
+        norm: the normalization before the projections; its ``forward`` takes the features and the level's index.
         heads: a divisor of C.
         rescale: divide the sum by sqrt(2).
         zero_init: start with ``W_o = 0``, that is with the identity.
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.out = dense(channels, channels, zero=zero_init)
 
     def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
-        """Attend; ``level`` goes to the normalisation."""
+        """Attend; ``level`` goes to the normalization."""
         # Linear maps on [B, N, C]: in the channels-last format this is a view, and 1 x 1 convolutions would do worse.
         h = self.norm(x, level).flatten(2).transpose(1, 2)
         query, key, value = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone, resolved_shape
-from lit_diffusion.backbones.embeddings import NoiseEmbedding, NoiseFeatures
+from lit_diffusion.backbones.embeddings import NoiseEmbedding, TimeEmbedding
 from lit_diffusion.backbones.layers import dense
 from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError, require_choice
@@ -51,7 +51,7 @@ class MLP(Backbone):
         width: of the layers and of the embedding.
         depth: the number of residual blocks.
         activation: the smooth nonlinearity.
-        noise_features: as in :class:`~lit_diffusion.backbones.UNet`.
+        time_embedding: as in :class:`~lit_diffusion.backbones.UNet`.
         fourier_scale: the Fourier frequencies' standard deviation.
         num_classes: K; labels are ``0 .. K - 1`` and K means none. Without classes, labels are not looked at.
         out_channels: the length of the output; D if not given.
@@ -66,7 +66,7 @@ class MLP(Backbone):
         width: int = 128,
         depth: int = 3,
         activation: Activation = "silu",
-        noise_features: NoiseFeatures = "positional",
+        time_embedding: TimeEmbedding = "positional",
         fourier_scale: float = 16.0,
         num_classes: int | None = None,
         out_channels: int | None = None,
@@ -76,13 +76,13 @@ class MLP(Backbone):
         if len(self.data_shape) != 1:
             raise UserError(f"MLP: data_shape {self.data_shape} is not (D,), a point's; use UNet for images")
         require_choice("MLP", "activation", activation, get_args(Activation))
-        require_choice("MLP", "noise_features", noise_features, get_args(NoiseFeatures))
+        require_choice("MLP", "time_embedding", time_embedding, get_args(TimeEmbedding))
         self.num_classes = num_classes
         self.out_channels = self.data_shape[0] if out_channels is None else out_channels
         self.activation = _ACTIVATIONS[activation]
         self.embedding: NoiseEmbedding | None = None
-        if noise_features != "none" or num_classes is not None:
-            self.embedding = NoiseEmbedding(width, width, noise_features, fourier_scale, num_classes)
+        if time_embedding != "none" or num_classes is not None:
+            self.embedding = NoiseEmbedding(width, width, time_embedding, fourier_scale, num_classes)
         told = None if self.embedding is None else width
         self.stem = dense(self.data_shape[0], width)
         self.blocks = nn.ModuleList(MLPBlock(width, told, self.activation) for _ in range(depth))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_diffusion.backbones.base import Backbone, resolved_shape
-from lit_diffusion.backbones.embeddings import NoiseEmbedding, NoiseFeatures
+from lit_diffusion.backbones.embeddings import NoiseEmbedding, TimeEmbedding
 from lit_diffusion.backbones.layers import (
     Attention,
     ConditionalInstanceNorm,
@@ -25,7 +25,7 @@ from lit_diffusion.backbones.resampling import Resampling, downsampling, strided
 from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError, require_choice
 
-Normalisation = Literal["group", "conditional_instance"]
+Normalization = Literal["group", "conditional_instance"]
 DecoderAttention = Literal["every", "last"]
 
 
@@ -42,11 +42,11 @@ class ResidualBlock(nn.Module):
     Args:
         inputs: channels of x.
         outputs: channels of y.
-        norm: makes a normalisation for a number of channels; its ``forward`` takes the features and the level's index.
+        norm: makes a normalization for a number of channels; its ``forward`` takes the features and the level's index.
         embedding: the length of e, or None if there is none.
         dropout: the probability.
         rescale: divide the sum by sqrt(2).
-        scale_shift: e scales and shifts the normalised features (Nichol and Dhariwal 2021) instead of being added.
+        scale_shift: e scales and shifts the normalized features (Nichol and Dhariwal 2021) instead of being added.
         zero_init: start with ``conv_2 = 0``.
         resample: R.
     """
@@ -130,7 +130,7 @@ class UNet(Backbone):
     the papers' networks          DDPM            DDPM++            NCSN++
     ============================  ==============  ================  ==================
     ``blocks`` (deep)             2               4 (8)             4 (8)
-    ``noise_features``            positional      positional        fourier
+    ``time_embedding``            positional      positional        fourier
     ``resampling``                conv            nearest           fir
     ``resample_in_block``         false           true              true
     ``rescale_residual``          false           true              true
@@ -151,22 +151,22 @@ class UNet(Backbone):
         middle_attention: whether the middle, at the lowest resolution, does.
         decoder_attention: after each of the decoder's blocks, or only the last at a resolution.
         heads: of each attention.
-        normalisation: ``group``; or ``conditional_instance``, for which ``c_noise`` holds the noise level's index, a
+        normalization: ``group``; or ``conditional_instance``, for which ``c_noise`` holds the noise level's index, a
             whole number from 0 to ``levels - 1``, see
             :class:`~lit_diffusion.backbones.layers.ConditionalInstanceNorm`.
         levels: how many noise levels there are, for ``conditional_instance``.
         dropout: the probability, inside the residual blocks.
-        noise_features: of ``c_noise``: :class:`~lit_diffusion.backbones.embeddings.PositionalFeatures` or
+        time_embedding: of ``c_noise``: :class:`~lit_diffusion.backbones.embeddings.PositionalFeatures` or
             :class:`~lit_diffusion.backbones.embeddings.FourierFeatures`; ``none`` for a network that is not told the
-            noise level (Song and Ermon 2020) or learns it from the normalisation.
+            noise level (Song and Ermon 2020) or learns it from the normalization.
         fourier_scale: the Fourier frequencies' standard deviation.
         resampling: how the sides are halved and doubled, see :mod:`lit_diffusion.backbones.resampling`.
         resample_in_block: by residual blocks (Brock et al. 2019) instead of between them.
         rescale_residual: divide every sum with a skip connection by sqrt(2).
         progressive_input: ``residual`` adds the input, halved by convolutions as often as the features, to them (Karras
             et al. 2020).
-        scale_shift: the embedding scales and shifts the normalised features (Nichol and Dhariwal 2021, "adaptive group
-            normalisation") instead of being added.
+        scale_shift: the embedding scales and shifts the normalized features (Nichol and Dhariwal 2021, "adaptive group
+            normalization") instead of being added.
         num_classes: K; labels are ``0 .. K - 1`` and K means none. Without classes, labels are not looked at.
         out_channels: of the output; C if not given.
         zero_init: see above.
@@ -186,10 +186,10 @@ class UNet(Backbone):
         middle_attention: bool = True,
         decoder_attention: DecoderAttention = "every",
         heads: int = 1,
-        normalisation: Normalisation = "group",
+        normalization: Normalization = "group",
         levels: int | None = None,
         dropout: float = 0.0,
-        noise_features: NoiseFeatures = "positional",
+        time_embedding: TimeEmbedding = "positional",
         fourier_scale: float = 16.0,
         resampling: Resampling = "conv",
         resample_in_block: bool = False,
@@ -203,8 +203,8 @@ class UNet(Backbone):
         super().__init__()
         self.data_shape = resolved_shape(data_shape, "UNet")
         require_choice("UNet", "decoder_attention", decoder_attention, get_args(DecoderAttention))
-        require_choice("UNet", "normalisation", normalisation, get_args(Normalisation))
-        require_choice("UNet", "noise_features", noise_features, get_args(NoiseFeatures))
+        require_choice("UNet", "normalization", normalization, get_args(Normalization))
+        require_choice("UNet", "time_embedding", time_embedding, get_args(TimeEmbedding))
         require_choice("UNet", "resampling", resampling, get_args(Resampling))
         require_choice("UNet", "progressive_input", progressive_input, ("none", "residual"))
         heights = _heights(self.data_shape, len(mult))
@@ -216,16 +216,16 @@ class UNet(Backbone):
         for width in [widths[n] for n in attending] + ([widths[-1]] if middle_attention else []):
             if width % heads:
                 raise UserError(f"UNet: heads {heads} does not divide the {width} channels that attend; change either")
-        told = noise_features != "none" or num_classes is not None
+        told = time_embedding != "none" or num_classes is not None
         if scale_shift and not told:
-            raise UserError("UNet: scale_shift needs something to tell; set noise_features or num_classes")
+            raise UserError("UNet: scale_shift needs something to tell; set time_embedding or num_classes")
         if resample_in_block and resampling == "conv":
             raise UserError("UNet: resample_in_block with resampling conv; choose resampling nearest or fir")
 
         norm: Callable[[int], nn.Module] = GroupNorm
-        if normalisation == "conditional_instance":
+        if normalization == "conditional_instance":
             if levels is None:
-                raise UserError("UNet: normalisation conditional_instance needs levels, the number of noise levels")
+                raise UserError("UNet: normalization conditional_instance needs levels, the number of noise levels")
             norm = partial(ConditionalInstanceNorm, levels=levels)
         block = partial(
             ResidualBlock,
@@ -250,10 +250,10 @@ class UNet(Backbone):
         self.num_classes = num_classes
         self.out_channels = self.data_shape[0] if out_channels is None else out_channels
         self.rescale = rescale_residual
-        self.level_indexed = normalisation == "conditional_instance"
+        self.level_indexed = normalization == "conditional_instance"
         self.embedding: NoiseEmbedding | None = None
         if told:
-            self.embedding = NoiseEmbedding(channels, 4 * channels, noise_features, fourier_scale, num_classes)
+            self.embedding = NoiseEmbedding(channels, 4 * channels, time_embedding, fourier_scale, num_classes)
 
         width = channels
         self.stem = conv3x3(self.data_shape[0], width)

@@ -7,7 +7,7 @@ from lit_diffusion.callbacks.likelihood import Likelihood
 from lit_diffusion.callbacks.noise_levels import NoiseLevels
 from lit_diffusion.callbacks.progress import ProgressBar, Telemetry
 from lit_diffusion.callbacks.samples import Samples
-from lit_diffusion.callbacks.toys import ModeWeights, ScoreField
+from lit_diffusion.callbacks.score_figures import ModeWeights, ScoreField
 
 __all__ = [
     "EMA",

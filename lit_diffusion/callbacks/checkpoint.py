@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lit_diffusion import interrupts
-from lit_diffusion.distributed import summed
+from lit_diffusion.distributed import sum_over_ranks
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import sync_folder
 from lit_diffusion.interrupts import Interrupted
@@ -162,7 +162,7 @@ def write_checkpoint(trainer: pl.Trainer, module: TrainedModule, path: Path, pre
     mine = [local(p.detach()) for p in module.averaged().values()]
     largest = torch._foreach_norm([p for p in mine if p.numel() > 0], float("inf"))  # A share may be empty.
     broken = torch.stack(largest).isfinite().logical_not().sum().double()
-    if float(summed(broken)) > 0.0:
+    if float(sum_over_ranks(broken)) > 0.0:
         raise UserError(
             f"training diverged: the weights are not finite at step {module.clock.steps} ({module.clock.images} "
             f"images) and are not saved: lower the learning rate, and continue from the checkpoint before, if any",

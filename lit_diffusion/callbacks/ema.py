@@ -22,7 +22,7 @@ from lit_diffusion.runs.clock import in_images
 from lit_diffusion.runs.console import print_note
 from lit_diffusion.training.callback import Callback
 from lit_diffusion.training.module import TrainedModule
-from lit_diffusion.training.sharding import local, shared_out_like, whole
+from lit_diffusion.training.sharding import distribute_like, local, whole
 from lit_diffusion.training.trainer import callbacks_of
 
 
@@ -110,7 +110,7 @@ class EMA(Callback):
         # In the order of the parameters, whatever the file's: they are averaged side by side.
         self.shadows = [
             {
-                name: shared_out_like(shadow[name], p) if name in shadow else p.detach().clone()
+                name: distribute_like(shadow[name], p) if name in shadow else p.detach().clone()
                 for name, p in parameters.items()
             }
             for shadow in self.shadows
@@ -143,7 +143,7 @@ class EMA(Callback):
         given = self._raw
         if position is not None:
             shadow = self.shadows[position]
-            given = [local(shared_out_like(shadow[name], p)) for name, p in module.averaged().items()]
+            given = [local(distribute_like(shadow[name], p)) for name, p in module.averaged().items()]
         torch._foreach_copy_(parameters, given)
         try:
             yield

@@ -17,10 +17,10 @@ from lit_diffusion.callbacks.checkpoint import (
     save_before_drawing,
     write_checkpoint,
 )
-from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import EMA, averages_of, choose_average
+from lit_diffusion.callbacks.periodic import PeriodicCallback
 from lit_diffusion.data.npz import label_arrays
-from lit_diffusion.distributed import shares_of_all
+from lit_diffusion.distributed import all_gather_objects
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.evaluation import Evaluated, Evaluation, RealSets
 from lit_diffusion.evaluation.sampling import DivergedError
@@ -53,7 +53,7 @@ PAIRS = 12
 """So many samples are drawn with the training image nearest to each: those closest to one."""
 
 
-class Evaluator(Drawing):
+class Evaluator(PeriodicCallback):
     """Generates samples on all processes and measures them: during training every so often, and by ``test``.
 
     Each evaluation writes an event ``evaluation`` with the figures, their errors and their protocol, keeps some of its
@@ -262,7 +262,7 @@ class Evaluator(Drawing):
             UserError: for anything that cannot be had.
         """
         choose_average(averages.half_lives, averages.kept(self.weights))
-        method.check_walk(self._sampler(method, stage))
+        method.check_sampler(self._sampler(method, stage))
         evaluation = self._evaluation = self._evaluation or self._made(data)
         choice = evaluation.choose((self._count or COUNTS[0]) if stage == "fit" else self.test_samples)
         if self.keep and stage == "fit" and self.best not in choice.metrics:
@@ -272,7 +272,7 @@ class Evaluator(Drawing):
         return evaluation, choice
 
     def _made(self, data: DataModule) -> Evaluation:
-        shape = tuple(data.facts.shape)
+        shape = tuple(data.data_spec.shape)
         name = default_extractor(shape) if self.extractor == "auto" else self.extractor
         extractor = load_extractor(name, shape, self.weights_path)
         held_out = self.reference == "held_out"
@@ -340,7 +340,7 @@ class Evaluator(Drawing):
     ) -> None:
         result = evaluated.result
         protocol = result.protocol
-        shares = shares_of_all(evaluated.kept)
+        shares = all_gather_objects(evaluated.kept)
         said = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
         print_note(f"evaluation at {method.clock.images} images, seed {protocol['seed']}: {said} ({seconds:.1f} s)")
         if result.flagged:
@@ -383,7 +383,7 @@ class Evaluator(Drawing):
         assert self._evaluation is not None
         counts = self._evaluation.data.class_counts
         cond = method.condition_by_counts(torch.tensor(sorted(images)), protocol["seed"], counts)
-        labels = label_arrays(None if cond is None else cond.label, method.require_facts().class_names)
+        labels = label_arrays(None if cond is None else cond.label, method.require_data_spec().class_names)
         with atomic_write(path) as file:
             np.savez_compressed(
                 file, allow_pickle=False, arr_0=np.stack([images[index] for index in sorted(images)]), **labels
@@ -428,7 +428,7 @@ class Evaluator(Drawing):
         each = evaluation.seconds_a_sample(method, self._sampler(method, "fit"), batch, self.seed)
         each /= trainer.world_size
         affordable = [count for count in COUNTS if count * each <= self.budget * between]
-        self._chosen = int(shares_of_all(affordable[-1] if affordable else COUNTS[0])[0])
+        self._chosen = int(all_gather_objects(affordable[-1] if affordable else COUNTS[0])[0])
         share = self._chosen * each / between
         print_note(
             f"eval.samples auto: {self._chosen}, {1000 * each:.3g} ms each, about {share:.1%} of the training time"
@@ -462,7 +462,7 @@ class Evaluator(Drawing):
         folder = checkpoint_folder(trainer)
         # Values may differ in the last digit between processes: what one of them has counts.
         mine = (result.values[key], read_best(folder) if trainer.is_global_zero else [])
-        value, listed = shares_of_all(mine)[0]
+        value, listed = all_gather_objects(mine)[0]
         entry = (self.best, key, value, method.clock.images, self.keep)
         if not is_among_best(listed, *entry):
             return

@@ -32,7 +32,7 @@ from lit_diffusion.runs.logger import RunLogger, run_logger_of, survived
 from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.ode import refuse_grid_only
 from lit_diffusion.samplers.times import timesteps_to_zero
-from lit_diffusion.training.datamodule import NOBODYS, Batch, DataModule
+from lit_diffusion.training.datamodule import PADDING_INDEX, Batch, DataModule
 
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
 
@@ -58,7 +58,7 @@ class Likelihood(pl.Callback):
             Frechet distance in pixels against the smallest time; minutes); null: the first two, where they fit the
             model.
         weights: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``: what is measured.
-        seed: of the noise of dequantisation, of the probes and of the bound.
+        seed: of the noise of dequantization, of the probes and of the bound.
         trace: of the ODE's divergence: ``hutchinson``, estimated, or ``exact``, for few dimensions.
         probe: entries of Hutchinson's vectors: ``rademacher`` or ``gaussian``.
         probes: how many of them an image.
@@ -225,7 +225,7 @@ class Likelihood(pl.Callback):
     ) -> None:
         """Measure a batch."""
         assert isinstance(pl_module, Method)
-        if not isinstance(batch, Batch) or int(batch.index[0]) == NOBODYS:  # Nothing is held out, or nobody's.
+        if not isinstance(batch, Batch) or int(batch.index[0]) == PADDING_INDEX:  # Nothing is held out, or nobody's.
             return
         held, name = Held(batch.x, batch.index, batch.cond), f"batch {batch_idx + 1}"
         if "bpd_ode" in self._chosen:
@@ -308,7 +308,7 @@ class Likelihood(pl.Callback):
 
     def _report_bound(self, trainer: pl.Trainer, method: Method, run: RunLogger | None) -> float:
         found, settings = self._bound.result(), self._bound.settings
-        chain = settings.chain.in_words(method.denoiser, method.grey_levels is not None)
+        chain = settings.chain.describe(method.denoiser, method.grey_levels is not None)
         measured, said = _with_error("bpd_bound", found.value, found.error)
         values: dict[str, Any] = {**measured, "images": found.count, **self._protocol}
         values |= {f"bpd_bound_{name}": value for name, value in found.parts.items()}
@@ -343,7 +343,7 @@ class Likelihood(pl.Callback):
 
     def _report_smallest_time(self, trainer: pl.Trainer, method: Method, run: RunLogger | None) -> None:
         bits = [each.mean.compute()[0] for each in self._by_time]
-        distances = self._frechet_by_time(trainer, method) if method.require_facts().is_image else None
+        distances = self._frechet_by_time(trainer, method) if method.require_data_spec().is_image else None
         times = self._times_drawn
         for position, time in enumerate(times):
             distance = "" if distances is None else f", fd/pixels-{self.samples} {distances[position]:.4f}"

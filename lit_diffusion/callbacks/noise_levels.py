@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_diffusion.callbacks.drawing import Drawing
+from lit_diffusion.callbacks.periodic import PeriodicCallback
 from lit_diffusion.data import GaussianMixturePoints
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
@@ -39,7 +39,7 @@ def score_error(denoiser: Any, exact: ExactDenoiser, x: Tensor, t: Tensor) -> tu
     return (estimate - truth).square().sum(1), truth.square().sum(1)
 
 
-class NoiseLevels(Drawing):
+class NoiseLevels(PeriodicCallback):
     """Draws loss, gradient norm and score error against the noise level, with the raw weights, and records them.
 
     The figures are of the same training images with the same noise every time: event ``noise_levels`` in metrics.jsonl.
@@ -116,7 +116,7 @@ class NoiseLevels(Drawing):
         losses, norms, errors = [], [], []
         for time in times.tolist():
             t = torch.full((len(x),), time, dtype=torch.float64, device=method.device)
-            loss = method.loss_at(batch, t, eps).per_sample.mean()
+            loss = method.loss_given_t(batch, t, eps).per_sample.mean()
             # Not backward: the gradients are nobody's business, least of all other processes'.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             losses.append(float(loss.detach()))
@@ -127,8 +127,8 @@ class NoiseLevels(Drawing):
                 x_t = method.denoiser.process.perturb(x, t, eps)
                 error, norm = score_error(method.denoiser, exact, x_t, t)
                 errors.append(float(error.mean() / norm.mean()))
-        level = method.denoiser.process.level(times)
-        ratio = (level.sigma / level.alpha).tolist()
+        coefficients = method.denoiser.process.coefficients(times)
+        ratio = (coefficients.sigma / coefficients.alpha).tolist()
         values = {"times": times.tolist(), "sigma_over_alpha": ratio, "loss": losses, "gradient_norm": norms}
         panels = {"loss": losses, "gradient norm": norms}
         if errors:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion.backbones.flops import TRAINING
-from lit_diffusion.distributed import many_processes, summed
+from lit_diffusion.distributed import many_processes, sum_over_ranks
 from lit_diffusion.failures import agree
 from lit_diffusion.runs.clock import Cadence
 from lit_diffusion.runs.logger import run_logger_of, survived
@@ -141,8 +141,10 @@ class Telemetry(Callback):
         """What was added up since the last event, over all processes, which all come."""
         world_size = dist.get_world_size() if many_processes() else 1
         return {
-            "values": {name: summed(torch.stack(values)) / world_size for name, values in self._values.items()},
-            "by_time": {name: summed(sums) for name, sums in self._by_time.items()},
+            "values": {
+                name: sum_over_ranks(torch.stack(values)) / world_size for name, values in self._values.items()
+            },
+            "by_time": {name: sum_over_ranks(sums) for name, sums in self._by_time.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

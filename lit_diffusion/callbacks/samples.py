@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from lit_diffusion import samplers
-from lit_diffusion.callbacks.drawing import Drawing
 from lit_diffusion.callbacks.ema import averages_of, choose_average
+from lit_diffusion.callbacks.periodic import PeriodicCallback
 from lit_diffusion.data.npz import label_arrays
-from lit_diffusion.distributed import shares_of_all
+from lit_diffusion.distributed import all_gather_objects
 from lit_diffusion.errors import UserError
-from lit_diffusion.evaluation.sampling import DivergedError, Share, generate_in_batches
+from lit_diffusion.evaluation.sampling import DivergedError, Shard, generate_in_batches
 from lit_diffusion.failures import Failure
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import image_grid, to_uint8
@@ -71,7 +71,7 @@ def in_their_order(shares: Sequence[Tensor]) -> Tensor:
     return x
 
 
-class Samples(Drawing):
+class Samples(PeriodicCallback):
     """Draws a grid of samples, and the film strip of their way from noise, every so many images and at the end.
 
     In ``predict`` it brings the samples of all processes together, made with the same weights.
@@ -118,15 +118,15 @@ class Samples(Drawing):
 
     def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
         """Whether there is anything to draw."""
-        return self.count > 0 and run_logger_of(trainer) is not None and method.require_facts().is_image
+        return self.count > 0 and run_logger_of(trainer) is not None and method.require_data_spec().is_image
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Make the samples, each process its share, and save their pictures."""
-        run, facts = run_logger_of(trainer), method.require_facts()
+        run, data_spec = run_logger_of(trainer), method.require_data_spec()
         assert run is not None
         weights = self._weights(trainer)
         each = math.ceil(self.count / trainer.world_size)
-        share = Share.of(self.count, each, trainer.global_rank, trainer.world_size)
+        share = Shard.of(self.count, each, trainer.global_rank, trainer.world_size)
         film = _Film(len(share.indices[share.indices < self.film_columns]))
         try:
             with averages_of(trainer).applied(method, weights):
@@ -145,7 +145,7 @@ class Samples(Drawing):
             print_note(f"samples: the sampler diverged at {method.clock.images} images (NaN); no picture this time")
             run.fail(self.name, [Failure.of(error)], said=True)
             return
-        shares = shares_of_all((drawn.x, rows))
+        shares = all_gather_objects((drawn.x, rows))
         if not trainer.is_global_zero:
             return
         caption = f"{method.clock.images} images seen, step {method.clock.steps}, weights {weights}, seed {self.seed}"
@@ -157,12 +157,12 @@ class Samples(Drawing):
         if drawn.strays.count:
             values["strays"] = asdict(drawn.strays)
         x = in_their_order([x for x, _ in shares])
-        self.last = run.picture("samples", image_grid(to_uint8(x, facts)), caption, values)
+        self.last = run.picture("samples", image_grid(to_uint8(x, data_spec)), caption, values)
         if self.film_columns:
             # Of a solver that chooses its steps processes may have different numbers: the ends are what they share.
             height = min(len(rows) for _, rows in shares)
             strip = torch.cat([in_their_order([rows[k - height] for _, rows in shares]) for k in range(height)])
-            run.picture("film", image_grid(to_uint8(strip, facts), self.film_columns), caption, values)
+            run.picture("film", image_grid(to_uint8(strip, data_spec), self.film_columns), caption, values)
 
     @torch.no_grad()
     def _decoded(self, method: Method, indices: Tensor, z: Tensor) -> Tensor:
@@ -201,16 +201,16 @@ class Samples(Drawing):
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the samples of all processes together, in their order, as ``samples/predict.npz``."""
         assert isinstance(pl_module, Method)
-        facts, run = pl_module.require_facts(), run_logger_of(trainer)
+        data_spec, run = pl_module.require_data_spec(), run_logger_of(trainer)
         made = [made.x.cpu() for made in trainer.predict_loop.predictions if isinstance(made, samplers.Samples)]
-        mine = torch.cat(made) if made else torch.empty(0, *facts.shape)
+        mine = torch.cat(made) if made else torch.empty(0, *data_spec.shape)
         farthest = torch.cat([torch.zeros(0), *self._farthest])
         numbers = torch.cat([torch.zeros(0, dtype=torch.int64), *self._numbers])
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, DataModule):  # Without what was made for the other processes' sake.
             count = len(range(trainer.global_rank, data.predict_samples, trainer.world_size))
             mine, farthest, numbers = mine[:count], farthest[:count], numbers[:count]
-        shares = shares_of_all((mine, Strays.among(farthest), numbers))
+        shares = all_gather_objects((mine, Strays.among(farthest), numbers))
         if run is None or not trainer.is_global_zero:
             return
         x = in_their_order([x for x, _, _ in shares])
@@ -218,13 +218,13 @@ class Samples(Drawing):
             print_note(str(strays))
         if not torch.isfinite(x).all():
             raise UserError("the sampler diverged (NaN or infinity): choose smaller steps or other weights")
-        array = x.numpy() if facts.value_range is None else to_uint8(x, facts)
+        array = x.numpy() if data_spec.value_range is None else to_uint8(x, data_spec)
         path = run.run_dir / "samples" / "predict.npz"
         numbers = in_their_order([share for _, _, share in shares])
-        cond = pl_module.condition_by_counts(numbers, pl_module.seed, facts.class_counts)
+        cond = pl_module.condition_by_counts(numbers, pl_module.seed, data_spec.class_counts)
         labels = None if cond is None else cond.label
         with atomic_write(path) as file:
-            np.savez_compressed(file, allow_pickle=False, arr_0=array, **label_arrays(labels, facts.class_names))
+            np.savez_compressed(file, allow_pickle=False, arr_0=array, **label_arrays(labels, data_spec.class_names))
         weights = self._weights(trainer)
         run.record("predict", {"file": f"samples/{path.name}", "weights": weights, "seed": pl_module.seed})
         print_note(f"wrote {len(array)} samples to {path}, weights {weights}")

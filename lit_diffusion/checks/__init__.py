@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["ok", "note", "warning", "problem"]
+Severity = Literal["ok", "note", "warning", "problem"]
 """``note``: good to know. ``warning``: it runs, and probably not as meant. ``problem``: it cannot run."""
 
-LEVELS: tuple[Level, ...] = ("problem", "warning", "note", "ok")
+SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note", "ok")
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Finding:
         mend: what to do about it; empty where there is nothing to do.
     """
 
-    level: Level
+    severity: Severity
     what: str
     mend: str = ""
 
     def __str__(self) -> str:
         """The line."""
-        return " ".join(f"{self.level:<8} {self.what}{f'; {self.mend}' if self.mend else ''}".split("\n"))
+        return " ".join(f"{self.severity:<8} {self.what}{f'; {self.mend}' if self.mend else ''}".split("\n"))
 
 
 def ok(what: str) -> Finding:

@@ -68,7 +68,7 @@ def versions() -> Iterator[Finding]:
     fitting = 0
     for requirement in required:
         found = list(version_of(requirement.name, str(requirement.specifier), f'pip install "{requirement}"'))
-        if [finding.level for finding in found] == ["ok"] and requirement.name not in NAMED:
+        if [finding.severity for finding in found] == ["ok"] and requirement.name not in NAMED:
             fitting += 1
         else:
             yield from found

@@ -172,44 +172,44 @@ def findings(recipe: Recipe, checks: Sequence[Check] | None = None) -> Iterator[
 def data_found(recipe: Recipe) -> Iterator[Finding]:
     """What there is to train on."""
     data = recipe.data
-    facts = data.facts
-    shape = " x ".join(str(side) for side in facts.shape)
-    levels = f", {facts.levels} grey levels" if facts.levels is not None else ""
-    classes = f", {facts.num_classes} classes" if facts.num_classes is not None else ""
+    data_spec = data.data_spec
+    shape = " x ".join(str(side) for side in data_spec.shape)
+    levels = f", {data_spec.levels} grey levels" if data_spec.levels is not None else ""
+    classes = f", {data_spec.num_classes} classes" if data_spec.num_classes is not None else ""
     train, held_out = len(data.train_indices), len(data.held_out_indices)
-    yield ok(f"data {facts.source}: {train} to train on, {held_out} held out, {shape}{levels}{classes}")
+    yield ok(f"data {data_spec.source}: {train} to train on, {held_out} held out, {shape}{levels}{classes}")
     if held_out == 0:
         yield note("nothing is held out: no held-out loss, no likelihood", "set data.held_out_fraction 0.1")
 
 
 def classes(recipe: Recipe) -> Iterator[Finding]:
     """The backbone's classes against the data's, which ``fit`` refuses where the backbone has too few."""
-    told, facts = recipe.method.denoiser.backbone.num_classes, recipe.data.facts
-    if told is None or facts.num_classes is None or facts.class_counts is None:
+    told, data_spec = recipe.method.denoiser.backbone.num_classes, recipe.data.data_spec
+    if told is None or data_spec.num_classes is None or data_spec.class_counts is None:
         return
-    names = facts.class_names or range(facts.num_classes)
-    empty = [str(name) for name, count in zip(names, facts.class_counts, strict=True) if count == 0]
+    names = data_spec.class_names or range(data_spec.num_classes)
+    empty = [str(name) for name, count in zip(names, data_spec.class_counts, strict=True) if count == 0]
     if empty:
         yield warning(f"no training data of the classes {in_brief(empty)}", "number the classes without gaps")
-    if told > facts.num_classes:
+    if told > data_spec.num_classes:
         yield note(
-            f"the backbone has {told} classes, the data {facts.num_classes}: the others are not trained",
-            f"set model.init_args.backbone.init_args.num_classes {facts.num_classes}",
+            f"the backbone has {told} classes, the data {data_spec.num_classes}: the others are not trained",
+            f"set model.init_args.backbone.init_args.num_classes {data_spec.num_classes}",
         )
     elif not empty:
-        least, most = min(facts.class_counts), max(facts.class_counts)
+        least, most = min(data_spec.class_counts), max(data_spec.class_counts)
         yield ok(f"the model is told {told} classes, of {least} to {most} training data each")
 
 
 def data_range(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the first data, normalised, are finite, vary, and fill the range that they are said to have."""
+    """Whether the first data, normalized, are finite, vary, and fill the range that they are said to have."""
     x = recipe.first
     if not bool(torch.isfinite(x).all()):
         yield problem("the data hold values that are not finite", "clean the source")
         return
     low, high, deviation = float(x.min()), float(x.max()), float(x.std())
     said = f"first {len(x)} data: from {low:.4g} to {high:.4g}, mean {float(x.mean()):.3g}, deviation {deviation:.3g}"
-    wanted = recipe.data.facts.value_range
+    wanted = recipe.data.data_spec.value_range
     if deviation == 0.0:
         yield problem(f"{said}: they are all the same", "look at what the source reads")
     elif wanted is None:
@@ -219,7 +219,7 @@ def data_range(recipe: Recipe) -> Iterator[Finding]:
     elif high - low < 0.5 * (wanted[1] - wanted[0]):
         yield warning(
             f"{said}: they fill little of data.value_range {list(wanted)}",
-            f"the source declares {recipe.data.facts.levels} grey levels; correct that, or spread the images",
+            f"the source declares {recipe.data.data_spec.levels} grey levels; correct that, or spread the images",
         )
     else:
         yield ok(f"{said}, within {list(wanted)}")
@@ -269,7 +269,7 @@ def prior_mismatch(recipe: Recipe) -> Iterator[Finding]:
     process = recipe.method.denoiser.process
     if isinstance(process, VE):
         return
-    end = process.level(torch.tensor([process.t_max], dtype=torch.float64))
+    end = process.coefficients(torch.tensor([process.t_max], dtype=torch.float64))
     alpha, ratio = float(end.alpha), (float(end.sigma) / process.prior_std) ** 2
     power = float(recipe.first.double().square().mean()) / process.prior_std**2
     # Of N(alpha x, sigma^2) from N(0, prior^2), averaged over the data.
@@ -282,7 +282,7 @@ def prior_mismatch(recipe: Recipe) -> Iterator[Finding]:
         )
     else:
         yield ok(said)
-    wanted = recipe.data.facts.value_range
+    wanted = recipe.data.data_spec.value_range
     if wanted is not None and not wanted[0] < 0.0 < wanted[1]:
         yield warning(
             f"data.value_range {list(wanted)} is not centred, and this process draws data towards 0",
@@ -515,7 +515,7 @@ def compiling(recipe: Recipe) -> Iterator[Finding]:
 
 
 def states_of(make_optimizer: OptimizerCallable) -> int:
-    """Numbers that an optimiser keeps for each weight: 2 of Adam; found by a step on a tiny parameter."""
+    """Numbers that an optimizer keeps for each weight: 2 of Adam; found by a step on a tiny parameter."""
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
     optimizer = make_optimizer([weight])
@@ -539,11 +539,11 @@ def sizes(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def memory(recipe: Recipe) -> Iterator[Finding]:
-    """What weights, gradients, optimiser and averages take; activations come on top."""
+    """What weights, gradients, optimizer and averages take; activations come on top."""
     parameters, _, need = sizes(recipe)
     backbone, averages = type(recipe.method.denoiser.backbone).__name__, len(recipe.half_lives)
     said = (
-        f"{backbone} of {parameters / 1e6:.3g} million parameters: {in_bytes(need)} with gradients, optimiser and "
+        f"{backbone} of {parameters / 1e6:.3g} million parameters: {in_bytes(need)} with gradients, optimizer and "
         f"{averages} average{'s' * (averages != 1)}, activations on top"
     )
     if recipe.on_cuda:

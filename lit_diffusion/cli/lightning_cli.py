@@ -45,7 +45,7 @@ from lit_diffusion.checkpoints import (
 from lit_diffusion.cli.arguments import in_order, last_value
 from lit_diffusion.config.parser import Parser, users_own_errors
 from lit_diffusion.config.yaml_files import Loader
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.errors import UserError
 from lit_diffusion.failures import is_first_process
 from lit_diffusion.interrupts import Interrupted
@@ -273,7 +273,7 @@ class CLI(OpenCLI):
         torch.manual_seed(section.seed_everything)
         method = build_method(section.model.as_dict())
         method.seed = section.seed_everything
-        method.facts = self.datamodule.facts
+        method.data_spec = self.datamodule.data_spec
         method.require_fitting_classes(self.datamodule)
         method.clock.batch = self.datamodule.global_batch_size
         self._load_weights(method, section)
@@ -284,10 +284,10 @@ class CLI(OpenCLI):
             if self.continues:
                 self._require_same_method(section)
             require_fitting_weights(method, self.checkpoint["state_dict"], section.ckpt_path)
-            trained = self.checkpoint[CHECKPOINT_KEY]["facts"]
+            trained = self.checkpoint[CHECKPOINT_KEY]["data_spec"]
             if trained is not None and method.num_classes is not None:
-                trained = DataFacts.from_plain(trained)
-                self.datamodule.facts.require_classes_of(trained, f"checkpoint {section.ckpt_path}")
+                trained = DataSpec.from_plain(trained)
+                self.datamodule.data_spec.require_classes_of(trained, f"checkpoint {section.ckpt_path}")
             method.on_load_checkpoint(self.checkpoint)  # Now, so that the first event of the run says where it starts.
             print_note(f"checkpoint {section.ckpt_path}: {method.clock.images} images seen")
             self._print_differences(section)
@@ -393,7 +393,7 @@ class CLI(OpenCLI):
         dashboard = self.config_init[self.subcommand]["wandb"]
         made = recipe.Recipe(self.model, self.datamodule, self.trainer, self.run_logger, dashboard)
         for finding in recipe.findings(made, recipe.SAID_BY_FIT):
-            if finding.level in ("warning", "problem"):
+            if finding.severity in ("warning", "problem"):
                 print_note(str(finding))
 
     def after_fit(self) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lit_diffusion.checks import LEVELS, Finding, first_line, installation, machine, note, problem
+from lit_diffusion.checks import SEVERITIES, Finding, first_line, installation, machine, note, problem
 from lit_diffusion.errors import UserError
 
 USAGE = """usage: python -m lit_diffusion doctor [--config FILE] [--KEY VALUE ...]
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     for finding in findings(arguments):
         sys.stdout.write(f"{finding}\n")
         sys.stdout.flush()  # Some checks take seconds.
-        counts[finding.level] += 1
+        counts[finding.severity] += 1
     plural = {"ok": "ok", "note": "notes", "warning": "warnings", "problem": "problems"}
-    said = [f"{counts[level]} {level if counts[level] == 1 else plural[level]}" for level in LEVELS]
+    said = [f"{counts[severity]} {severity if counts[severity] == 1 else plural[severity]}" for severity in SEVERITIES]
     sys.stdout.write(f"{', '.join(said)}\n")
     if counts["problem"]:
         raise UserError(f"{said[0]}; each line above says how to mend it, the first one first")
@@ -50,7 +50,7 @@ def findings(arguments: Sequence[str]) -> Iterator[Finding]:
     yield from installation.versions()
     importing = list(installation.imports())
     yield from importing
-    if any(finding.level == "problem" for finding in importing):
+    if any(finding.severity == "problem" for finding in importing):
         yield note("the machine and the recipe were not looked at", "mend the installation first")
         return
     yield from machine.processor()

@@ -60,8 +60,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--columns is 1; the way has two ends")
     out = output_path(options.out, (".png",))
     method = load_model(options)
-    facts = method.require_facts()
-    if not facts.is_image:
+    data_spec = method.require_data_spec()
+    if not data_spec.is_image:
         raise UserError("interpolate draws images; this model was trained on points")
     default = method.sampler if isinstance(method.sampler, DDIM) else DDIM()
     sampler = choose_sampler(default, name, keys)
@@ -93,9 +93,9 @@ def main(arguments: Sequence[str]) -> None:
         )
     if not torch.isfinite(made).all():
         raise UserError("the walk diverged (NaN or infinity): use other weights")
-    save_png(image_grid(to_uint8(made.flatten(0, 1), facts), made.shape[1]), out)
+    save_png(image_grid(to_uint8(made.flatten(0, 1), data_spec), made.shape[1]), out)
     sys.stdout.write(f"wrote {pairs} rows of {made.shape[1]} images to {out} ({found.evaluations} evaluations each)\n")
-    if shown := about_shown(facts.shape[0]):
+    if shown := about_shown(data_spec.shape[0]):
         sys.stdout.write(f"note: {shown}\n")
 
 
@@ -103,7 +103,7 @@ def _held_out(method: Method, count: int, label: str | None) -> tuple[Tensor, Te
     """The first held-out images of the run's data, or of one class, on the method's device.
 
     Returns:
-        Normalised ``[count, ...]``, and their classes ``[count]`` where the model is told them.
+        Normalized ``[count, ...]``, and their classes ``[count]`` where the model is told them.
     """
     config = method.run_config or {}
     if "data" not in config:
@@ -114,7 +114,7 @@ def _held_out(method: Method, count: int, label: str | None) -> tuple[Tensor, Te
     chosen, labels = torch.arange(len(data.held_out_indices)), None
     if method.num_classes is not None:
         method.require_fitting_classes(data)
-        data.facts.require_classes_of(method.require_facts(), "the model")
+        data.data_spec.require_classes_of(method.require_data_spec(), "the model")
         assert data.held_out_labels is not None
         labels = torch.from_numpy(data.held_out_labels)[data.held_out_indices]
         if label is not None:

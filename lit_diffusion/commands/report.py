@@ -118,7 +118,7 @@ def write_report(run: RecordedRun, out: Path) -> Path:
         style=style,
         title=escape(_title(run, config)),
         lead=escape(_lead(config)),
-        facts=_facts(run),
+        data_spec=_data_spec(run),
         main="\n".join(main),
         footer=escape(f"lit_diffusion {__version__}, from {run.folder.name}/metrics.jsonl, {_date(time.time())}"),
     )
@@ -251,12 +251,12 @@ def _lead(config: dict[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _facts(run: RecordedRun) -> str:
+def _data_spec(run: RecordedRun) -> str:
     starts, last = run.of("start"), run.events[-1]
     ended = [event for event in run.events if event["event"] in ("start", "end")][-1]
     status = str(ended.get("status")) if ended["event"] == "end" else "not ended: it runs, or was killed"
     resumed = [f"{event['images']:,}" for event in starts if event.get("resumed") is True]
-    facts = {
+    data_spec = {
         "Run": str(starts[0].get("run_id", "unknown")),
         "Status": status,
         "Images seen": f"{run.images:,}",
@@ -268,9 +268,9 @@ def _facts(run: RecordedRun) -> str:
         "Resumed": f"at {', '.join(resumed)} images" if resumed else "no",
     }
     if skipped := curves_by_key(run.of("train"), lambda key: key == "skipped_steps"):
-        facts["Skipped steps"] = _short(skipped["skipped_steps"].y[-1])
-    items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
-    return f'<dl class="facts">{items}</dl>'
+        data_spec["Skipped steps"] = _short(skipped["skipped_steps"].y[-1])
+    items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in data_spec.items())
+    return f'<dl class="data_spec">{items}</dl>'
 
 
 def _segments(run: RecordedRun) -> list[tuple[float, float]]:

@@ -17,13 +17,13 @@ from lit_diffusion.commands.outputs import RULE, is_folder, output_path, require
 from lit_diffusion.config.parser import Parser
 from lit_diffusion.data.dataset_json import DATASET_JSON, labels_text
 from lit_diffusion.data.npz import label_arrays
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.errors import UserError, require_positive
 from lit_diffusion.evaluation.sampling import generate_in_batches
 from lit_diffusion.files import atomic_write, write_set
 from lit_diffusion.images import about_shown, image_grid, png_bytes, save_png, to_uint8
 from lit_diffusion.runs.console import print_note
-from lit_diffusion.samplers.base import in_words
+from lit_diffusion.samplers.base import describe
 
 ENDINGS = (".npz", ".png")
 
@@ -73,10 +73,10 @@ def main(arguments: Sequence[str]) -> None:
     if is_folder(out, ENDINGS):
         require_free_for_a_set(out, options.overwrite)
     method = load_model(options)
-    facts = method.require_facts()
-    require_fitting(out, facts)
+    data_spec = method.require_data_spec()
+    require_fitting(out, data_spec)
     indices = torch.arange(options.num_samples)
-    counts = None if facts.is_image and out.suffix.lower() == ".png" else facts.class_counts
+    counts = None if data_spec.is_image and out.suffix.lower() == ".png" else data_spec.class_counts
     cond = method.condition_by_counts(indices, options.seed, counts, options.label)
     labels = None if cond is None else cond.label
     sampler = choose_sampler(method.sampler, name, keys)
@@ -97,37 +97,37 @@ def main(arguments: Sequence[str]) -> None:
             evaluations = max(evaluations, batch.evaluations)
             yield batch.x
 
-    if facts.is_image:
-        images = np.concatenate([to_uint8(x, facts) for x in drawn()])
+    if data_spec.is_image:
+        images = np.concatenate([to_uint8(x, data_spec) for x in drawn()])
         about = {
             **{key: options[key] for key in ("ckpt_path", "weights", "seed", "label")},
             "images_seen": method.clock.images,
-            "sampler": in_words(sampler, method.denoiser),
+            "sampler": describe(sampler, method.denoiser),
             "count": options.num_samples,
         }
-        write_images(images, out, about, labels, facts.class_names)
+        write_images(images, out, about, labels, data_spec.class_names)
     else:
-        write_points(torch.cat(list(drawn())).numpy(), out, facts, labels)
+        write_points(torch.cat(list(drawn())).numpy(), out, data_spec, labels)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({evaluations} network evaluations each)\n")
     if labels is not None:
         said = "all classes in turn" if counts is None else "as often as in the training data"
         if options.label is not None:
             number = int(labels[0])
-            said = f"all {number}" + (f" ({facts.class_names[number]})" if facts.class_names else "")
+            said = f"all {number}" + (f" ({data_spec.class_names[number]})" if data_spec.class_names else "")
         sys.stdout.write(f"labels: {said}\n")
-    if facts.is_image and out.suffix.lower() == ".png" and (shown := about_shown(facts.shape[0])):
+    if data_spec.is_image and out.suffix.lower() == ".png" and (shown := about_shown(data_spec.shape[0])):
         sys.stdout.write(f"note: {shown}\n")
 
 
-def require_fitting(out: Path, facts: DataFacts) -> None:
+def require_fitting(out: Path, data_spec: DataSpec) -> None:
     """Refuse a folder of PNG files for samples that none would hold.
 
     Raises:
         UserError: for points, and for images of other than 1 or 3 channels.
     """
-    if not is_folder(out, ENDINGS) or (facts.is_image and facts.shape[0] in (1, 3)):
+    if not is_folder(out, ENDINGS) or (data_spec.is_image and data_spec.shape[0] in (1, 3)):
         return
-    what = f"images of {facts.shape[0]} channels" if facts.is_image else "points"
+    what = f"images of {data_spec.shape[0]} channels" if data_spec.is_image else "points"
     raise UserError(f"--out {out}: {what} go into a .npz or a .png, not into a folder of images")
 
 
@@ -157,12 +157,12 @@ def write_images(
         write_set(out, files, about)
 
 
-def write_points(points: np.ndarray, out: Path, facts: DataFacts, labels: Tensor | None = None) -> None:
+def write_points(points: np.ndarray, out: Path, data_spec: DataSpec, labels: Tensor | None = None) -> None:
     """float32 ``[N, D]`` as an archive, or a scatter plot of the first two coordinates, by the name's ending."""
     if out.suffix.lower() == ".npz":
         with atomic_write(out) as file:
-            np.savez_compressed(file, allow_pickle=False, arr_0=points, **label_arrays(labels, facts.class_names))
+            np.savez_compressed(file, allow_pickle=False, arr_0=points, **label_arrays(labels, data_spec.class_names))
     else:
         from lit_diffusion.plots.figures import scatter
 
-        scatter(points, out, title=f"{len(points)} samples of {facts.source}")
+        scatter(points, out, title=f"{len(points)} samples of {data_spec.source}")

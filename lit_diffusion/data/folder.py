@@ -273,7 +273,7 @@ def picture_losses(
 
 
 def any_in_colour(files: _Folder | _Zip, names: list[str]) -> bool:
-    """Whether one of the images is not grey; reads the beginnings of files, until one is in colour."""
+    """Whether one of the images is not grey; reads the beginnings of files, until one is in color."""
 
     def in_colour(name: str) -> bool:
         try:

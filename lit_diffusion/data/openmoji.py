@@ -1,4 +1,4 @@
-"""OpenMoji: some 4,500 colour drawings, rendered from SVG at any size. Real data that no run has to download."""
+"""OpenMoji: some 4,500 color drawings, rendered from SVG at any size. Real data that no run has to download."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def decode(data: bytes, size: tuple[int, int] | None = None, channels: Literal[1
 
 
 def is_grey(picture: Image.Image) -> bool:
-    """Whether a picture has one channel, transparency aside; a palette counts as colours."""
+    """Whether a picture has one channel, transparency aside; a palette counts as colors."""
     return picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
 
 
@@ -77,9 +77,9 @@ def to_pixels(
 
     - Transparent parts are laid on white.
     - Of 16-bit values the high byte is kept: it gives back what was widened from 8 bits, by 256 or by 257, and is what
-      Pillow keeps of 16-bit colours.
+      Pillow keeps of 16-bit colors.
     - Grey becomes RGB by repetition, RGB becomes grey by the ITU-R 601-2 weights (0.299, 0.587, 0.114).
-    - CMYK and the like are converted as Pillow does, without colour profiles.
+    - CMYK and the like are converted as Pillow does, without color profiles.
 
     Args:
         picture: of any mode.

@@ -128,7 +128,7 @@ class SwissRoll(InMemory):
 
 
 class Checkerboard(InMemory):
-    """Uniform on the squares of one colour of a checkerboard: float32 ``[2]``.
+    """Uniform on the squares of one color of a checkerboard: float32 ``[2]``.
 
     The square in the lower left corner is one of them. The density is flat with sharp edges, which a smooth model can
     only approach.
@@ -145,7 +145,7 @@ class Checkerboard(InMemory):
 
     def __init__(self, cells: int = 4, extent: float = 4.0, size: int = 50_000, seed: int = 0) -> None:
         if cells < 2 or cells % 2:
-            raise UserError(f"cells: {cells} must be even and at least 2, so that both colours have as many squares")
+            raise UserError(f"cells: {cells} must be even and at least 2, so that both colors have as many squares")
         index = _indices(size)
         column = _choice(seed, index, torch.ones(cells))
         row = 2 * _choice(seed, index, torch.ones(cells // 2), draw=1) + column % 2

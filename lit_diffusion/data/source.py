@@ -12,7 +12,7 @@ import numpy as np
 class Source(ABC):
     """A finite, ordered set of data, read by index.
 
-    Images are uint8 ``[C, H, W]`` with values ``0 .. levels - 1``, never normalised: that is the DataModule's work and
+    Images are uint8 ``[C, H, W]`` with values ``0 .. levels - 1``, never normalized: that is the DataModule's work and
     happens once. Points (toys) are float32 ``[D]`` and are used as they are.
 
     Attributes:

@@ -8,26 +8,26 @@ from lit_diffusion.denoisers.base import (
     ReverseLogVariance,
     WrappedDenoiser,
 )
-from lit_diffusion.denoisers.clipping import ClipX0, clip_in_words, clip_range, clipped, require_clip
-from lit_diffusion.denoisers.network import InputScale, NetworkDenoiser
-from lit_diffusion.denoisers.parametrizations import NOISE_INPUTS, PARAMETRIZATIONS, NoiseInput, Parametrization
+from lit_diffusion.denoisers.clipping import ClipX0, clip_range, clipped, describe_clip, require_clip
+from lit_diffusion.denoisers.network import CIn, NetworkDenoiser
+from lit_diffusion.denoisers.parametrizations import C_NOISE, PARAMETRIZATIONS, CNoise, Parametrization
 
 __all__ = [
-    "NOISE_INPUTS",
+    "C_NOISE",
     "PARAMETRIZATIONS",
     "ClipX0",
     "Denoiser",
     "EndPoint",
-    "InputScale",
+    "CIn",
     "InterpolatedVariance",
     "NetworkDenoiser",
-    "NoiseInput",
+    "CNoise",
     "Parametrization",
     "Prediction",
     "ReverseLogVariance",
     "WrappedDenoiser",
-    "clip_in_words",
     "clip_range",
     "clipped",
+    "describe_clip",
     "require_clip",
 ]

@@ -20,7 +20,7 @@ class GaussianMixture:
     """A mixture of Gaussians in D dimensions. It computes in float64 on the device of what it is asked about.
 
     Args:
-        weights: ``[K]``, positive; normalised here.
+        weights: ``[K]``, positive; normalized here.
         means: ``[K, D]``.
         covariances: ``[K, D, D]``, symmetric positive (semi)definite.
     """
@@ -105,7 +105,7 @@ class ExactDenoiser(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`; x_t is ``[B, D]`` (or any shape that flattens to it)."""
-        level = self.process.level(t)
-        log_prob, score, mean = self.distribution.posterior(x_t.flatten(1), level.alpha, level.sigma)
-        eps = -level.sigma[:, None] * score
-        return Prediction.from_x0_and_eps(x_t, level, mean.view_as(x_t), eps.view_as(x_t), energy=-log_prob)
+        coefficients = self.process.coefficients(t)
+        log_prob, score, mean = self.distribution.posterior(x_t.flatten(1), coefficients.alpha, coefficients.sigma)
+        eps = -coefficients.sigma[:, None] * score
+        return Prediction.from_x0_and_eps(x_t, coefficients, mean.view_as(x_t), eps.view_as(x_t), energy=-log_prob)

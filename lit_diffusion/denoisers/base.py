@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import Level, Process, Transition, expand_like
+from lit_diffusion.processes import Coefficients, Process, Transition, expand_like
 
 ReverseLogVariance = Callable[[Transition, Tensor], Tensor]
 """The log-variance of the reverse steps, in nats and float64, that broadcasts against ``x_t`` ``[B, ...]``, from the
@@ -75,40 +75,42 @@ class Prediction:
 
     x_t: Tensor
     raw: Tensor
-    level: Level
+    coefficients: Coefficients
     u: Tensor
     v: Tensor
     energy: Tensor | None = None
     reverse_log_variance: ReverseLogVariance | None = None
 
     @classmethod
-    def from_eps(cls, x_t: Tensor, level: Level, eps: Tensor, energy: Tensor | None = None) -> Self:
+    def from_eps(cls, x_t: Tensor, coefficients: Coefficients, eps: Tensor, energy: Tensor | None = None) -> Self:
         """The prediction of what knows the noise ``[B, ...]``; it has no x0 where alpha is 0."""
-        return cls(x_t, eps, level, torch.zeros_like(level.t), torch.ones_like(level.t), energy)
+        return cls(x_t, eps, coefficients, torch.zeros_like(coefficients.t), torch.ones_like(coefficients.t), energy)
 
     @classmethod
-    def from_x0(cls, x_t: Tensor, level: Level, x0: Tensor, energy: Tensor | None = None) -> Self:
+    def from_x0(cls, x_t: Tensor, coefficients: Coefficients, x0: Tensor, energy: Tensor | None = None) -> Self:
         """The prediction of what knows the clean datum ``[B, ...]``; its eps loses digits where sigma is small."""
-        return cls(x_t, x0, level, torch.ones_like(level.t), torch.zeros_like(level.t), energy)
+        return cls(x_t, x0, coefficients, torch.ones_like(coefficients.t), torch.zeros_like(coefficients.t), energy)
 
     @classmethod
-    def from_score(cls, x_t: Tensor, level: Level, score: Tensor, energy: Tensor | None = None) -> Self:
+    def from_score(cls, x_t: Tensor, coefficients: Coefficients, score: Tensor, energy: Tensor | None = None) -> Self:
         """The prediction of what knows the score ``[B, ...]``; it has no x0 where alpha is 0."""
-        return cls(x_t, score, level, torch.zeros_like(level.t), -1.0 / level.sigma, energy)
+        return cls(x_t, score, coefficients, torch.zeros_like(coefficients.t), -1.0 / coefficients.sigma, energy)
 
     @classmethod
-    def from_x0_and_eps(cls, x_t: Tensor, level: Level, x0: Tensor, eps: Tensor, energy: Tensor | None = None) -> Self:
+    def from_x0_and_eps(
+        cls, x_t: Tensor, coefficients: Coefficients, x0: Tensor, eps: Tensor, energy: Tensor | None = None
+    ) -> Self:
         """The prediction of what knows both, with ``x_t = alpha x0 + sigma eps``.
 
         It keeps ``v = alpha eps - sigma x0``, from which every view is had with all its digits, at small sigma and
         where alpha is 0: what is made of other predictions, as guidance is, is best made so.
         """
-        raw = expand_like(level.alpha, eps) * eps - expand_like(level.sigma, x0) * x0
-        return cls(x_t, raw, level, -level.sigma, level.alpha, energy)
+        raw = expand_like(coefficients.alpha, eps) * eps - expand_like(coefficients.sigma, x0) * x0
+        return cls(x_t, raw, coefficients, -coefficients.sigma, coefficients.alpha, energy)
 
     @property
     def _determinant(self) -> Tensor:
-        return self.level.alpha * self.v - self.level.sigma * self.u
+        return self.coefficients.alpha * self.v - self.coefficients.sigma * self.u
 
     @property
     def c_skip(self) -> Tensor:
@@ -118,7 +120,7 @@ class Prediction:
     @property
     def c_out(self) -> Tensor:
         """The weight of F in ``x_0 = c_skip x_t + c_out F``: float64 ``[B]``."""
-        return -self.level.sigma / self._determinant
+        return -self.coefficients.sigma / self._determinant
 
     def _view(self, p: Tensor, q: Tensor) -> Tensor:
         determinant = self._determinant
@@ -128,25 +130,23 @@ class Prediction:
     @property
     def x0(self) -> Tensor:
         """The posterior mean ``E[x_0 | x_t]`` (Tweedie)."""
-        return self._view(self.v, -self.level.sigma)
+        return self._view(self.v, -self.coefficients.sigma)
 
     @property
     def eps(self) -> Tensor:
         """The expected noise ``E[eps | x_t]``."""
-        return self._view(-self.u, self.level.alpha)
+        return self._view(-self.u, self.coefficients.alpha)
 
     @property
     def score(self) -> Tensor:
         """``grad log p_t(x_t) = -eps / sigma``."""
-        return self._view(self.u / self.level.sigma, -self.level.alpha / self.level.sigma)
+        return self._view(self.u / self.coefficients.sigma, -self.coefficients.alpha / self.coefficients.sigma)
 
     @property
     def velocity(self) -> Tensor:
         """``E[alpha' x_0 + sigma' eps | x_t]``: the drift of the probability-flow ODE."""
-        level = self.level
-        return self._view(
-            level.dalpha * self.v - level.dsigma * self.u, level.dsigma * level.alpha - level.dalpha * level.sigma
-        )
+        at = self.coefficients
+        return self._view(at.dalpha * self.v - at.dsigma * self.u, at.dsigma * at.alpha - at.dalpha * at.sigma)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def clipped(x0: Tensor, clip: ClipX0, denoiser: Denoiser) -> Tensor:
     return x0 if found is None else x0.clamp(*found)
 
 
-def clip_in_words(clip: ClipX0, denoiser: Denoiser) -> str:
+def describe_clip(clip: ClipX0, denoiser: Denoiser) -> str:
     """A range with what it means here: ``data [-1, 1]``, ``[-1, 1]``, ``null``; ``data`` where the data have none."""
     found = clip_range(clip, denoiser)
     said = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"

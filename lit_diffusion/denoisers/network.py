@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lit_diffusion.conditions import Condition
 from lit_diffusion.denoisers.base import Denoiser, InterpolatedVariance, Prediction
-from lit_diffusion.denoisers.parametrizations import NOISE_INPUTS, PARAMETRIZATIONS, NoiseInput, Parametrization
+from lit_diffusion.denoisers.parametrizations import C_NOISE, PARAMETRIZATIONS, CNoise, Parametrization
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Process, expand_like
 
 if TYPE_CHECKING:  # Denoisers and samplers do without the networks' own modules.
     from lit_diffusion.backbones.base import Backbone
 
-InputScale = Literal["none", "unit_variance"]
+CIn = Literal["none", "unit_variance"]
 
 
 class NetworkDenoiser(Denoiser):
@@ -30,10 +30,10 @@ class NetworkDenoiser(Denoiser):
         backbone: the network.
         process: the forward noising.
         parametrization: what the network's output is, a row of :data:`PARAMETRIZATIONS`.
-        noise_input: what it is told of the noise level, a row of :data:`NOISE_INPUTS`.
-        input_scale: ``none`` feeds x_t as it is; ``unit_variance`` divides it by ``sqrt(alpha^2 sigma_data^2 +
+        c_noise: what it is told of the noise level, a row of :data:`C_NOISE`.
+        c_in: ``none`` feeds x_t as it is; ``unit_variance`` divides it by ``sqrt(alpha^2 sigma_data^2 +
             sigma^2)``, which trains better where sigma is large (always on for ``edm``).
-        sigma_data: standard deviation of the normalised data, for ``edm`` and ``unit_variance``.
+        sigma_data: standard deviation of the normalized data, for ``edm`` and ``unit_variance``.
         learned_variance: the second half of the network's output channels says the reverse variance.
 
     Raises:
@@ -47,20 +47,20 @@ class NetworkDenoiser(Denoiser):
         backbone: Backbone,
         process: Process,
         parametrization: Parametrization,
-        noise_input: NoiseInput,
-        input_scale: InputScale = "none",
+        c_noise: CNoise,
+        c_in: CIn = "none",
         sigma_data: float = 0.5,
         learned_variance: bool = False,
     ) -> None:
         super().__init__()
         require_choice("", "parametrization", parametrization, PARAMETRIZATIONS)
-        require_choice("", "noise_input", noise_input, NOISE_INPUTS)
-        require_choice("", "input_scale", input_scale, get_args(InputScale))
+        require_choice("", "c_noise", c_noise, C_NOISE)
+        require_choice("", "c_in", c_in, get_args(CIn))
         self.backbone = backbone
         self.process = process
         self.parametrization = parametrization
-        self.noise_input = noise_input
-        self.unit_variance = input_scale == "unit_variance" or parametrization == "edm"
+        self.c_noise = c_noise
+        self.unit_variance = c_in == "unit_variance" or parametrization == "edm"
         self.sigma_data = sigma_data
         self.learned_variance = learned_variance
         self.on_grid_only = backbone.level_indexed
@@ -72,38 +72,38 @@ class NetworkDenoiser(Denoiser):
                     f"with{'' if learned_variance else 'out'} a learned variance need out_channels: {channels}"
                 )
         # A level index or a step below asks for a grid: find out now, not in the first step.
-        end = process.level(torch.tensor([process.t_max], dtype=torch.float64))
+        end = process.coefficients(torch.tensor([process.t_max], dtype=torch.float64))
         u, v = PARAMETRIZATIONS[parametrization](end, process, sigma_data)
-        c_noise = NOISE_INPUTS[noise_input](process, end)
+        conditioning = C_NOISE[c_noise](process, end)
         if float(end.alpha) == 0.0:
-            _require_meaning(parametrization, float(end.alpha * v - end.sigma * u) != 0.0, noise_input, float(c_noise))
+            _require_meaning(parametrization, float(end.alpha * v - end.sigma * u) != 0.0, c_noise, float(conditioning))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`."""
-        level = self.process.level(t)
-        u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, self.sigma_data)
+        coefficients = self.process.coefficients(t)
+        u, v = PARAMETRIZATIONS[self.parametrization](coefficients, self.process, self.sigma_data)
         x_in = x_t
         if self.unit_variance:
-            scale = torch.rsqrt((level.alpha * self.sigma_data) ** 2 + level.sigma**2)
+            scale = torch.rsqrt((coefficients.alpha * self.sigma_data) ** 2 + coefficients.sigma**2)
             x_in = expand_like(scale, x_t) * x_t
-        c_noise = NOISE_INPUTS[self.noise_input](self.process, level).to(torch.float32)
-        raw = self.backbone.evaluate(x_in, c_noise, cond)
+        conditioning = C_NOISE[self.c_noise](self.process, coefficients).to(torch.float32)
+        raw = self.backbone.evaluate(x_in, conditioning, cond)
         variance = None
         if self.learned_variance:
             raw, output = raw.chunk(2, dim=1)
             variance = InterpolatedVariance(0.5 * (output.to(x_t.dtype) + 1.0))
-        return Prediction(x_t, raw, level, u, v, reverse_log_variance=variance)
+        return Prediction(x_t, raw, coefficients, u, v, reverse_log_variance=variance)
 
 
-def _require_meaning(parametrization: str, says_x0: bool, noise_input: str, c_noise: float) -> None:
+def _require_meaning(parametrization: str, says_x0: bool, c_noise: str, value: float) -> None:
     """Refuse what is undefined at the largest time of a process with alpha 0 there."""
     if not says_x0:
         raise UserError(
             f"parametrization {parametrization!r} says nothing of the data where alpha is 0, at this process's largest "
             f"time: choose velocity, x0, v or edm, or set the process's t_max below 1"
         )
-    if not math.isfinite(c_noise):
+    if not math.isfinite(value):
         raise UserError(
-            f"noise_input {noise_input!r} is infinite where alpha is 0, at this process's largest time: choose time or "
+            f"c_noise {c_noise!r} is infinite where alpha is 0, at this process's largest time: choose time or "
             f"time_999, or set the process's t_max below 1"
         )

@@ -18,32 +18,32 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError
-from lit_diffusion.processes import Level, Process
+from lit_diffusion.processes import Coefficients, Process
 
 Parametrization = Literal["eps", "score", "raw_score", "x0", "v", "velocity", "edm", "mean"]
-NoiseInput = Literal["index", "log_sigma", "quarter_log_sigma", "time", "time_999"]
+CNoise = Literal["index", "log_sigma", "quarter_log_sigma", "time", "time_999"]
 
 
-def _edm(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
-    root = torch.sqrt((level.alpha * sigma_data) ** 2 + level.sigma**2)
-    return level.sigma / (sigma_data * root), -level.alpha * sigma_data / root
+def _edm(coefficients: Coefficients, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
+    root = torch.sqrt((coefficients.alpha * sigma_data) ** 2 + coefficients.sigma**2)
+    return coefficients.sigma / (sigma_data * root), -coefficients.alpha * sigma_data / root
 
 
-def _mean(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """DDPM's posterior mean ``E[x_{t-1} | x_t, x_0] = on_x0 x_0 + on_xt x_t`` (Ho et al. 2020, eq. 7)."""
+def _mean(coefficients: Coefficients, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """DDPM's posterior mean ``E[x_{t-1} | x_t, x_0]``, linear in x_0 and x_t (Ho et al. 2020, eq. 7)."""
     if process.levels is None:
         raise UserError("parametrization 'mean' is DDPM's step to the level below: the process needs levels")
-    step = process.transition((level.t - 1.0 / process.levels).clamp(min=0.0), level.t)
-    return step.on_x0 + step.on_xt * level.alpha, step.on_xt * level.sigma
+    step = process.transition((coefficients.t - 1.0 / process.levels).clamp(min=0.0), coefficients.t)
+    return step.x0_coefficient + step.xt_coefficient * coefficients.alpha, step.xt_coefficient * coefficients.sigma
 
 
-PARAMETRIZATIONS: dict[str, Callable[[Level, Process, float], tuple[Tensor, Tensor]]] = {
-    "eps": lambda level, process, sd: (torch.zeros_like(level.t), torch.ones_like(level.t)),
-    "score": lambda level, process, sd: (torch.zeros_like(level.t), -torch.ones_like(level.t)),
-    "raw_score": lambda level, process, sd: (torch.zeros_like(level.t), -1.0 / level.sigma),
-    "x0": lambda level, process, sd: (torch.ones_like(level.t), torch.zeros_like(level.t)),
-    "v": lambda level, process, sd: (-level.sigma, level.alpha),
-    "velocity": lambda level, process, sd: (level.dalpha, level.dsigma),
+PARAMETRIZATIONS: dict[str, Callable[[Coefficients, Process, float], tuple[Tensor, Tensor]]] = {
+    "eps": lambda coefficients, process, sd: (torch.zeros_like(coefficients.t), torch.ones_like(coefficients.t)),
+    "score": lambda coefficients, process, sd: (torch.zeros_like(coefficients.t), -torch.ones_like(coefficients.t)),
+    "raw_score": lambda coefficients, process, sd: (torch.zeros_like(coefficients.t), -1.0 / coefficients.sigma),
+    "x0": lambda coefficients, process, sd: (torch.ones_like(coefficients.t), torch.zeros_like(coefficients.t)),
+    "v": lambda coefficients, process, sd: (-coefficients.sigma, coefficients.alpha),
+    "velocity": lambda coefficients, process, sd: (coefficients.dalpha, coefficients.dsigma),
     "edm": _edm,
     "mean": _mean,
 }
@@ -52,18 +52,18 @@ PARAMETRIZATIONS: dict[str, Callable[[Level, Process, float], tuple[Tensor, Tens
 mean."""
 
 
-def _index(process: Process, level: Level) -> Tensor:
+def _index(process: Process, coefficients: Coefficients) -> Tensor:
     if process.levels is None:
-        raise UserError("noise_input 'index' needs a process with levels; continuous time has no index")
-    return (level.t * process.levels - 1.0).clamp(0.0, process.levels - 1.0)
+        raise UserError("c_noise 'index' needs a process with levels; continuous time has no index")
+    return (coefficients.t * process.levels - 1.0).clamp(0.0, process.levels - 1.0)
 
 
-NOISE_INPUTS: dict[str, Callable[[Process, Level], Tensor]] = {
+C_NOISE: dict[str, Callable[[Process, Coefficients], Tensor]] = {
     "index": _index,
-    "log_sigma": lambda process, level: torch.log(level.sigma / level.alpha),
-    "quarter_log_sigma": lambda process, level: 0.25 * torch.log(level.sigma / level.alpha),
-    "time": lambda process, level: level.t,
-    "time_999": lambda process, level: 999.0 * level.t,
+    "log_sigma": lambda process, coefficients: torch.log(coefficients.sigma / coefficients.alpha),
+    "quarter_log_sigma": lambda process, coefficients: 0.25 * torch.log(coefficients.sigma / coefficients.alpha),
+    "time": lambda process, coefficients: coefficients.t,
+    "time_999": lambda process, coefficients: 999.0 * coefficients.t,
 }
 """``c_noise`` by name: what the backbone is told of the noise level. ``index`` is DDPM's t - 1, 0 .. levels - 1 on the
 grid and interpolated between its points; no time is told as another than these."""

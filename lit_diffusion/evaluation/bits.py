@@ -2,7 +2,7 @@ r"""Bits per dimension of data under a model: by the probability-flow ODE and by
 
 .. math::  b = -\log_2 p(x) / D
 
-for D-dimensional data, of grey levels the probability of the level, by uniform dequantisation (Theis et al. 2016,
+for D-dimensional data, of grey levels the probability of the level, by uniform dequantization (Theis et al. 2016,
 https://arxiv.org/abs/1511.01844) or by the chain's discretised last step. The two are likelihoods of two models that
 share a network (:mod:`lit_diffusion.likelihood`): neither bounds the other.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data_spec import GreyLevels
-from lit_diffusion.distributed import rank_and_world_size, summed
+from lit_diffusion.distributed import rank_and_world_size, sum_over_ranks
 from lit_diffusion.evaluation.model import GenerativeModel
 from lit_diffusion.images import to_uint8
 from lit_diffusion.likelihood import (
     Probe,
     Trace,
     bits_per_dimension,
-    dequantised,
+    dequantized,
     flow_log_prob,
     variational_bound,
 )
@@ -82,7 +82,7 @@ class Held:
     """A batch of data to be measured.
 
     Attributes:
-        x: normalised, ``[B, *shape]``; grey levels at the centres of their bins.
+        x: normalized, ``[B, *shape]``; grey levels at the centres of their bins.
         index: their numbers, int64 ``[B]``, which key all noise: the batch changes nothing.
         cond: the condition, ``[B]`` rows.
     """
@@ -131,7 +131,7 @@ class ODEBits:
     Args:
         model: whose likelihood it is.
         settings: of the solver.
-        seed: of dequantisation, encoder and probes.
+        seed: of dequantization, encoder and probes.
     """
 
     def __init__(self, model: LikelihoodModel, settings: ODESettings, seed: int = 0) -> None:
@@ -145,8 +145,8 @@ class ODEBits:
     def take(self, data: Held, on_time: Callable[[float], None] | None = None) -> Tensor:
         """Measure a batch: bits per dimension ``[B]``."""
         model, settings, noise = self.model, self.settings, data.noise(self.seed)
-        grey_levels = model.require_facts().grey_levels
-        x = data.x if model.encodes_grey_levels else dequantised(data.x, noise, grey_levels)
+        grey_levels = model.require_data_spec().grey_levels
+        x = data.x if model.encodes_grey_levels else dequantized(data.x, noise, grey_levels)
         encoded = model.encode(x, noise.stream("encode"))
         found = flow_log_prob(
             model.denoiser,
@@ -216,7 +216,7 @@ class BoundBits:
     Args:
         model: whose likelihood it is.
         settings: of the chain.
-        seed: of dequantisation, encoder and terms.
+        seed: of dequantization, encoder and terms.
     """
 
     def __init__(self, model: LikelihoodModel, settings: BoundSettings, seed: int = 0) -> None:
@@ -230,10 +230,10 @@ class BoundBits:
     def take(self, data: Held, on_step: Callable[[int, int], None] | None = None) -> None:
         """Measure a batch; ``on_step`` is called with the number of terms done and to do."""
         model, settings, noise = self.model, self.settings, data.noise(self.seed)
-        grey_levels, dimension = model.require_facts().grey_levels, data.x[0].numel()
+        grey_levels, dimension = model.require_data_spec().grey_levels, data.x[0].numel()
         # Where the data are diffused as they are, the chain's last step is a law of grey levels.
         as_density = not (model.diffuses_data or model.encodes_grey_levels)
-        x = dequantised(data.x, noise, grey_levels) if as_density else data.x
+        x = dequantized(data.x, noise, grey_levels) if as_density else data.x
         encoded = model.encode(x, noise.stream("encode"))
         bound = variational_bound(
             model.denoiser,
@@ -260,7 +260,7 @@ class BoundBits:
         """Over all processes, which all call it."""
         value, error, count = self.total.compute()
         parts = {name: mean.compute()[0] for name, mean in self.parts.items()}
-        return BoundResult(value, error, count, parts, summed(self._by_step) / count, self._times)
+        return BoundResult(value, error, count, parts, sum_over_ranks(self._by_step) / count, self._times)
 
 
 # ---- the smallest time -------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def frechet_by_time(
         batch_size: at a time.
         on_batch: called with the number of batches done and to do.
     """
-    spec, process = model.require_facts(), model.denoiser.process
+    spec, process = model.require_data_spec(), model.denoiser.process
     made = [Moments(math.prod(spec.shape)) for _ in times]
     rank, world_size = rank_and_world_size()
     parts = torch.arange(count)[rank::world_size].split(batch_size)
@@ -306,17 +306,20 @@ def frechet_by_time(
             moments.add(_pixels(model, model.decode(state.float(), noise.stream("decode"), cond)))
         if on_batch is not None:
             on_batch(done + 1, len(parts))
-    return [frechet_distance(real, Moments(moments.dimension, summed(moments.sums)).gaussian()) for moments in made]
+    return [
+        frechet_distance(real, Moments(moments.dimension, sum_over_ranks(moments.sums)).gaussian())
+        for moments in made
+    ]
 
 
 def pixel_moments(model: LikelihoodModel, batches: Iterable[Tensor]) -> Gaussian:
-    """Mean and covariance of the pixels of normalised images ``[b, C, H, W]``."""
-    moments = Moments(math.prod(model.require_facts().shape))
+    """Mean and covariance of the pixels of normalized images ``[b, C, H, W]``."""
+    moments = Moments(math.prod(model.require_data_spec().shape))
     for x in batches:
         moments.add(_pixels(model, x))
     return moments.gaussian()
 
 
 def _pixels(model: LikelihoodModel, x: Tensor) -> Tensor:
-    facts = model.require_facts()
-    return torch.from_numpy(to_uint8(x, facts)).flatten(1).double() / 255.0
+    data_spec = model.require_data_spec()
+    return torch.from_numpy(to_uint8(x, data_spec)).flatten(1).double() / 255.0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_diffusion.distributed import rank_and_world_size
 from lit_diffusion.evaluation.model import GenerativeModel
-from lit_diffusion.evaluation.sampling import Share, generate_in_batches
+from lit_diffusion.evaluation.sampling import Shard, generate_in_batches
 from lit_diffusion.failures import agree
 from lit_diffusion.images import to_uint8
 from lit_diffusion.metrics.base import Context, Pair, ScoreOptions
@@ -24,7 +24,7 @@ from lit_diffusion.metrics.choice import Choice, choose_metrics
 from lit_diffusion.metrics.extractors import CLIP, Extractor
 from lit_diffusion.metrics.reference import RealData, Reference, reference_of
 from lit_diffusion.metrics.scores import Result, Scores
-from lit_diffusion.samplers.base import Sampler, Strays, in_words
+from lit_diffusion.samplers.base import Sampler, Strays, describe
 
 Batch = tuple[Tensor, np.ndarray, list[str] | None]
 """Numbers of samples, int64 ``[b]``; the samples, uint8 ``[b, H, W, C]`` or points ``[b, D]``; captions, if any."""
@@ -212,7 +212,7 @@ class Evaluation:
         Raises:
             DivergedError: if the sampler ended in NaN.
         """
-        mine = Share.of(count, batch_size, *rank_and_world_size())
+        mine = Shard.of(count, batch_size, *rank_and_world_size())
         kept: dict[int, np.ndarray] = {}
         evaluations, strays = 0, Strays()
 
@@ -230,7 +230,7 @@ class Evaluation:
                 yield made.indices, data, None
 
         result = self.of_batches(drawn(), count, model.device, survives, show_progress=show_progress)
-        result.protocol.update(seed=seed, sampler=in_words(sampler, model.denoiser), network_evaluations=evaluations)
+        result.protocol.update(seed=seed, sampler=describe(sampler, model.denoiser), network_evaluations=evaluations)
         return Evaluated(result, kept, strays)
 
     def nearest_training_data(self, pairs: Sequence[Pair]) -> np.ndarray:
@@ -261,5 +261,5 @@ class Evaluation:
 
 def as_seen(model: GenerativeModel, x: Tensor) -> np.ndarray:
     """Samples as extractors take them: bytes of images, points as they are."""
-    spec = model.require_facts()
+    spec = model.require_data_spec()
     return to_uint8(x, spec) if spec.is_image else x.float().numpy()

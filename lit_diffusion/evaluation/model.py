@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.denoisers import Denoiser
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers.base import OnStep, Sampler, Samples
@@ -38,10 +38,10 @@ class GenerativeModel(Protocol):
     def num_classes(self) -> int | None:
         """Classes that samples may have; None for a model that is not class-conditional."""
 
-    def require_facts(self) -> DataFacts:
+    def require_data_spec(self) -> DataSpec:
         """What the data of the model are."""
 
-    def check_walk(self, sampler: Sampler) -> None:
+    def check_sampler(self, sampler: Sampler) -> None:
         """Refuse a sampler that does not fit."""
 
     def condition_by_counts(

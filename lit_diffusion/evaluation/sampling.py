@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion import interrupts
-from lit_diffusion.distributed import many_processes, shares_of_all
+from lit_diffusion.distributed import all_gather_objects, many_processes
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.model import GenerativeModel
 from lit_diffusion.failures import AloneError, Failure, agree
@@ -41,7 +41,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """What one process makes of a number of samples that several make together.
 
     Attributes:
@@ -54,7 +54,7 @@ class Share:
     batches: int
 
     @classmethod
-    def of(cls, count: int, batch_size: int, rank: int, world_size: int) -> Share:
+    def of(cls, count: int, batch_size: int, rank: int, world_size: int) -> Shard:
         """Of samples ``0 .. count - 1``."""
         largest = math.ceil(count / world_size)
         return cls(torch.arange(count)[rank::world_size], math.ceil(largest / batch_size))
@@ -62,7 +62,7 @@ class Share:
 
 def generate_in_batches(
     method: GenerativeModel,
-    samples: Tensor | Share,
+    samples: Tensor | Shard,
     seed: int,
     batch_size: int,
     sampler: Sampler | None = None,
@@ -99,10 +99,10 @@ def generate_in_batches(
         UserError: if the sampler does not fit.
     """
     sampler = sampler or method.sampler
-    method.check_walk(sampler)
-    together = isinstance(samples, Share)
-    indices = samples.indices if isinstance(samples, Share) else samples
-    batches = samples.batches if isinstance(samples, Share) else math.ceil(len(indices) / batch_size)
+    method.check_sampler(sampler)
+    together = isinstance(samples, Shard)
+    indices = samples.indices if isinstance(samples, Shard) else samples
+    batches = samples.batches if isinstance(samples, Shard) else math.ceil(len(indices) / batch_size)
     size = max(1, min(batch_size, len(indices)))
     length = sampler.length(method.denoiser.process)
     name = f"sampling {len(indices)}"
@@ -161,7 +161,7 @@ def _stop_if_asked() -> None:
 
 def _of_all(trouble: UserError | None, strays: Strays) -> tuple[UserError | None, Strays]:
     """The trouble of this process, or word of another's, and the strays of all; all processes come."""
-    shares = shares_of_all((isinstance(trouble, Interrupted), isinstance(trouble, DivergedError), strays))
+    shares = all_gather_objects((isinstance(trouble, Interrupted), isinstance(trouble, DivergedError), strays))
     total = sum((share[2] for share in shares), Strays())
     if any(interrupted for interrupted, _, _ in shares):
         return trouble if isinstance(trouble, Interrupted) else Interrupted("another process was asked to stop"), total

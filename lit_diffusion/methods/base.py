@@ -21,7 +21,7 @@ from lit_diffusion.samplers import Ancestral
 from lit_diffusion.samplers.base import OnStep, Sampler, Samples
 from lit_diffusion.training.datamodule import Batch, DataModule
 from lit_diffusion.training.module import TrainedModule
-from lit_diffusion.training.own_loaders import assumed_facts
+from lit_diffusion.training.own_loaders import assumed_data_spec
 
 
 class Encoded(NamedTuple):
@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 
 
 class Method(TrainedModule):
-    """One paper: a denoiser, an objective, a default sampler and the optimiser.
+    """One paper: a denoiser, an objective, a default sampler and the optimizer.
 
     A subclass builds those in its constructor; the loss is the objective's. One that diffuses something else than the
     data overrides :meth:`encode` and :meth:`decode`, and :meth:`losses` if the encoder learns.
@@ -46,7 +46,7 @@ class Method(TrainedModule):
     Args:
         denoiser: the model.
         sampler: the paper's own, used where none is asked for.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
+        **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     objective: Objective
@@ -78,7 +78,7 @@ class Method(TrainedModule):
         """The denoiser's loss in the space that is diffused."""
         return {"denoiser": self.loss(self.encoded(batch, seed), seed)}
 
-    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
+    def loss_given_t(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The loss of each encoded image at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
         return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond)
 
@@ -89,8 +89,8 @@ class Method(TrainedModule):
 
     def noise_level(self, t: float) -> tuple[str, dict[str, float]]:
         """A time of the process, in words and in numbers for an event."""
-        level = self.denoiser.process.level(torch.tensor([t], dtype=torch.float64))
-        sigma = float(level.sigma / level.alpha)
+        coefficients = self.denoiser.process.coefficients(torch.tensor([t], dtype=torch.float64))
+        sigma = float(coefficients.sigma / coefficients.alpha)
         return f"noise level sigma/alpha {sigma:.4g} (t {t:.4g})", {"t": t, "sigma_over_alpha": sigma}
 
     @classmethod
@@ -107,14 +107,14 @@ class Method(TrainedModule):
         """
         found: dict[str, Any] = {}
         if (init_args.get("backbone") or {}).get("init_args", {}).get("data_shape") == "auto":
-            found["backbone.init_args.data_shape"] = list(data.facts.shape)
+            found["backbone.init_args.data_shape"] = list(data.data_spec.shape)
         return found
 
     def encode(self, x: Tensor, noise: SampleNoise) -> Encoded:
         """Take data ``[B, *shape]`` to the space that is diffused; the data themselves for most methods.
 
         Args:
-            x: normalised data.
+            x: normalized data.
             noise: what a random encoder draws from, keyed by the data's numbers.
         """
         return Encoded(x, x.new_zeros(x.shape[0]))
@@ -142,7 +142,7 @@ class Method(TrainedModule):
     @property
     def grey_levels(self) -> GreyLevels | None:
         """Grey levels of what is diffused; None where it has none: points, and whatever an encoder makes."""
-        return self.require_facts().grey_levels if self.diffuses_data else None
+        return self.require_data_spec().grey_levels if self.diffuses_data else None
 
     @property
     def reverse_chain(self) -> ReverseChain:
@@ -152,7 +152,7 @@ class Method(TrainedModule):
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Of one sample in the space that is diffused."""
-        return self.require_facts().shape
+        return self.require_data_spec().shape
 
     # ---- sampling ----------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Method(TrainedModule):
             on_step: called after every sampler step.
 
         Returns:
-            ``x`` is ``[B, *shape]``, in ``facts.value_range`` up to overshoot.
+            ``x`` is ``[B, *shape]``, in ``data_spec.value_range`` up to overshoot.
         """
         was_training = self.training
         self.eval()
@@ -192,9 +192,9 @@ class Method(TrainedModule):
     def num_classes(self) -> int | None:
         """Of the classes that samples may have: those of the data; None where the model or the data have none."""
         classes = self.denoiser.backbone.num_classes
-        if self.facts is None or classes is None:
+        if self.data_spec is None or classes is None:
             return classes
-        return None if self.facts.num_classes is None else min(classes, self.facts.num_classes)
+        return None if self.data_spec.num_classes is None else min(classes, self.data_spec.num_classes)
 
     def condition(self, indices: Tensor, label: int | str | None = None) -> Condition | None:
         """What samples ``indices`` ``[B]`` are conditioned on: a given class, else all classes of the data in turn.
@@ -216,7 +216,7 @@ class Method(TrainedModule):
         if label is not None:
             labels = torch.full_like(indices, self.class_number(label))
         else:
-            counts = self.facts.class_counts if self.facts is not None else None
+            counts = self.data_spec.class_counts if self.data_spec is not None else None
             there = [k for k in range(self.num_classes) if counts is None or counts[k] > 0]
             labels = torch.tensor(there, device=indices.device)[indices % len(there)]
         return Condition(label=labels.to(self.device))
@@ -250,7 +250,7 @@ class Method(TrainedModule):
         Raises:
             UserError: if there is no such class.
         """
-        names = None if self.facts is None else self.facts.class_names
+        names = None if self.data_spec is None else self.data_spec.class_names
         return class_number(label, self.num_classes or 0, names)
 
     def require_fitting_classes(self, data: DataModule | None = None) -> None:
@@ -266,34 +266,34 @@ class Method(TrainedModule):
         Raises:
             UserError: naming the classes of both and the key to set.
         """
-        classes, facts = self.denoiser.backbone.num_classes, self.require_facts()
+        classes, data_spec = self.denoiser.backbone.num_classes, self.require_data_spec()
         key = "model.init_args.backbone.init_args.num_classes"
         if classes is None:
             return
-        if facts.num_classes is not None and facts.num_classes <= classes:
+        if data_spec.num_classes is not None and data_spec.num_classes <= classes:
             if data is not None and data.held_out_labels is None and len(data.held_out_indices) > 0:
                 raise UserError(
                     f"the backbone has {classes} classes and data.held_out has no labels: give them (its classes or "
                     f"label_key), or set data.held_out null"
                 )
             return
-        if facts.num_classes is None:
+        if data_spec.num_classes is None:
             raise UserError(
-                f"the backbone has {classes} classes ({key}) and the data {facts.source} have no labels: set {key} "
+                f"the backbone has {classes} classes ({key}) and the data {data_spec.source} have no labels: set {key} "
                 f"null, or give the data's labels (data.source's classes or label_key)"
             )
         raise UserError(
-            f"the backbone has {classes} classes and the data {facts.source} have {facts.num_classes}: set {key} "
-            f"{facts.num_classes}, or null for a model that is not told the class"
+            f"the backbone has {classes} classes and the data {data_spec.source} have {data_spec.num_classes}: set {key} "
+            f"{data_spec.num_classes}, or null for a model that is not told the class"
         )
 
-    def on_facts(self) -> None:
+    def on_data_spec(self) -> None:
         """Tell the denoiser the range of what it denoises; what else than the data is diffused has not theirs."""
-        known = self.facts is not None and self.diffuses_data
-        self.denoiser.data_range = self.facts.value_range if known and self.facts is not None else None
+        known = self.data_spec is not None and self.diffuses_data
+        self.denoiser.data_range = self.data_spec.value_range if known and self.data_spec is not None else None
 
     @property
-    def classes_told(self) -> int | None:
+    def num_conditional_classes(self) -> int | None:
         """How many classes the backbone is told; None: none."""
         return self.denoiser.backbone.num_classes
 
@@ -303,22 +303,22 @@ class Method(TrainedModule):
         """Refuse classes and a sampler that do not fit before any work: the first samples may be drawn at its end."""
         super().setup(stage)
         if stage in ("fit", "predict"):
-            self.check_walk(self.sampler)
+            self.check_sampler(self.sampler)
 
-    def _take_facts(self, stage: str) -> None:
+    def _take_data_spec(self, stage: str) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         of_module = isinstance(datamodule, DataModule)
-        if not of_module and self.facts is None:
-            self.facts = assumed_facts(self.denoiser.backbone)
-            if stage == "fit" and self.facts.value_range is not None:
+        if not of_module and self.data_spec is None:
+            self.data_spec = assumed_data_spec(self.denoiser.backbone)
+            if stage == "fit" and self.data_spec.value_range is not None:
                 print_note(
                     "data: a DataLoader's images are taken to be in [0, 1] with 256 grey levels; if they are not, set "
-                    "method.facts"
+                    "method.data_spec"
                 )
-        super()._take_facts(stage)
+        super()._take_data_spec(stage)
         self.require_fitting_classes(datamodule if of_module else None)
 
-    def check_walk(self, sampler: Sampler) -> None:
+    def check_sampler(self, sampler: Sampler) -> None:
         """Refuse, before any work, a sampler that cannot walk on this model as it is run.
 
         Raises:
@@ -333,5 +333,5 @@ class Method(TrainedModule):
 
     def predict_step(self, indices: Tensor, batch_idx: int) -> Samples:
         """Samples number ``indices`` of the run's seed, their classes as often as in the training data."""
-        cond = self.condition_by_counts(indices, self.seed, self.require_facts().class_counts)
+        cond = self.condition_by_counts(indices, self.seed, self.require_data_spec().class_counts)
         return self.generate(indices, self.seed, cond)

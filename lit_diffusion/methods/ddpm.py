@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.denoisers import NetworkDenoiser, NoiseInput, Parametrization
+from lit_diffusion.denoisers import CNoise, NetworkDenoiser, Parametrization
 from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.methods.base import Method
 from lit_diffusion.objectives import DiffusionObjective, Loss
@@ -40,7 +40,7 @@ class DDPM(Method):
         beta_T: the last; with other than 1000 levels scale both by 1000 / levels.
         parametrization: what the network's output is: ``eps`` (the paper), ``x0``, ``mean`` of the reverse step,
             ``v``, ...
-        noise_input: what it is told of the level: ``index``, t - 1, or another.
+        c_noise: what it is told of the level: ``index``, t - 1, or another.
         variance: of the reverse steps: ``beta``, ``beta_tilde`` (both the paper's), or ``learned`` between them in
             log space. A sampler of another variance is said.
         loss: ``simple`` (L_simple), ``bound`` (the variational bound in bits per dimension: with a fixed variance the
@@ -48,7 +48,7 @@ class DDPM(Method):
         time_law: ``levels`` draws all levels alike, ``second_moment`` those with the larger losses more often;
             held-out losses are of all levels alike.
         sampler: default sampler, null for ancestral sampling on all levels with this variance.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
+        **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DDPM(Method):
         beta_1: float = 1e-4,
         beta_T: float = 0.02,
         parametrization: Parametrization = "eps",
-        noise_input: NoiseInput = "index",
+        c_noise: CNoise = "index",
         variance: ReverseVariance = "beta",
         loss: LossName = "simple",
         time_law: LevelLaw = "levels",
@@ -72,9 +72,7 @@ class DDPM(Method):
         betas = linear_betas(levels, beta_1, beta_T) if schedule == "linear" else cosine_betas(levels)
         objective = DiffusionObjective(levels, loss, variance, time_law)
         super().__init__(
-            NetworkDenoiser(
-                backbone, Betas(betas), parametrization, noise_input, learned_variance=variance == "learned"
-            ),
+            NetworkDenoiser(backbone, Betas(betas), parametrization, c_noise, learned_variance=variance == "learned"),
             sampler or Ancestral(variance=variance),
             **training,
         )
@@ -87,13 +85,13 @@ class DDPM(Method):
         found = super().resolve_auto(init_args, data, say)
         backbone = (init_args.get("backbone") or {}).get("init_args", {})
         if init_args.get("variance") == "learned" and "out_channels" in backbone and backbone["out_channels"] is None:
-            found["backbone.init_args.out_channels"] = 2 * data.facts.shape[0]
+            found["backbone.init_args.out_channels"] = 2 * data.data_spec.shape[0]
         return found
 
     def loss(self, batch: Batch, seed: int) -> Loss:
         """The chosen loss of each image at a level of its own."""
         return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond, self.grey_levels)
 
-    def loss_at(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
+    def loss_given_t(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The same at given times, those of the grid's levels, and noise."""
         return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond, self.grey_levels)

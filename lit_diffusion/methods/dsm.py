@@ -24,11 +24,11 @@ class DSM(Method):
     """Denoising score matching at one noise level, with Langevin dynamics as the sampler.
 
     Args:
-        backbone: the network; there is one level, so it need not be told of it (``noise_features: none``).
-        sigma: the noise level, in units of the normalised data.
+        backbone: the network; there is one level, so it need not be told of it (``time_embedding: none``).
+        sigma: the noise level, in units of the normalized data.
         parametrization: what the network's output is: ``score`` (sigma times the score), ``raw_score``, ``x0``, ...
         sampler: default sampler, null for 1000 Langevin steps of eta = sigma^2 / 10 from the unit cube.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
+        **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
+from lit_diffusion.denoisers import CIn, CNoise, NetworkDenoiser, Parametrization
 from lit_diffusion.methods.base import Method
 from lit_diffusion.objectives import DenoisingScoreMatching
 from lit_diffusion.processes import VE
@@ -26,16 +26,16 @@ class NCSN(Method):
 
     Args:
         backbone: the network.
-        sigma_max: the largest noise level, in units of the normalised data.
+        sigma_max: the largest noise level, in units of the normalized data.
         sigma_min: the smallest noise level.
         levels: number of levels L, geometric from sigma_max to sigma_min.
         parametrization: what the network's output is: ``raw_score`` (the paper), ``score`` (sigma times the score), ...
-        noise_input: what it is told of the level: ``index`` (the paper, with conditional instance normalisation) or
+        c_noise: what it is told of the level: ``index`` (the paper, with conditional instance normalization) or
             ``log_sigma``.
-        input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
-        sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
+        c_in: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
+        sigma_data: standard deviation of the normalized data, for ``unit_variance`` and ``edm``.
         sampler: default sampler, null for annealed Langevin dynamics with the paper's constants.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
+        **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class NCSN(Method):
         sigma_min: float = 0.01,
         levels: int = 10,
         parametrization: Parametrization = "raw_score",
-        noise_input: NoiseInput = "index",
-        input_scale: InputScale = "none",
+        c_noise: CNoise = "index",
+        c_in: CIn = "none",
         sigma_data: float = 0.5,
         sampler: Sampler | None = None,
         **training: Any,
     ) -> None:
         process = VE(sigma_min, sigma_max, levels)
         super().__init__(
-            NetworkDenoiser(backbone, process, parametrization, noise_input, input_scale, sigma_data),
+            NetworkDenoiser(backbone, process, parametrization, c_noise, c_in, sigma_data),
             sampler or AnnealedLangevin(),
             **training,
         )

@@ -5,7 +5,7 @@ The paper's five techniques, computed here instead of copied from its tables:
 1. ``sigma_max: auto``: the largest distance between two training images (technique 1);
 2. ``levels: auto``: the ratio of neighbouring levels from the dimension (technique 2);
 3. the network is blind to the level, ``s(x, sigma) = F(x) / sigma`` (technique 3): ``parametrization: score`` with a
-   backbone of ``noise_features: none``;
+   backbone of ``time_embedding: none``;
 4. ``eta: auto``: the Langevin step that keeps the chain's variance closest to the level's (technique 4);
 5. averaged weights (technique 5): the EMA callback.
 """
@@ -23,7 +23,7 @@ from scipy.stats import norm
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.data.distances import Diameter, largest_distance
-from lit_diffusion.denoisers import InputScale, NoiseInput, Parametrization
+from lit_diffusion.denoisers import CIn, CNoise, Parametrization
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods.ncsn import NCSN
 from lit_diffusion.samplers import AnnealedLangevin, Sampler
@@ -90,7 +90,7 @@ class NCSNv2(NCSN):
     """NCSNv2: NCSN with levels and step from the data, and a network that is blind to the level.
 
     Args:
-        backbone: the network; the paper's is told nothing of the level (``noise_features: none``).
+        backbone: the network; the paper's is told nothing of the level (``time_embedding: none``).
         sigma_max: the largest noise level; ``auto``: the largest distance between two training images.
         sigma_min: the smallest noise level.
         levels: number of levels; ``auto``: from the dimension.
@@ -98,11 +98,11 @@ class NCSNv2(NCSN):
         eta: Langevin step at sigma_min of ``x + (eta/2) s + sqrt(eta) z``; ``auto``: from T and the ratio of levels.
         denoise: end sampling with one step of Tweedie's formula.
         parametrization: what the network's output is: ``score`` (the paper), sigma times the score.
-        noise_input: what the network is told of the level; ignored by a network of ``noise_features: none``.
-        input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
-        sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
+        c_noise: what the network is told of the level; ignored by a network of ``time_embedding: none``.
+        c_in: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
+        sigma_data: standard deviation of the normalized data, for ``unit_variance`` and ``edm``.
         sampler: default sampler, null for annealed Langevin dynamics with the keys above.
-        optimizer: optimiser class and arguments; the paper's is Adam at 1e-4.
+        optimizer: optimizer class and arguments; the paper's is Adam at 1e-4.
         **training: warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
@@ -116,8 +116,8 @@ class NCSNv2(NCSN):
         eta: float | Auto = "auto",
         denoise: bool = True,
         parametrization: Parametrization = "score",
-        noise_input: NoiseInput = "log_sigma",
-        input_scale: InputScale = "none",
+        c_noise: CNoise = "log_sigma",
+        c_in: CIn = "none",
         sigma_data: float = 0.5,
         sampler: Sampler | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
@@ -134,8 +134,8 @@ class NCSNv2(NCSN):
             sigma_min,
             levels,
             parametrization,
-            noise_input,
-            input_scale,
+            c_noise,
+            c_in,
             sigma_data,
             sampler or AnnealedLangevin(steps_per_level, eta, denoise, initial="uniform"),
             optimizer=optimizer,
@@ -146,7 +146,7 @@ class NCSNv2(NCSN):
     def resolve_auto(cls, init_args: dict[str, Any], data: DataModule, say: Callable[[str], None]) -> dict[str, Any]:
         """Techniques 1, 2 and 4, in that order, each from the numbers before it."""
         found = super().resolve_auto(init_args, data, say)
-        dimension = math.prod(data.facts.shape)
+        dimension = math.prod(data.data_spec.shape)
         sigma_max, sigma_min, levels = init_args["sigma_max"], init_args["sigma_min"], init_args["levels"]
         if sigma_max == "auto":
             diameter: Diameter = largest_distance(data.training_values, len(data.train_indices))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
-from lit_diffusion.denoisers import InputScale, NetworkDenoiser, NoiseInput, Parametrization
+from lit_diffusion.denoisers import CIn, CNoise, NetworkDenoiser, Parametrization
 from lit_diffusion.methods.base import Method
 from lit_diffusion.objectives import DenoisingScoreMatching
 from lit_diffusion.objectives.denoising import Reduction, TimeLawName, Weight
@@ -28,10 +28,10 @@ class ScoreSDE(Method):
         backbone: the network.
         process: ``VE``, ``VP`` or ``SubVP`` and its constants; its ``t_min`` is the smallest time of training.
         parametrization: what the network's output is: ``score`` (sigma times the score), ``eps`` (its negative), ...
-        noise_input: what it is told of the time: ``log_sigma`` (the paper's for VE, with Fourier features),
+        c_noise: what it is told of the time: ``log_sigma`` (the paper's for VE, with Fourier features),
             ``time_999`` (its own for VP and sub-VP, with positional ones), ``time``, ...
-        input_scale: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
-        sigma_data: standard deviation of the normalised data, for ``unit_variance`` and ``edm``.
+        c_in: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
+        sigma_data: standard deviation of the normalized data, for ``unit_variance`` and ``edm``.
         time_law: of the training times: ``uniform`` from t_min to t_max, ``importance``, of density g^2/sigma^2 and
             made up for by a weight: the same expected loss, with less variance where the weight is ``g2``;
             ``log_normal`` in the noise level, ``logit_normal`` in the time, or a law with parameters, by its class.
@@ -39,7 +39,7 @@ class ScoreSDE(Method):
             network's own output space.
         reduction: over the dimensions of an image: ``half_sum`` (the paper's) or ``mean``.
         sampler: default sampler, null for reverse diffusion with a Langevin corrector, 1000 steps each.
-        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
+        **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class ScoreSDE(Method):
         backbone: Backbone,
         process: Process,
         parametrization: Parametrization = "score",
-        noise_input: NoiseInput = "log_sigma",
-        input_scale: InputScale = "none",
+        c_noise: CNoise = "log_sigma",
+        c_in: CIn = "none",
         sigma_data: float = 0.5,
         time_law: TimeLawName | TimeLaw = "uniform",
         weight: Weight = "sigma2",
@@ -57,7 +57,7 @@ class ScoreSDE(Method):
         **training: Any,
     ) -> None:
         super().__init__(
-            NetworkDenoiser(backbone, process, parametrization, noise_input, input_scale, sigma_data),
+            NetworkDenoiser(backbone, process, parametrization, c_noise, c_in, sigma_data),
             sampler or PredictorCorrector(),
             **training,
         )

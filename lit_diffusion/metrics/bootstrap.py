@@ -11,7 +11,7 @@ from lit_diffusion.randomness import keyed_uniform
 
 
 def bootstrap_interval(
-    statistic: Callable[[Tensor], float], count: int, replicates: int, seed: int = 0, level: float = 0.95
+    statistic: Callable[[Tensor], float], count: int, replicates: int, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
     """The interval that holds the central ``level`` of a statistic over resampled data, about its value on the data.
 
@@ -30,12 +30,12 @@ def bootstrap_interval(
         uniform = keyed_uniform(seed, "bootstrap", torch.arange(count), draw=k, dtype=torch.float64)
         values[k] = statistic((uniform * count).long().clamp(max=count - 1))
     shift = statistic(torch.arange(count)) - values.mean()
-    tail = 0.5 * (1.0 - level)
+    tail = 0.5 * (1.0 - confidence)
     low, high = torch.quantile(values + shift, torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 
-def unanimous_interval(share: float, count: int, level: float = 0.95) -> tuple[float, float]:
+def unanimous_interval(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """The exact binomial interval (Clopper and Pearson 1934) of a share of 0 or 1, where no resample differs.
 
     Args:
@@ -43,5 +43,5 @@ def unanimous_interval(share: float, count: int, level: float = 0.95) -> tuple[f
         count: of the data.
         level: of the interval.
     """
-    bound = (0.5 * (1.0 - level)) ** (1.0 / count)
+    bound = (0.5 * (1.0 - confidence)) ** (1.0 / count)
     return (bound, 1.0) if share == 1.0 else (0.0, 1.0 - bound)

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lit_diffusion.distributed import summed
+from lit_diffusion.distributed import sum_over_ranks
 from lit_diffusion.errors import UserError
 from lit_diffusion.metrics.base import Context, SampleMetric, ScoreOptions, Seen, Subject, Value, resampled
 from lit_diffusion.metrics.extractors import Extractor
@@ -162,7 +162,7 @@ class FrechetDistance(_FrechetSums):
         Raises:
             UserError: for fewer than two samples.
         """
-        sums = summed(self.sums.sum(0)).cpu()
+        sums = sum_over_ranks(self.sums.sum(0)).cpu()
         return frechet_distance(self.reference, Moments(self.dimension, sums).gaussian())
 
     def values(self, total: int) -> dict[str, Value]:
@@ -206,7 +206,7 @@ class FrechetInfinity(_FrechetSums):
         Raises:
             UserError: for too few samples.
         """
-        return frechet_infinity(self.reference, list(summed(self.sums).cpu()))
+        return frechet_infinity(self.reference, list(sum_over_ranks(self.sums).cpu()))
 
     def values(self, total: int) -> dict[str, Value]:
         """The distance with its standard error."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_diffusion.distributed import gathered
+from lit_diffusion.distributed import gather_rows
 
 
 @contextmanager
@@ -84,7 +84,7 @@ class RowsMetric(Metric):
         """
         mine = torch.cat(self.rows) if self.rows else torch.empty(0, 0, dtype=self._rows_dtype)
         numbers = torch.cat(self.indices) if self.indices else torch.empty(0, dtype=torch.int64)
-        rows, order = gathered(mine), gathered(numbers[:, None])[:, 0]
+        rows, order = gather_rows(mine), gather_rows(numbers[:, None])[:, 0]
         if len(order.unique()) != len(order):
             raise ValueError("two samples have one number; each must be counted once")
         return rows[order.argsort()]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lit_diffusion.distributed import summed
+from lit_diffusion.distributed import sum_over_ranks
 from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode
 
 
@@ -26,7 +26,7 @@ class Mean(SumsMetric):
 
     def compute(self) -> tuple[float, float, int]:
         """Over all processes: mean, standard error and number; NaN where there is none, the error of a single value."""
-        count, total, squares = summed(self.sums).tolist()
+        count, total, squares = sum_over_ranks(self.sums).tolist()
         mean = total / count if count else math.nan
         if count < 2:
             return mean, math.nan, int(count)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.distributed import shares_of_all
+from lit_diffusion.distributed import all_gather_objects
 from lit_diffusion.metrics.base import Context, Pair, SampleMetric, ScoreOptions, Seen, Subject, Value, mean_value
 from lit_diffusion.metrics.gathering import RowsMetric
 from lit_diffusion.metrics.neighbours import Neighbourhood, nearest_exactly
@@ -159,7 +159,7 @@ class Memorisation(RowsMetric, SampleMetric):
 
     def closest(self) -> list[Pair]:
         """The pairs of all processes with the smallest distances; all processes call it."""
-        shares = shares_of_all(self._closest)
+        shares = all_gather_objects(self._closest)
         return _smallest([pair for share in shares for pair in share], self.pairs)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion.data.source import Source
-from lit_diffusion.distributed import gathered, summed
+from lit_diffusion.distributed import gather_rows, sum_over_ranks
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write, cache_folder
 from lit_diffusion.images import to_uint8
@@ -156,7 +156,7 @@ def reference_of(
     path = (folder or cache_folder("references")) / f"{record_key(record)}.npz"
     cached = _read(path, record, say)
     # One process may see the file that another has just written: all go the same way.
-    if int(summed(torch.tensor(float(cached is not None)))) == world_size and cached is not None:
+    if int(sum_over_ranks(torch.tensor(float(cached is not None)))) == world_size and cached is not None:
         return cached
     kept = torch.arange(data.count)
     if data.count > MOST_FEATURES:
@@ -175,9 +175,9 @@ def reference_of(
         chosen = torch.isin(part, kept)
         rows.append(features[chosen])
         numbers.append(part[chosen])
-    moments.sums = summed(moments.sums)
-    order = gathered(torch.cat(numbers)[:, None])[:, 0].argsort()
-    reference = Reference(moments.gaussian(), gathered(torch.cat(rows))[order], kept, record)
+    moments.sums = sum_over_ranks(moments.sums)
+    order = gather_rows(torch.cat(numbers)[:, None])[:, 0].argsort()
+    reference = Reference(moments.gaussian(), gather_rows(torch.cat(rows))[order], kept, record)
     if rank == 0:
         try:
             _write(path, reference)

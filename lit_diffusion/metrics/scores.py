@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.distributed import summed
+from lit_diffusion.distributed import sum_over_ranks
 from lit_diffusion.failures import Attempt, Failure
 from lit_diffusion.metrics.base import Pair, SampleMetric, ScoreOptions, Seen, Subject, Value
 from lit_diffusion.metrics.catalogue import CATALOGUE, metric_key
@@ -148,7 +148,7 @@ class Scores:
             UserError: where the values cannot be had of so many.
             ValueError: if so many were not taken in.
         """
-        taken = int(summed(torch.tensor(float(self.count))))
+        taken = int(sum_over_ranks(torch.tensor(float(self.count))))
         if taken != total:
             raise ValueError(f"{taken} samples were taken in, the values' names would say {total}")
         result = Result(protocol=self.protocol(total), left_out=dict(self.left_out))

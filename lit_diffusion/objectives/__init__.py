@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""What training minimizes."""
 
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.objectives.denoising import DenoisingScoreMatching

@@ -4,7 +4,7 @@ r"""Denoising score matching: the law of the noise level, the weight, the loss o
            \Big\| s_\theta(\alpha x_0 + \sigma \epsilon, t) + \frac{\epsilon}{\sigma} \Big\|^2
 
 (Vincent 2011, eq. 9; Song and Ermon 2019, eqs. 5 and 6). It is computed as ``lambda/sigma^2 |eps_theta - eps|^2``,
-which is the same number without the division of two small ones. For each t its minimiser is the score of the smoothed
+which is the same number without the division of two small ones. For each t its minimizer is the score of the smoothed
 density.
 """
 
@@ -23,16 +23,16 @@ from lit_diffusion.errors import require_choice
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.objectives.laws import TimeLaw, law_of
 from lit_diffusion.objectives.objective import Objective
-from lit_diffusion.processes import Level, Process, expand_like
+from lit_diffusion.processes import Coefficients, Process, expand_like
 
 TimeLawName = Literal["levels", "uniform", "importance", "log_normal", "logit_normal"]
 Weight = Literal["sigma2", "one", "g2", "raw"]
 Reduction = Literal["half_sum", "mean"]
 
-WEIGHTS: dict[str, Callable[[Process, Level], Tensor]] = {
-    "sigma2": lambda process, level: level.sigma**2,
-    "one": lambda process, level: torch.ones_like(level.sigma),
-    "g2": lambda process, level: process.diffusion(level.t) ** 2,
+WEIGHTS: dict[str, Callable[[Process, Coefficients], Tensor]] = {
+    "sigma2": lambda process, coefficients: coefficients.sigma**2,
+    "one": lambda process, coefficients: torch.ones_like(coefficients.sigma),
+    "g2": lambda process, coefficients: process.diffusion(coefficients.t) ** 2,
 }
 """``lambda(t)``: ``sigma2`` makes all levels weigh alike (NCSN, DDPM's simple loss), ``one`` is plain score matching,
 ``g2`` the likelihood weighting, with ``half_sum`` an upper bound of the negative log-likelihood in nats up to a
@@ -84,7 +84,7 @@ class DenoisingScoreMatching(Objective):
         if self.weight == "raw":
             return Loss(self._reduced(output_error(prediction, x0, eps)), t)
         per_sample = self._reduced(prediction.eps - eps)
-        weight = WEIGHTS[self.weight](denoiser.process, prediction.level) / prediction.level.sigma**2
+        weight = WEIGHTS[self.weight](denoiser.process, prediction.coefficients) / prediction.coefficients.sigma**2
         return Loss(per_sample * weight.to(per_sample.dtype), t)
 
     def _reduced(self, error: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ class DiffusionObjective(Objective):
         process = denoiser.process
         assert process.levels is not None
         self.chain.check(denoiser)
-        level = process.level_index(t)
-        t = (level + 1).to(torch.float64) / process.levels
+        coefficients = process.level_index(t)
+        t = (coefficients + 1).to(torch.float64) / process.levels
         prediction = denoiser(process.perturb(x0, t, eps), t, cond)
         per_sample = x0.new_zeros(len(x0))
         if self.loss != "bound":
@@ -85,7 +85,7 @@ class DiffusionObjective(Objective):
             scored, factor = prediction, 1.0
             if self.loss == "hybrid":
                 scored, factor = replace(prediction, raw=prediction.raw.detach()), HYBRID_WEIGHT
-            s = level.to(torch.float64) / process.levels
+            s = coefficients.to(torch.float64) / process.levels
             nats = bound_term(scored, denoiser, x0, s, self.chain, grey_levels)
             bits = process.levels / (x0[0].numel() * math.log(2.0)) * nats
             per_sample = per_sample + factor * bits.to(x0.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 SHADE = "Blues"
-"""Colour map of densities and errors in every figure."""
+"""Color map of densities and errors in every figure."""
 
 
 _DARK = {"paper": "#1c2128", "ink": "#c9d1d9", "edge": "#545d68"}
@@ -122,7 +122,7 @@ def curves_panel(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     x_label: str,
     y_label: str,
-    colours: str | None = None,
+    colors: str | None = None,
     faint: str | None = None,
 ) -> None:
     """Named curves, each over positions of its own; logarithmic where they span more than a factor of 10.
@@ -132,7 +132,7 @@ def curves_panel(
         curves: positions and values by name; what is not finite is a gap.
         x_label: of the positions.
         y_label: of the values.
-        colours: a colour map, for curves that have an order; None: distinct colours.
+        colors: a color map, for curves that have an order; None: distinct colors.
         faint: the name of a curve that is drawn behind the others.
     """
     from matplotlib import colormaps
@@ -141,8 +141,8 @@ def curves_panel(
         style: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.55} if name == faint else {"linewidth": 1.5}
         if len(x) <= 30:
             style |= {"marker": "o", "markersize": 3.5}
-        if colours is not None:
-            style["color"] = colormaps[colours](0.2 + 0.65 * number / max(len(curves) - 1, 1))
+        if colors is not None:
+            style["color"] = colormaps[colors](0.2 + 0.65 * number / max(len(curves) - 1, 1))
         axes.plot(x, y, label=literal(name), **style)
     set_scale(axes, [value for _, y in curves.values() for value in y])
     axes.set_xlabel(literal(x_label))

@@ -105,9 +105,9 @@ class Panel:
     curves: Curves
     draw: Callable[[Any], None]
 
-    def png(self, colours: Literal["light", "dark"]) -> bytes:
+    def png(self, colors: Literal["light", "dark"]) -> bytes:
         """As a file, for a light or a dark page."""
-        with theme(colours):
+        with theme(colors):
             figure, axes = new_figure(1, 1)
             figure.set_size_inches(4.5, 2.9)
             self.draw(axes[0, 0])
@@ -121,21 +121,21 @@ def panel(
     curves: Curves,
     y_label: str = "",
     x_label: str = "images seen",
-    colours: str | None = None,
+    colors: str | None = None,
     faint: str | None = None,
 ) -> list[Panel]:
     """The panel of some curves; none where there is nothing to draw."""
     drawn = {label: curve for label, curve in curves.items() if curve.finite}
     if not drawn:
         return []
-    return [Panel(name, title, hint, drawn, partial(_draw, drawn, x_label, y_label, colours, faint))]
+    return [Panel(name, title, hint, drawn, partial(_draw, drawn, x_label, y_label, colors, faint))]
 
 
-def _draw(curves: Curves, x_label: str, y_label: str, colours: str | None, faint: str | None, axes: Any) -> None:
+def _draw(curves: Curves, x_label: str, y_label: str, colors: str | None, faint: str | None, axes: Any) -> None:
     points = {
         label: (curve.x, [y if math.isfinite(y) else math.nan for y in curve.y]) for label, curve in curves.items()
     }
-    curves_panel(axes, points, x_label, y_label, colours, faint)
+    curves_panel(axes, points, x_label, y_label, colors, faint)
     if x_label == "images seen":
         counts_axis(axes)
 
@@ -209,7 +209,7 @@ def noise_level_panels(run: RecordedRun) -> list[Panel]:
         "Smoothed. t = 0 is data, t = 1 noise: small t makes detail, large t what the picture shows.",
         rising,
         "loss",
-        colours="viridis",
+        colors="viridis",
     )
     seen = sorted({x for curve in by_time.values() for x in curve.x})
     moments: Curves = {}
@@ -228,7 +228,7 @@ def noise_level_panels(run: RecordedRun) -> list[Panel]:
         moments,
         "loss",
         x_label="t",
-        colours="plasma",
+        colors="plasma",
     )
 
 

@@ -1,6 +1,6 @@
 """Forward noising processes, and the coefficients of one at its times."""
 
-from lit_diffusion.processes.base import LOG_2PI, Level, LogProcess, Process, Transition, expand_like
+from lit_diffusion.processes.base import LOG_2PI, Coefficients, LogProcess, Process, Transition, expand_like
 from lit_diffusion.processes.discrete import Betas, cosine_betas, linear_betas
 from lit_diffusion.processes.flow import Flow
 from lit_diffusion.processes.ve import VE
@@ -12,7 +12,7 @@ __all__ = [
     "VP",
     "Betas",
     "Flow",
-    "Level",
+    "Coefficients",
     "LogProcess",
     "Process",
     "SubVP",

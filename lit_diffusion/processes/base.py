@@ -52,20 +52,20 @@ class Transition:
     Attributes:
         scale: ``a``, of the mean of the forward step.
         beta: variance of the forward step.
-        on_x0: ``c_0``.
-        on_xt: ``c_t``.
+        x0_coefficient: ``c_0``.
+        xt_coefficient: ``c_t``.
         beta_tilde: variance of the posterior; 0 where s is 0.
     """
 
     scale: Tensor
     beta: Tensor
-    on_x0: Tensor
-    on_xt: Tensor
+    x0_coefficient: Tensor
+    xt_coefficient: Tensor
     beta_tilde: Tensor
 
 
 @dataclass(frozen=True)
-class Level:
+class Coefficients:
     """The coefficients of a process at times ``[B]``, float64.
 
     Attributes:
@@ -210,10 +210,10 @@ class Process(nn.Module, ABC):
         sigma = self.sigma(t)
         return (2.0 * sigma * (self.dsigma(t) - self.dlog_alpha(t) * sigma)).clamp(min=0.0).sqrt()
 
-    def level(self, t: Tensor) -> Level:
+    def coefficients(self, t: Tensor) -> Coefficients:
         """All coefficients at times ``[B]`` at once."""
         t = t.to(torch.float64)
-        return Level(t, self.alpha(t), self.sigma(t), self.dalpha(t), self.dsigma(t))
+        return Coefficients(t, self.alpha(t), self.sigma(t), self.dalpha(t), self.dsigma(t))
 
     def transition(self, s: Tensor, t: Tensor) -> Transition:
         """What happens between times ``s < t``, ``[B]`` each; s may be 0."""
@@ -228,8 +228,8 @@ class Process(nn.Module, ABC):
         return Transition(
             scale=alpha_t / alpha_s,
             beta=variance_t * fresh,
-            on_x0=alpha_s * fresh,
-            on_xt=alpha_t / alpha_s * variance_s / variance_t,
+            x0_coefficient=alpha_s * fresh,
+            xt_coefficient=alpha_t / alpha_s * variance_s / variance_t,
             beta_tilde=variance_s * fresh,
         )
 
@@ -269,7 +269,7 @@ class Process(nn.Module, ABC):
     def level_index(self, t: Tensor) -> Tensor:
         """The grid index ``0 .. levels - 1`` (0 the least noise) nearest to times ``[B]``: int64 ``[B]``."""
         if self.levels is None:
-            raise UserError("noise_input 'index' needs a process with levels; continuous time has no index")
+            raise UserError("c_noise 'index' needs a process with levels; continuous time has no index")
         return ((t.to(torch.float64) * self.levels).round().long() - 1).clamp(0, self.levels - 1)
 
 
@@ -292,8 +292,8 @@ class LogProcess(Process):
         """``alpha d log alpha / dt``."""
         return self.alpha(t) * self.dlog_alpha(t)
 
-    def level(self, t: Tensor) -> Level:
+    def coefficients(self, t: Tensor) -> Coefficients:
         """All coefficients at times ``[B]`` at once, with alpha evaluated once."""
         t = t.to(torch.float64)
         alpha = self.alpha(t)
-        return Level(t, alpha, self.sigma(t), alpha * self.dlog_alpha(t), self.dsigma(t))
+        return Coefficients(t, alpha, self.sigma(t), alpha * self.dlog_alpha(t), self.dsigma(t))

@@ -19,7 +19,7 @@ class VE(Process):
     Ermon 2019, section 4; Song et al. 2021, appendix C, with the courses' ``sigma(0) = 0``).
 
     Args:
-        sigma_min: the smallest level, in units of the normalised data.
+        sigma_min: the smallest level, in units of the normalized data.
         sigma_max: the largest level.
         levels: L of NCSN, or None for continuous time.
         t_min: the smallest time of training and of likelihoods in continuous time.

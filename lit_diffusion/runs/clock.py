@@ -13,7 +13,7 @@ class Clock:
 
     Attributes:
         images: training images seen by all processes together, a skipped batch included.
-        steps: optimiser steps asked for, a skipped one included.
+        steps: optimizer steps asked for, a skipped one included.
         batch: images of one step over all processes; set when training starts.
     """
 

@@ -55,6 +55,6 @@ class Ancestral(EndsAtZero):
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """A draw from ``p(x_s | x_t)``; where s is 0 its mean."""
         prediction, s = run.predict(x, move.t), at_time(x, move.s)
-        step = run.process.transition(s, prediction.level.t)
+        step = run.process.transition(s, prediction.coefficients.t)
         log_variance = self.chain.log_variance(prediction, run.denoiser, step, s)
         return with_noise(self.chain.mean(prediction, run.denoiser, step), torch.exp(0.5 * log_variance), s, run.noise)

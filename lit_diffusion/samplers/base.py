@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clip_in_words, clipped, require_clip
+from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clipped, describe_clip, require_clip
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
@@ -326,13 +326,13 @@ def described(sampler: Sampler) -> dict[str, Any]:
     return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
 
 
-def in_words(sampler: Sampler, denoiser: Denoiser) -> str:
+def describe(sampler: Sampler, denoiser: Denoiser) -> str:
     """A sampler as a protocol says it: ``Ancestral(steps=null, variance=beta, clip_x0=data [-1, 1])``."""
 
     def word(key: str, value: Any) -> str:
         if isinstance(value, dict):
             return f"{value['class_path'].rpartition('.')[2]}({words(value['init_args'])})"
-        return clip_in_words(value, denoiser) if key == "clip_x0" else "null" if value is None else str(value)
+        return describe_clip(value, denoiser) if key == "clip_x0" else "null" if value is None else str(value)
 
     def words(arguments: dict[str, Any]) -> str:
         return ", ".join(f"{key}={word(key, value)}" for key, value in arguments.items())

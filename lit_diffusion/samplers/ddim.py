@@ -54,14 +54,14 @@ class DDIM(EndsAtZero):
         prediction, s = run.predict(x, move.t), at_time(x, move.s)
         if self.eta == 0.0:
             return self._moved(prediction, run.denoiser, s, s.new_zeros(()))
-        variance = self.eta**2 * run.process.transition(s, prediction.level.t).beta_tilde
+        variance = self.eta**2 * run.process.transition(s, prediction.coefficients.t).beta_tilde
         return with_noise(self._moved(prediction, run.denoiser, s, variance), variance.sqrt(), s, run.noise)
 
     def _views(self, prediction: Prediction, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
         """x0 in its range, and the eps with ``x_t = alpha_t x0 + sigma_t eps``."""
         x0 = clipped(prediction.x0, self.clip_x0, denoiser)
         # Where nothing was clipped this is the prediction's own eps to the last digit.
-        cut = expand_like(prediction.level.alpha / prediction.level.sigma, x0) * (prediction.x0 - x0)
+        cut = expand_like(prediction.coefficients.alpha / prediction.coefficients.sigma, x0) * (prediction.x0 - x0)
         return x0, prediction.eps + cut
 
     def _moved(self, prediction: Prediction, denoiser: Denoiser, s: Tensor, variance: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class DDIM(EndsAtZero):
             if first:
                 x = x + expand_like(process.sigma(at_time(x, smallest)), x) * self._views(prediction, denoiser)[1]
             else:
-                x = self._moved(prediction, denoiser, at_time(x, move.t), prediction.level.t.new_zeros(()))
+                x = self._moved(prediction, denoiser, at_time(x, move.t), prediction.coefficients.t.new_zeros(()))
             if on_step is not None:
                 on_step(Progress(done, len(run.plan), float(move.t), x))
         return Samples(x, run.evaluations, x.new_zeros(len(x)))

@@ -21,8 +21,8 @@ from lit_diffusion.samplers.times import Spacing
 
 def flow_rate(process: Process, t: Tensor) -> Tensor:
     """``du/dt`` of ``u = log(sigma / alpha)``: ``sigma' / sigma - alpha' / alpha``, float64."""
-    level = process.level(t)
-    return level.dsigma / level.sigma - level.dalpha / level.alpha
+    coefficients = process.coefficients(t)
+    return coefficients.dsigma / coefficients.sigma - coefficients.dalpha / coefficients.alpha
 
 
 class FixedSteps(EndsAtTMin):
@@ -260,7 +260,7 @@ def refuse_grid_only(denoiser: Denoiser, what: str) -> None:
     if denoiser.on_grid_only:
         raise UserError(
             f"{what} asks the network at times between its {denoiser.process.levels} levels, of which it knows none "
-            f"(conditional_instance normalisation); choose a sampler that walks on the levels, e.g. ancestral or euler"
+            f"(conditional_instance normalization); choose a sampler that walks on the levels, e.g. ancestral or euler"
         )
 
 

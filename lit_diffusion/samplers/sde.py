@@ -136,9 +136,9 @@ def out_of_pure_noise(x_s: Tensor, prediction: Prediction, process: Process, s: 
 
     the step to first order, since f and g of the SDE are infinite there.
     """
-    level, x_t = prediction.level, prediction.x_t
-    limit = process.first_order_step(x_t, prediction.x0, level.t, s)
-    return torch.where((level.alpha == 0.0).view(-1, *[1] * (x_t.ndim - 1)), limit, x_s)
+    coefficients, x_t = prediction.coefficients, prediction.x_t
+    limit = process.first_order_step(x_t, prediction.x0, coefficients.t, s)
+    return torch.where((coefficients.alpha == 0.0).view(-1, *[1] * (x_t.ndim - 1)), limit, x_s)
 
 
 def _variance(process: Process, t: Tensor) -> Tensor:
@@ -266,9 +266,9 @@ class PredictorCorrector(Predictor):
         s, t = at_time(x, move.s), at_time(x, move.t)
         kept = run.process.transition(s, t).scale
         epsilon = 2.0 * (kept * self.snr * run.process.sigma(s)) ** 2  # 0 where s is.
-        level = torch.where(s > 0.0, s, t)
+        coefficients = torch.where(s > 0.0, s, t)
         for _ in range(self.corrector_steps):
-            x = langevin_update(x, run.predict(x, level).score, 2.0 * epsilon, run.noise.normal())
+            x = langevin_update(x, run.predict(x, coefficients).score, 2.0 * epsilon, run.noise.normal())
         return x
 
     def finish(self, run: Run, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The DataModule: from a source's bytes to the normalised batch, in an order that is a function of the images seen."""
+"""The DataModule: from a source's bytes to the normalized batch, in an order that is a function of the images seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import Sampler as IndexSampler
 
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data.source import Source
-from lit_diffusion.data_spec import DataFacts, in_brief
+from lit_diffusion.data_spec import DataSpec, in_brief
 from lit_diffusion.errors import UserError
 from lit_diffusion.images import about_shown
 from lit_diffusion.interrupts import leave_it_to_the_main_process
@@ -30,13 +30,13 @@ SPLIT_SEED = 0
 """The held-out images do not depend on a run's seed, so that runs can be compared on them."""
 
 
-NOBODYS = -1
+PADDING_INDEX = -1
 """The number of a row that is there so that all processes make equally many batches: nobody counts it."""
 
 
 @dataclass
 class Batch:
-    """A normalised batch.
+    """A normalized batch.
 
     Attributes:
         x: float32 ``[B, C, H, W]`` in the declared value range, or points ``[B, D]``.
@@ -194,18 +194,18 @@ class _Epoch(TrainingOrder):
 
 
 class DataModule(pl.LightningDataModule):
-    """Images (or points) of one source, split, ordered, flipped and normalised exactly once.
+    """Images (or points) of one source, split, ordered, flipped and normalized exactly once.
 
     Args:
         source: where the data come from.
-        global_batch_size: images of one optimiser step over all processes together.
+        global_batch_size: images of one optimizer step over all processes together.
         value_range: what black and white become, ``[0, 1]`` or ``[-1, 1]``; points are used as they are.
         held_out: a source of its own for validation and test; null: a fraction of ``source``. Its classes are those of
             ``source``: by their names where both have names, else by their numbers.
         held_out_fraction: of ``source`` kept for validation and test when ``held_out`` is null; the same images for
             every seed.
         flip: mirror half of the training images left to right.
-        dequantise: train on grey levels with uniform noise of one level, so that values fill the range; held-out images
+        dequantize: train on grey levels with uniform noise of one level, so that values fill the range; held-out images
             have each level's middle value.
         micro_batch_size: the most images of one forward and backward pass in a process, the rest is accumulated; null:
             the process's whole share.
@@ -221,7 +221,7 @@ class DataModule(pl.LightningDataModule):
         held_out: Source | None = None,
         held_out_fraction: float = 0.1,
         flip: bool = False,
-        dequantise: bool = False,
+        dequantize: bool = False,
         micro_batch_size: int | None = None,
         num_workers: int = 0,
         predict_samples: int = 64,
@@ -251,7 +251,7 @@ class DataModule(pl.LightningDataModule):
         self.source = source
         self.global_batch_size = global_batch_size
         self.flip = flip
-        self.dequantise = dequantise
+        self.dequantize = dequantize
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
         self.predict_samples = predict_samples
@@ -262,13 +262,13 @@ class DataModule(pl.LightningDataModule):
         """Of the source's data, int64 ``[N]``; None without classes."""
         self.held_out_labels = self.labels if held_out is None else _labels_as_in_training(held_out, source)
         """Of the held-out source's, by the numbers that the classes have in training."""
-        facts = DataFacts(
+        data_spec = DataSpec(
             source=source.name,
             shape=tuple(source.shape),
             levels=source.levels,
             value_range=None if source.levels is None else (float(value_range[0]), float(value_range[1])),
             num_classes=source.num_classes,
-            dequantised=dequantise and source.levels is not None,
+            dequantized=dequantize and source.levels is not None,
             class_names=tuple(source.class_names) if source.num_classes and source.class_names else None,
         )
         if held_out is not None:
@@ -283,9 +283,9 @@ class DataModule(pl.LightningDataModule):
                 raise UserError(
                     f"data.held_out_fraction {held_out_fraction} leaves nothing of {count} images to train on"
                 )
-        self.facts = replace(facts, class_counts=self.class_counts(held_out=False))
+        self.data_spec = replace(data_spec, class_counts=self.class_counts(held_out=False))
         self._checked = False
-        shown = about_shown(self.facts.shape[0]) if self.facts.is_image else None
+        shown = about_shown(self.data_spec.shape[0]) if self.data_spec.is_image else None
         for line in [*source.notes(), *([] if held_out is None else held_out.notes()), *([shown] if shown else [])]:
             print_note(line)
 
@@ -358,7 +358,7 @@ class DataModule(pl.LightningDataModule):
         numbered = list(enumerate(self.held_out_indices.tolist()))
         if not numbered:
             return []
-        batches = self._shared_out(numbered, (NOBODYS, numbered[0][1]))
+        batches = self._shared_out(numbered, (PADDING_INDEX, numbered[0][1]))
         return self._loader(self.held_out_source, self.held_out_labels, batches)
 
     def _shared_out(self, items: list[Any], nobodys: Any) -> list[list[Any]]:
@@ -391,58 +391,58 @@ class DataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    # ---- normalisation -----------------------------------------------------------------------------------------
+    # ---- normalization -----------------------------------------------------------------------------------------
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """On the device: augment and normalise. Indices of samples to predict pass through."""
+        """On the device: augment and normalize. Indices of samples to predict pass through."""
         if isinstance(batch, Tensor):
             return batch
         training = self.trainer is not None and self.trainer.training
         return self.prepare(batch["value"], batch["label"], batch["index"], training)
 
     def prepare(self, value: Tensor, label: Tensor, index: Tensor, training: bool) -> Batch:
-        """A normalised batch from a source's values ``[B, ...]``, labels ``[B]`` (-1: none) and numbers ``[B]``."""
-        if self.facts.is_image:
+        """A normalized batch from a source's values ``[B, ...]``, labels ``[B]`` (-1: none) and numbers ``[B]``."""
+        if self.data_spec.is_image:
             self._check(value)
             if training and self.flip:
                 mirrored = keyed_uniform(self.seed, "flip", index) < 0.5
                 value = torch.where(mirrored[:, None, None, None], value.flip(-1), value)
-        x = self.normalise(value, index if self.dequantise and training else None)
-        cond = None if self.facts.num_classes is None else Condition(label=label)
+        x = self.normalize(value, index if self.dequantize and training else None)
+        cond = None if self.data_spec.num_classes is None else Condition(label=label)
         return Batch(x, index, cond)
 
-    def normalise(self, value: Tensor, dequantise_index: Tensor | None = None) -> Tensor:
+    def normalize(self, value: Tensor, dequantise_index: Tensor | None = None) -> Tensor:
         """Grey levels to the value range, float32; points as they are.
 
-        ``v / (levels - 1)`` of the range; for a model of dequantised data ``(v + u) / levels``, where u is 1/2, the
+        ``v / (levels - 1)`` of the range; for a model of dequantized data ``(v + u) / levels``, where u is 1/2, the
         centre of the level's bin.
 
         Args:
             value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
             dequantise_index: with it u is uniform, keyed by it.
         """
-        if self.facts.levels is None or self.facts.value_range is None:
+        if self.data_spec.levels is None or self.data_spec.value_range is None:
             return value.to(torch.float32)
-        low, high = self.facts.value_range
-        if not self.facts.dequantised:
-            unit = value.to(torch.float32) / (self.facts.levels - 1)
+        low, high = self.data_spec.value_range
+        if not self.data_spec.dequantized:
+            unit = value.to(torch.float32) / (self.data_spec.levels - 1)
         else:
             u: Tensor | float = 0.5
             if dequantise_index is not None:
-                u = keyed_uniform(self.seed, "dequantise", dequantise_index, tuple(value.shape[1:]))
-            unit = (value.to(torch.float32) + u) / self.facts.levels
+                u = keyed_uniform(self.seed, "dequantize", dequantise_index, tuple(value.shape[1:]))
+            unit = (value.to(torch.float32) + u) / self.data_spec.levels
         return low + (high - low) * unit
 
     def _check(self, value: Tensor) -> None:
         """Once, on the first batch: the source must yield raw grey levels."""
         if self._checked:
             return
-        name, levels = self.source.name, self.facts.levels
+        name, levels = self.source.name, self.data_spec.levels
         assert levels is not None
         if value.dtype != torch.uint8:
             raise UserError(
-                f"data source {name} yields {value.dtype}, not uint8 grey levels 0..{levels - 1}: it was normalised "
-                f"already; the DataModule does that once, to value_range {list(self.facts.value_range or ())}"
+                f"data source {name} yields {value.dtype}, not uint8 grey levels 0..{levels - 1}: it was normalized "
+                f"already; the DataModule does that once, to value_range {list(self.data_spec.value_range or ())}"
             )
         if int(value.max()) > levels - 1:
             raise UserError(
@@ -454,7 +454,7 @@ class DataModule(pl.LightningDataModule):
     # ---- single data, for what looks at them before or beside a training ----------------------------------------
 
     def training_values(self, indices: Tensor) -> Tensor:
-        """Normalised training data number ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
+        """Normalized training data number ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
         return self._values(self.source, self.train_indices[indices])
 
     def training_batch(self, indices: Tensor) -> Batch:
@@ -465,8 +465,8 @@ class DataModule(pl.LightningDataModule):
         return Batch(self.training_values(indices), indices, cond)
 
     def held_out_values(self, indices: Tensor) -> Tensor:
-        """Normalised held-out data number ``indices`` of ``held_out_indices``: float32 ``[B, ...]``."""
+        """Normalized held-out data number ``indices`` of ``held_out_indices``: float32 ``[B, ...]``."""
         return self._values(self.held_out_source, self.held_out_indices[indices])
 
     def _values(self, source: Source, indices: Tensor) -> Tensor:
-        return self.normalise(torch.from_numpy(np.stack([source.value(int(i)) for i in indices])))
+        return self.normalize(torch.from_numpy(np.stack([source.value(int(i)) for i in indices])))

@@ -41,7 +41,7 @@ def use_own_signals_and_loop(trainer: pl.Trainer) -> None:
 def count_step(trainer: pl.Trainer) -> None:
     """Let ``trainer.global_step``, by which ``max_steps`` ends a training, count a step of the clock.
 
-    Lightning counts every call of every optimiser: two would halve a run, and a skipped step would not count.
+    Lightning counts every call of every optimizer: two would halve a run, and a skipped step would not count.
     """
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()

@@ -1,4 +1,4 @@
-"""The training of any number of networks, with an optimiser each, in one loop that knows nothing of diffusion."""
+"""The training of any number of networks, with an optimizer each, in one loop that knows nothing of diffusion."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from lit_diffusion import interrupts
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.backbones.flops import forward_flops
-from lit_diffusion.data_spec import DataFacts
-from lit_diffusion.distributed import shares_of_all
+from lit_diffusion.data_spec import DataSpec
+from lit_diffusion.distributed import all_gather_objects
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.randomness import stream_key
@@ -31,11 +31,11 @@ from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.formats import CHECKPOINT_KEY, FORMAT_VERSION, require_known_format
 from lit_diffusion.runs.logger import run_logger_of, survived
 from lit_diffusion.training.callback import own_callbacks
-from lit_diffusion.training.datamodule import NOBODYS, Batch, DataModule
+from lit_diffusion.training.datamodule import PADDING_INDEX, Batch, DataModule
 from lit_diffusion.training.gradients import average_over_processes, clip
 from lit_diffusion.training.lightning_internals import count_step, validate_now, validation_follows
 from lit_diffusion.training.own_loaders import batch_of, indices_to_predict, require_fitting_trainer
-from lit_diffusion.training.sharding import ShardedStrategy, gradients_kept_back, shard
+from lit_diffusion.training.sharding import ShardedStrategy, no_gradient_sync, shard
 from lit_diffusion.training.stopwatch import Stopwatch
 from lit_diffusion.training.trainer import Trainer
 
@@ -77,7 +77,7 @@ class Step:
 
 
 class TrainedModule(pl.LightningModule):
-    r"""Any number of networks that are trained together, with an optimiser each.
+    r"""Any number of networks that are trained together, with an optimizer each.
 
     A step minimizes, for every name k of :meth:`trained`, the mean loss over the global batch in the parameters of that
     network alone,
@@ -91,7 +91,7 @@ class TrainedModule(pl.LightningModule):
     :meth:`loss` with one network).
 
     Args:
-        optimizer: optimiser class and arguments, for every network that ``optimizers`` does not name.
+        optimizer: optimizer class and arguments, for every network that ``optimizers`` does not name.
         optimizers: those of single networks, by name.
         warmup_images: the learning rate rises linearly over so many images (or give warmup_steps); for all networks or
             by name.
@@ -120,7 +120,7 @@ class TrainedModule(pl.LightningModule):
                 raise UserError(f"gradient_clip is {clip_at:g}; give a positive norm, or null for none")
         self.clock = Clock()
         self.seed = 0
-        self._facts: DataFacts | None = None
+        self._data_spec: DataSpec | None = None
         self.run_config: dict[str, Any] | None = None
         """The whole resolved configuration; the command line sets it, checkpoints carry it."""
         self.last_step = Step()
@@ -137,7 +137,7 @@ class TrainedModule(pl.LightningModule):
         self._validation_due = False
         """Whether the held-out loss after the last step is still to be measured; every checkpoint carries it."""
         self._configured: list[list[dict[str, Any]]] = []
-        """The options of each optimiser's groups, as configured."""
+        """The options of each optimizer's groups, as configured."""
         self._held_out: dict[str, list[Tensor]] = {}
         self._held_out_trouble: Exception | None = None
         self._full_batch = 0
@@ -150,7 +150,7 @@ class TrainedModule(pl.LightningModule):
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Module]:
-        """The networks that are trained, by name, each with an optimiser of its own; always in the same order."""
+        """The networks that are trained, by name, each with an optimizer of its own; always in the same order."""
 
     def loss(self, batch: Batch, seed: int) -> Loss:
         """The loss of a batch, for a module of one network; randomness is keyed by ``seed`` and ``batch.index``."""
@@ -189,41 +189,41 @@ class TrainedModule(pl.LightningModule):
     # ---- the data ----------------------------------------------------------------------------------------------
 
     @property
-    def facts(self) -> DataFacts | None:
+    def data_spec(self) -> DataSpec | None:
         """What is known of the data, None as long as nobody has said it."""
-        return self._facts
+        return self._data_spec
 
-    @facts.setter
-    def facts(self, facts: DataFacts | None) -> None:
-        self._facts = facts
-        self.on_facts()
+    @data_spec.setter
+    def data_spec(self, data_spec: DataSpec | None) -> None:
+        self._data_spec = data_spec
+        self.on_data_spec()
 
-    def on_facts(self) -> None:
+    def on_data_spec(self) -> None:
         """Follow a change of :attr:`facts`."""
 
-    def require_facts(self) -> DataFacts:
+    def require_data_spec(self) -> DataSpec:
         """The facts of the data.
 
         Raises:
             UserError: if nobody has set them.
         """
-        if self.facts is None:
-            raise UserError("this model does not know its data: set method.facts = datamodule.facts")
-        return self.facts
+        if self.data_spec is None:
+            raise UserError("this model does not know its data: set method.data_spec = datamodule.facts")
+        return self.data_spec
 
     @property
-    def classes_told(self) -> int | None:
+    def num_conditional_classes(self) -> int | None:
         """How many classes the networks tell apart, whose labels batches have to bring; None: labels are left aside."""
-        return None if self.facts is None else self.facts.num_classes
+        return None if self.data_spec is None else self.data_spec.num_classes
 
-    def _take_facts(self, stage: str) -> None:
+    def _take_data_spec(self, stage: str) -> None:
         """What is known of the data that are trained on, from lit_diffusion's DataModule or as it was said."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, DataModule):
-            self.facts = datamodule.facts
+            self.data_spec = datamodule.data_spec
             self.clock.batch = datamodule.global_batch_size
             return
-        self.require_facts()
+        self.require_data_spec()
         if stage == "fit" and self.trainer.world_size > 1 and isinstance(self.trainer, Trainer):
             raise UserError(
                 f"a DataLoader of one's own is not shared out over {self.trainer.world_size} processes here: take "
@@ -242,7 +242,7 @@ class TrainedModule(pl.LightningModule):
         if trainer.predicting:
             return indices_to_predict(batch)
         place = (str(trainer.state.stage), dataloader_idx)
-        taken = batch_of(batch, self.require_facts(), self.classes_told, place not in self._looked_at)
+        taken = batch_of(batch, self.require_data_spec(), self.num_conditional_classes, place not in self._looked_at)
         self._looked_at.add(place)
         rank, processes = trainer.global_rank, trainer.world_size
         if trainer.training:
@@ -256,7 +256,7 @@ class TrainedModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the data's facts and the Trainer's way of running the networks, and refuse what would go wrong later."""
-        self._take_facts(stage)
+        self._take_data_spec(stage)
         require_fitting_trainer(self.trainer)
         if (run := run_logger_of(self.trainer)) is not None:
             run.clock = self.clock
@@ -274,7 +274,7 @@ class TrainedModule(pl.LightningModule):
         self._run_networks_as_the_trainer_says()
 
     def require_held_parameters(self) -> None:
-        """Refuse a parameter that wants a gradient and that no optimiser holds, or that two hold.
+        """Refuse a parameter that wants a gradient and that no optimizer holds, or that two hold.
 
         Raises:
             UserError: naming it; and for options of a network that is not trained.
@@ -288,7 +288,7 @@ class TrainedModule(pl.LightningModule):
         for full_name, p in self.named_parameters():
             if p.requires_grad and id(p) not in holders:
                 raise UserError(
-                    f"{what}: the parameter {full_name} wants a gradient, and no optimiser holds it: name its network "
+                    f"{what}: the parameter {full_name} wants a gradient, and no optimizer holds it: name its network "
                     f"in trained(), or freeze it, requires_grad_(False)"
                 )
         for name in _names(self.make_optimizers, *self.warmup, self.gradient_clip):
@@ -333,11 +333,11 @@ class TrainedModule(pl.LightningModule):
             shard(backbone, mesh["data_parallel"])
 
     def optimizer_of(self, name: str) -> OptimizerCallable:
-        """What makes the optimiser of a network."""
+        """What makes the optimizer of a network."""
         return self.make_optimizers.get(name, self.make_optimizer)
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """One optimiser for each network; their learning rates are those after warm-up."""
+        """One optimizer for each network; their learning rates are those after warm-up."""
         optimizers = []
         for name, network in self.trained().items():
             optimizers.append(self.optimizer_of(name)(network.parameters()))
@@ -360,7 +360,7 @@ class TrainedModule(pl.LightningModule):
                 )
 
     def on_train_start(self) -> None:
-        """Let the configuration have the last word on learning rates and the like, over a checkpoint's optimiser state.
+        """Let the configuration have the last word on learning rates and the like, over a checkpoint's optimizer state.
 
         A run that was continued after its end makes no further step; a held-out loss that a kill cut short is measured.
         """
@@ -384,7 +384,7 @@ class TrainedModule(pl.LightningModule):
         self.stopwatch.lap("logging")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Make one step of all optimisers on this process's share of the global batch, or of none."""
+        """Make one step of all optimizers on this process's share of the global batch, or of none."""
         # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
         torch.manual_seed(stream_key(self.seed, f"dropout/{self.global_rank}/{self.clock.images}") >> 1)
         networks, optimizers, scaler = self.trained(), self.trainer.optimizers, self._scaler
@@ -408,7 +408,7 @@ class TrainedModule(pl.LightningModule):
             if self._averages_gradients:
                 average_over_processes([p for network in networks.values() for p in network.parameters()])
 
-        with self.stopwatch.part("optimiser", self.device):
+        with self.stopwatch.part("optimizer", self.device):
             if scaler is not None:
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
@@ -452,7 +452,7 @@ class TrainedModule(pl.LightningModule):
     def _local_gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Accumulate without averaging over the processes yet, where the strategy does that in backward."""
         if self.sharded:
-            return nullcontext() if last else gradients_kept_back(self.networks()[0])
+            return nullcontext() if last else no_gradient_sync(self.networks()[0])
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None or (last and not self._averages_gradients) else block()
 
@@ -505,7 +505,7 @@ class TrainedModule(pl.LightningModule):
             worst = int(torch.where(broken, float("inf"), loss.per_sample).argmax())
             t = None if loss.t is None else float(loss.t[worst])
             mine.append((bool(broken.any()), float(loss.per_sample[worst]), t, int(index[worst])))
-        shares = [share for share in shares_of_all(mine) for share in share]
+        shares = [share for share in all_gather_objects(mine) for share in share]
         found = [share for share in shares if share[0]]
         is_loss, value, t, number = found[0] if found else max(shares, key=lambda share: share[1])
         words, level = ("", {}) if t is None else self.noise_level(t)
@@ -570,7 +570,7 @@ class TrainedModule(pl.LightningModule):
         """The losses of held-out images, each with its own fixed noise: equal on any number of processes."""
         try:
             losses = self.losses(batch, stream_key(self.seed, "held-out"))
-            step, counted = Step(losses=losses), batch.index != NOBODYS
+            step, counted = Step(losses=losses), batch.index != PADDING_INDEX
             values = {"loss": torch.stack([loss.per_sample.double() for loss in losses.values()]).sum(0)}
             for name, loss in losses.items():
                 terms = loss.terms if len(losses) == 1 else {"loss": loss.per_sample, **loss.terms}
@@ -608,7 +608,7 @@ class TrainedModule(pl.LightningModule):
         if self._held_out_trouble is not None:
             trouble, self._held_out_trouble = self._held_out_trouble, None
             raise trouble
-        shares = shares_of_all(mine)
+        shares = all_gather_objects(mine)
         for name in dict.fromkeys(name for share in shares for name in share):
             total, count = (sum(share[name][k] for share in shares if name in share) for k in (0, 1))
             if count:
@@ -623,7 +623,7 @@ class TrainedModule(pl.LightningModule):
             "format_version": FORMAT_VERSION,
             "run_id": None if run is None else run.version,
             "config": self.run_config,
-            "facts": None if self.facts is None else self.facts.plain(),
+            "data_spec": None if self.data_spec is None else self.data_spec.plain(),
             "images_seen": self.clock.images,
             "steps": self.clock.steps,
             "skipped_steps": self.skipped_steps,

@@ -1,6 +1,6 @@
 """Training from a DataLoader of one's own, with lit_diffusion's Trainer or Lightning's: what its batches must be.
 
-A batch is images, or (images, labels): float in the declared range, ``[0, 1]`` unless ``method.facts`` says another
+A batch is images, or (images, labels): float in the declared range, ``[0, 1]`` unless ``method.data_spec`` says another
 (torchvision's ``ToTensor`` gives that), or uint8 grey levels, which are brought to the range. Points are float. The
 images of a run are numbered by its clock, so that their noise is a function of (seed, number) whatever the batch size;
 which image comes when is the loader's own business, and so is how exactly it can be continued.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.conditions import Condition
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.errors import UserError
 from lit_diffusion.training.datamodule import Batch
 from lit_diffusion.training.trainer import Trainer
@@ -26,11 +26,11 @@ OUT_OF_RANGE = 1e-3
 """Of the range's width: so far outside it a rounding may lie, and nothing else."""
 
 
-def assumed_facts(backbone: Backbone) -> DataFacts:
+def assumed_data_spec(backbone: Backbone) -> DataSpec:
     """What is taken for granted of the data where nobody has said more: the backbone's shape and classes."""
     shape = tuple(backbone.data_shape)
     image = len(shape) == 3
-    return DataFacts(
+    return DataSpec(
         source="DataLoader",
         shape=shape,
         levels=256 if image else None,
@@ -74,7 +74,7 @@ def indices_to_predict(batch: Any) -> Tensor:
     )
 
 
-def batch_of(given: Any, facts: DataFacts, classes: int | None, check: bool) -> Batch:
+def batch_of(given: Any, data_spec: DataSpec, classes: int | None, check: bool) -> Batch:
     """A loader's batch as a method takes it, its rows numbered from 0.
 
     Args:
@@ -94,27 +94,27 @@ def batch_of(given: Any, facts: DataFacts, classes: int | None, check: bool) -> 
             f"tensors: collate_fn=lambda items: ..."
         )
     x = parts[0]
-    if tuple(x.shape[1:]) != tuple(facts.shape):
+    if tuple(x.shape[1:]) != tuple(data_spec.shape):
         raise UserError(
             f"the DataLoader gives a batch of shape {list(x.shape)}; the model takes [B, "
-            f"{', '.join(map(str, facts.shape))}]"
+            f"{', '.join(map(str, data_spec.shape))}]"
         )
-    return Batch(_values(x, facts, check), torch.arange(len(x), device=x.device), _labels(parts, classes))
+    return Batch(_values(x, data_spec, check), torch.arange(len(x), device=x.device), _labels(parts, classes))
 
 
-def _values(x: Tensor, facts: DataFacts, check: bool) -> Tensor:
-    if facts.value_range is None or facts.levels is None:
+def _values(x: Tensor, data_spec: DataSpec, check: bool) -> Tensor:
+    if data_spec.value_range is None or data_spec.levels is None:
         return x.float()
-    low, high = facts.value_range
+    low, high = data_spec.value_range
     if x.dtype == torch.uint8:
-        if check and int(x.max()) >= facts.levels:
+        if check and int(x.max()) >= data_spec.levels:
             raise UserError(
-                f"the DataLoader gives grey level {int(x.max())}, and method.facts says {facts.levels} levels: correct "
+                f"the DataLoader gives grey level {int(x.max())}, and method.data_spec says {data_spec.levels} levels: correct "
                 f"one of them"
             )
-        if facts.dequantised:
-            raise UserError("grey levels are dequantised by lit_diffusion's DataModule alone: give floats, or take it")
-        return low + (high - low) * (x.float() / (facts.levels - 1))
+        if data_spec.dequantized:
+            raise UserError("grey levels are dequantized by lit_diffusion's DataModule alone: give floats, or take it")
+        return low + (high - low) * (x.float() / (data_spec.levels - 1))
     if not x.is_floating_point():
         raise UserError(f"the DataLoader gives {x.dtype}; give floats in [{low:g}, {high:g}], or uint8 grey levels")
     if check:
@@ -123,7 +123,7 @@ def _values(x: Tensor, facts: DataFacts, check: bool) -> Tensor:
         if not (low - edge <= least and most <= high + edge):
             raise UserError(
                 f"the DataLoader gives values from {least:.4g} to {most:.4g}, not in [{low:g}, {high:g}]: scale them, "
-                f"or say their range before: method.facts = DataFacts(source=..., shape=..., levels=256, "
+                f"or say their range before: method.data_spec = DataSpec(source=..., shape=..., levels=256, "
                 f"value_range=(-1.0, 1.0), num_classes=...)"
             )
     return x.float()

@@ -1,4 +1,4 @@
-"""Fully sharded training (FSDP): every process keeps a part of each weight, its gradient and its optimiser state.
+"""Fully sharded training (FSDP): every process keeps a part of each weight, its gradient and its optimizer state.
 
 Through Lightning's ModelParallelStrategy and PyTorch's ``fully_shard``: only the backbone is sharded. Its weights
 become distributed tensors, each put together for the moment that it is used in. A checkpoint holds whole tensors, as of
@@ -42,7 +42,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, equal on all processes, on the parameter's device and shared out as the parameter is."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
@@ -68,7 +68,7 @@ def shard(backbone: nn.Module, mesh: DeviceMesh) -> None:
 
 
 @contextmanager
-def gradients_kept_back(backbone: Any) -> Iterator[None]:
+def no_gradient_sync(backbone: Any) -> Iterator[None]:
     """Accumulate gradients without averaging over the processes yet."""
     assert isinstance(backbone, FSDPModule)
     backbone.set_requires_gradient_sync(False)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-PARTS = ("data", "forward_backward", "optimiser", "ema", "logging", "checkpoint")
-"""``data``: waiting for the next batch, moving and normalising it. ``logging``: what the callbacks do after the step,
+PARTS = ("data", "forward_backward", "optimizer", "ema", "logging", "checkpoint")
+"""``data``: waiting for the next batch, moving and normalizing it. ``logging``: what the callbacks do after the step,
 without drawing and evaluating, which are no part of a step, and without writing checkpoints."""
 
 MOST_EVENTS = 1000

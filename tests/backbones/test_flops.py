@@ -35,7 +35,7 @@ def test_a_convolution():
 
 def test_a_multilayer_perceptron():
     sizes = []
-    network = MLP((2,), width=16, depth=2, noise_features="none")
+    network = MLP((2,), width=16, depth=2, time_embedding="none")
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             sizes.append(2 * layer.in_features * layer.out_features)

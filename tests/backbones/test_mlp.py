@@ -13,11 +13,11 @@ def a_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 2), torch.linspace(0.0, 4.0, 5)
 
 
-@pytest.mark.parametrize("noise_features", ["positional", "fourier", "none"])
+@pytest.mark.parametrize("time_embedding", ["positional", "fourier", "none"])
 @pytest.mark.parametrize("num_classes", [None, 3])
-def test_shapes_gradients_and_samples_alone(noise_features, num_classes):
+def test_shapes_gradients_and_samples_alone(time_embedding, num_classes):
     torch.manual_seed(0)
-    network = MLP((2,), width=16, noise_features=noise_features, num_classes=num_classes)
+    network = MLP((2,), width=16, time_embedding=time_embedding, num_classes=num_classes)
     x, c_noise = a_batch()
     label = torch.tensor([0, 1, 2, 3, 0])
     out = network(x, c_noise, Condition(label=label))
@@ -26,7 +26,7 @@ def test_shapes_gradients_and_samples_alone(noise_features, num_classes):
     out.square().mean().backward()
     for name, p in network.named_parameters():
         assert p.grad.abs().max() > 0.0, name
-    assert torch.equal(network(x, c_noise), network(x, c_noise + 1.0)) == (noise_features == "none")
+    assert torch.equal(network(x, c_noise), network(x, c_noise + 1.0)) == (time_embedding == "none")
 
 
 def test_labels_and_the_null_class():
@@ -55,7 +55,7 @@ def test_second_derivatives(activation):
 
 def test_compiles_without_a_graph_break():
     torch.manual_seed(0)
-    network = MLP((2,), width=16, noise_features="fourier", num_classes=3)
+    network = MLP((2,), width=16, time_embedding="fourier", num_classes=3)
     x, c_noise = a_batch()
     expected = network(x, c_noise)
     network.compile(fullgraph=True, backend="eager")
@@ -68,7 +68,7 @@ def test_compiles_without_a_graph_break():
         ({"data_shape": "auto"}, ["MLP", "auto"]),
         ({"data_shape": (1, 8, 8)}, ["(1, 8, 8)", "UNet"]),
         ({"activation": "relu"}, ["activation", "relu", "softplus"]),
-        ({"noise_features": "learned"}, ["noise_features", "learned", "fourier"]),
+        ({"time_embedding": "learned"}, ["time_embedding", "learned", "fourier"]),
         ({"width": 15}, ["15", "even"]),
     ],
 )

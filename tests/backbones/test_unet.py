@@ -17,15 +17,15 @@ PLUS = {"resampling": "nearest", "resample_in_block": True, "rescale_residual": 
 NETWORKS = {
     "ddpm": {},
     "ddpm++": PLUS,
-    "ncsn++": {**PLUS, "resampling": "fir", "progressive_input": "residual", "noise_features": "fourier"},
-    "ncsn++ without fir": {**PLUS, "progressive_input": "residual", "noise_features": "fourier"},
+    "ncsn++": {**PLUS, "resampling": "fir", "progressive_input": "residual", "time_embedding": "fourier"},
+    "ncsn++ without fir": {**PLUS, "progressive_input": "residual", "time_embedding": "fourier"},
     "fir between blocks": {"resampling": "fir"},
-    "ncsn": {"normalisation": "conditional_instance", "levels": 5, "noise_features": "none"},
-    "ncsnv2": {"noise_features": "none"},
+    "ncsn": {"normalization": "conditional_instance", "levels": 5, "time_embedding": "none"},
+    "ncsnv2": {"time_embedding": "none"},
     "adm": {"scale_shift": True, "heads": 4, "num_classes": 3, "attention": [8, 4], "resample_in_block": True}
     | {"resampling": "nearest"},
-    "classes only": {"noise_features": "none", "num_classes": 3},
-    "no attention": {"attention": [], "middle_attention": False, "noise_features": "fourier"},
+    "classes only": {"time_embedding": "none", "num_classes": 3},
+    "no attention": {"attention": [], "middle_attention": False, "time_embedding": "fourier"},
 }
 
 
@@ -215,10 +215,10 @@ def test_second_derivatives(name):
         ({"mult": []}, ["mult"]),
         ({"attention": [16]}, ["16", "[8, 4]"]),
         ({"heads": 3}, ["heads 3", "32"]),
-        ({"normalisation": "conditional_instance"}, ["conditional_instance", "levels"]),
-        ({"normalisation": "batch"}, ["normalisation", "batch", "group"]),
+        ({"normalization": "conditional_instance"}, ["conditional_instance", "levels"]),
+        ({"normalization": "batch"}, ["normalization", "batch", "group"]),
         ({"resample_in_block": True}, ["resample_in_block", "nearest", "fir"]),
-        ({"scale_shift": True, "noise_features": "none"}, ["scale_shift", "noise_features"]),
+        ({"scale_shift": True, "time_embedding": "none"}, ["scale_shift", "time_embedding"]),
         ({"channels": 17}, ["17", "even"]),
     ],
 )

@@ -96,15 +96,15 @@ def test_it_holds_tensors_and_plain_types_and_what_a_rebuild_needs(tmp_path):
         "format_version": 1,
         "run_id": logger.version,
         "config": {"model": {"class_path": "NCSN"}},
-        "facts": {
+        "data_spec": {
             "source": "digits",
             "shape": [1, 8, 8],
             "levels": 17,
             "value_range": [0.0, 1.0],
             "num_classes": 10,
-            "dequantised": False,
+            "dequantized": False,
             "class_names": None,
-            "class_counts": list(digits_data().facts.class_counts),
+            "class_counts": list(digits_data().data_spec.class_counts),
         },
         "images_seen": 64,
         "steps": 2,

@@ -42,7 +42,7 @@ from lit_diffusion.randomness import keyed_choice
 from lit_diffusion.runs import best
 from lit_diffusion.runs.best import read_best
 from lit_diffusion.samplers import AnnealedLangevin, Langevin, Sampler
-from lit_diffusion.samplers.base import in_words
+from lit_diffusion.samplers.base import describe
 from lit_diffusion.training.datamodule import DataModule
 
 IMAGE = ["fid", "is", "precision"]
@@ -223,7 +223,7 @@ def test_the_protocol_says_how(tmp_path):
         "metric_seed": 2020,
         "weights": "ema",
         "seed": 7,
-        "sampler": in_words(run.method.sampler, run.method.denoiser),
+        "sampler": describe(run.method.sampler, run.method.denoiser),
         "network_evaluations": 7,
         "backbone_precision": "32-true",
         "stage": "fit",
@@ -948,13 +948,13 @@ def test_grey_levels_other_than_256_and_another_range(tmp_path):
 
 
 def test_a_perfect_model_of_dequantised_data_has_a_distance_of_0(tmp_path):
-    data = DataModule(digits(), 32, value_range=(-1.0, 1.0), held_out_fraction=0.0, dequantise=True)
+    data = DataModule(digits(), 32, value_range=(-1.0, 1.0), held_out_fraction=0.0, dequantize=True)
 
     class Replay(Fixed):
         def start(self, process, noise):
             index = noise.indices
             value = torch.from_numpy(np.stack([data.source.value(int(i)) for i in index]))
-            return data.normalise(value, index)  # With the noise of training.
+            return data.normalize(value, index)  # With the noise of training.
 
     keys = {"sampler": Replay(), "samples": 1797, "batch_size": 599, "keep": 0, "metrics": ["fid", "memorisation"]}
     (event,) = evaluated(tmp_path, 64, data=data, **keys).events

@@ -30,7 +30,7 @@ def trained(folder, model):
 @pytest.fixture(scope="module")
 def vp(tmp_path_factory):
     process = {"class_path": "VP"}
-    keys = {"process": process, "noise_input": "time_999", "backbone": NETWORK, "reduction": "mean"}
+    keys = {"process": process, "c_noise": "time_999", "backbone": NETWORK, "reduction": "mean"}
     return trained(tmp_path_factory.mktemp("vp"), {"class_path": "ScoreSDE", "init_args": keys})
 
 

@@ -36,7 +36,7 @@ def test_the_numbers_are_those_of_the_loss_and_its_gradient(tmp_path):
     for k, time in enumerate(event["times"]):
         method.zero_grad()
         t = torch.full((16,), time, dtype=torch.float64)
-        loss = method.loss_at(Batch(x, index), t, eps).per_sample.mean()
+        loss = method.loss_given_t(Batch(x, index), t, eps).per_sample.mean()
         loss.backward()
         norm = torch.stack([p.grad.square().sum() for p in method.denoiser.parameters()]).sum().sqrt()
         assert event["loss"][k] == pytest.approx(float(loss.detach()), rel=1e-5)
@@ -62,7 +62,7 @@ def test_where_the_score_is_known_its_error_is_shown(tmp_path):
 
 
 def test_continuous_time_is_divided_evenly():
-    method = ScoreSDE(MLP((2,), width=16, depth=1), VP(), noise_input="time_999")
+    method = ScoreSDE(MLP((2,), width=16, depth=1), VP(), c_noise="time_999")
     times = NoiseLevels(levels=5).times(method)
     assert times.tolist() == pytest.approx([1e-5, 0.25, 0.5, 0.75, 1.0], abs=1e-4)
 

@@ -179,7 +179,7 @@ def test_each_part_has_its_own_time(tmp_path, monkeypatch, hours, part):
     owner, name = {
         "data": (data, "prepare"),
         "forward_backward": (method, "loss"),
-        "optimiser": (method, "_set_learning_rates"),
+        "optimizer": (method, "_set_learning_rates"),
         "ema": (ema, "after_step"),
         "logging": (slow_callback, "on_train_batch_end"),
         "checkpoint": (torch, "save"),

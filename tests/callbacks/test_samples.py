@@ -232,7 +232,7 @@ def test_predict_uses_the_named_weights_and_gives_the_raw_ones_back(tmp_path, as
     assert same(weights(method), raw)
     archive = np.load(tmp_path / "run" / "samples" / "predict.npz")
     images = archive["arr_0"]
-    cond = method.condition_by_counts(torch.arange(11), 3, data.facts.class_counts)
+    cond = method.condition_by_counts(torch.arange(11), 3, data.data_spec.class_counts)
     with ema.applied(method, used):
         expected = method.generate(torch.arange(11), 3, cond).x
     difference = images.astype(int) - to_uint8(expected, (0.0, 1.0)).astype(int)

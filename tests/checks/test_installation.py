@@ -17,7 +17,7 @@ from lit_diffusion.checks import Finding, first_line, in_bytes, installation, pr
 
 
 def levels(found):
-    return [finding.level for finding in found]
+    return [finding.severity for finding in found]
 
 
 def test_a_finding_is_one_line():
@@ -43,7 +43,7 @@ def test_what_is_required_is_what_pyproject_says(monkeypatch, tmp_path):
     assert installation.declared()[0] == ["torch>=999"]
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
     assert installation.declared()[0] == ["torch>=999"]
-    (bad,) = [finding for finding in installation.versions() if finding.level == "problem"]
+    (bad,) = [finding for finding in installation.versions() if finding.severity == "problem"]
     assert bad.what.startswith("torch ")
     assert 'pip install "torch>=999"' in bad.mend
 
@@ -54,7 +54,7 @@ def test_neither_checkout_nor_package_is_a_note(monkeypatch):
 
     monkeypatch.setattr(installation, "declared", none)
     (found,) = installation.versions()
-    assert found.level == "note"
+    assert found.severity == "note"
 
 
 def test_without_packaging_there_is_one_line(monkeypatch):
@@ -74,12 +74,12 @@ def test_without_packaging_there_is_one_line(monkeypatch):
         (None, "problem", "not installed"),
     ],
 )
-def test_lightning(monkeypatch, version, level, said):
+def test_lightning(monkeypatch, version, severity, said):
     monkeypatch.setattr(installation, "installed", lambda name: version)
     (found,) = installation.version_of("lightning", ">=2.6.6,<2.7", "pip install lightning")
-    assert found.level == level
+    assert found.severity == severity
     assert said in found.what
-    assert level == "ok" or "pip install lightning" in found.mend
+    assert severity == "ok" or "pip install lightning" in found.mend
 
 
 def test_an_old_python_is_a_problem(monkeypatch):
@@ -89,20 +89,20 @@ def test_an_old_python_is_a_problem(monkeypatch):
 
 def test_builds(monkeypatch):
     (found,) = installation.builds(torch, torchvision)
-    assert found.level == "ok"
+    assert found.severity == "ok"
     cuda, cpu = (SimpleNamespace(__version__=version, tensor=torch.tensor) for version in ("2.9.0+cu130", "0.24.0+cpu"))
     (found,) = installation.builds(cuda, cpu)
-    assert (found.level, "cu130 and cpu" in found.what) == ("warning", True)
+    assert (found.severity, "cu130 and cpu" in found.what) == ("warning", True)
     monkeypatch.setattr("torchvision.ops.nms", lambda boxes, scores, share: torch.tensor([0, 1]))
     (found,) = installation.builds(torch, torchvision)
-    assert (found.level, "keeps boxes [0, 1]" in found.what) == ("problem", True)
+    assert (found.severity, "keeps boxes [0, 1]" in found.what) == ("problem", True)
 
     def fails(*args):
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr("torchvision.ops.nms", fails)
     (found,) = installation.builds(torch, torchvision)
-    assert found.level == "problem"
+    assert found.severity == "problem"
     assert "torchvision::nms does not exist" in found.what
 
 
@@ -111,7 +111,7 @@ def test_the_first_library_that_is_broken_is_the_last_line(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     *before, last = installation.imports()
     assert set(levels(before)) <= {"ok"}
-    assert last.level == "problem"
+    assert last.severity == "problem"
     assert last.what.startswith(f"{name} cannot be imported")
 
 

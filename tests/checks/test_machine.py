@@ -37,10 +37,10 @@ def usage(monkeypatch):
 def test_threads_beyond_the_cores_are_a_warning(monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert next(machine.processor()).level == "ok"
+    assert next(machine.processor()).severity == "ok"
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     found = next(machine.processor())
-    assert (found.level, found.mend) == ("warning", "export OMP_NUM_THREADS=4")
+    assert (found.severity, found.mend) == ("warning", "export OMP_NUM_THREADS=4")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_bfloat16_of_the_cpu(monkeypatch, tmp_path, text, fast):
     monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
     assert machine.fast_bf16_on_cpu() is fast
     _, second = machine.processor()
-    assert second.level == ("ok" if fast else "note")
+    assert second.severity == ("ok" if fast else "note")
 
 
 @pytest.fixture
@@ -96,14 +96,14 @@ def gpus(monkeypatch):
 
 def test_gpus(gpus):
     found = gpus(70e9, 80e9)
-    assert found.level == "ok"
+    assert found.severity == "ok"
     assert found.what == ("GPU 0: H, 80 GB, capability 9.0, 70 GB free; fast in bf16-mixed, 16-mixed, 32-true")
     assert "fast in 16-mixed, 32-true" in gpus(10e9, 12e9, (7, 5)).what
     assert "fast in 32-true" in gpus(10e9, 12e9, (6, 1)).what
     found = gpus(1e9, 80e9)
-    assert (found.level, "only 1 GB are free" in found.what) == ("warning", True)
+    assert (found.severity, "only 1 GB are free" in found.what) == ("warning", True)
     found = gpus(0, 80e9, error=RuntimeError("busy"))
-    assert (found.level, "cannot be used (RuntimeError: busy)" in found.what) == ("problem", True)
+    assert (found.severity, "cannot be used (RuntimeError: busy)" in found.what) == ("problem", True)
 
 
 def test_a_driver_whose_gpus_torch_does_not_see(monkeypatch, tmp_path):
@@ -111,16 +111,16 @@ def test_a_driver_whose_gpus_torch_does_not_see(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    assert only(machine.accelerators()).level == "note"
+    assert only(machine.accelerators()).severity == "note"
     (tmp_path / "version").write_text("580")
     monkeypatch.setattr(torch.version, "cuda", None)
     found = only(machine.accelerators())
-    assert (found.level, "built for the CPU alone" in found.what) == ("warning", True)
+    assert (found.severity, "built for the CPU alone" in found.what) == ("warning", True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = only(machine.accelerators())
-    assert (found.level, "CUDA 13.0) sees no GPU" in found.what) == ("warning", True)
+    assert (found.severity, "CUDA 13.0) sees no GPU" in found.what) == ("warning", True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert only(machine.accelerators()).level == "ok"
+    assert only(machine.accelerators()).severity == "ok"
 
 
 # ---- memory, disk, files -----------------------------------------------------------------------------------------
@@ -129,11 +129,11 @@ def test_a_driver_whose_gpus_torch_does_not_see(monkeypatch, tmp_path):
 def test_shared_memory(usage, monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
     usage(8e9)
-    assert only(machine.shared_memory(4)).level == "ok"
+    assert only(machine.shared_memory(4)).severity == "ok"
     usage(64e6)
-    assert only(machine.shared_memory(4)).level == "warning"
-    assert only(machine.shared_memory(0)).level == "note"
-    assert only(machine.shared_memory()).level == "note"
+    assert only(machine.shared_memory(4)).severity == "warning"
+    assert only(machine.shared_memory(0)).severity == "note"
+    assert only(machine.shared_memory()).severity == "note"
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
     assert list(machine.shared_memory(4)) == []
 
@@ -142,11 +142,11 @@ def test_disk(usage, tmp_path):
     below = tmp_path / "not" / "there"
     usage(5e9)
     assert only(machine.disk(below)).what == f"5 GB of disk are free at {tmp_path}"
-    assert only(machine.disk(below, 10**9, "3 checkpoints")).level == "ok"
+    assert only(machine.disk(below, 10**9, "3 checkpoints")).severity == "ok"
     found = only(machine.disk(below, 6 * 10**9, "3 checkpoints"))
-    assert (found.level, "3 checkpoints take 6 GB" in found.what) == ("problem", True)
+    assert (found.severity, "3 checkpoints take 6 GB" in found.what) == ("problem", True)
     usage(5e8)
-    assert only(machine.disk(below)).level == "warning"
+    assert only(machine.disk(below)).severity == "warning"
     assert not below.exists()
 
 
@@ -154,12 +154,12 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
     for variable in ("LIT_DIFFUSION_DATA", "LIT_DIFFUSION_WEIGHTS", "TORCHINDUCTOR_CACHE_DIR", "WANDB_DIR"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
-    assert only(machine.folders()).level == "ok"
+    assert only(machine.folders()).severity == "ok"
     (tmp_path / "file").write_text("")
     for variable in ("LIT_DIFFUSION_WEIGHTS", "TORCHINDUCTOR_CACHE_DIR", "WANDB_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "file" / "below"))
         found = only(machine.folders())
-        assert (found.level, found.mend) == ("warning", f"set {variable} to another")
+        assert (found.severity, found.mend) == ("warning", f"set {variable} to another")
         assert f"{tmp_path / 'file'} is a file" in found.what
         monkeypatch.delenv(variable)
     monkeypatch.setattr(machine.os, "access", lambda path, mode: path != Path(tmp_path))
@@ -177,11 +177,11 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
         ((256, 512), None, "note"),
     ],
 )
-def test_open_files(monkeypatch, limits, workers, level):
+def test_open_files(monkeypatch, limits, workers, severity):
     monkeypatch.setattr(machine.resource, "getrlimit", lambda what: limits)
     found = only(machine.open_files(workers))
-    assert found.level == level
-    assert level == "ok" or found.mend == f"ulimit -n {512 if limits[1] == 512 else 4096}"
+    assert found.severity == severity
+    assert severity == "ok" or found.mend == f"ulimit -n {512 if limits[1] == 512 else 4096}"
 
 
 def test_a_compiler(monkeypatch, tmp_path):

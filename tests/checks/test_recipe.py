@@ -33,7 +33,7 @@ def make(tmp_path):
     def build(method=None, data=None, callbacks=(), images=960, logger=None, dashboard=None, **keys):
         method = ncsn() if method is None else method
         data = digits_data() if data is None else data
-        method.facts, method.clock.batch = data.facts, data.global_batch_size
+        method.data_spec, method.clock.batch = data.data_spec, data.global_batch_size
         made = trainer(tmp_path, images, callbacks, **keys)
         return Recipe(method, data, made, logger or run_logger(tmp_path, method), dashboard or Dashboard("disabled"))
 
@@ -43,8 +43,8 @@ def make(tmp_path):
 def said(check, *arguments) -> dict[str, str]:
     """The findings of a check by their level, which each has once."""
     found = list(check(*arguments))
-    assert len({finding.level for finding in found}) == len(found)
-    return {finding.level: str(finding) for finding in found}
+    assert len({finding.severity for finding in found}) == len(found)
+    return {finding.severity: str(finding) for finding in found}
 
 
 def images(values, levels=256):
@@ -75,7 +75,7 @@ def test_classes(make):
 
 def test_data_range(make):
     assert set(said(recipe.data_range, make())) == {"ok"}
-    assert set(said(recipe.data_range, make(data=digits_data(dequantise=True, value_range=(-1.0, 1.0))))) == {"ok"}
+    assert set(said(recipe.data_range, make(data=digits_data(dequantize=True, value_range=(-1.0, 1.0))))) == {"ok"}
     assert set(said(recipe.data_range, make(data=points_data()))) == {"ok"}
     black = images(np.zeros((20, 1, 8, 8)))
     assert "all the same" in said(recipe.data_range, make(data=black))["problem"]
@@ -90,7 +90,7 @@ def test_data_range(make):
 
 def test_a_source_that_lies_is_a_problem_of_its_own_words(make):
     lies = make(data=images(np.full((20, 1, 8, 8), 200), levels=17))
-    found = [finding for finding in recipe.findings(lies) if finding.level == "problem"]
+    found = [finding for finding in recipe.findings(lies) if finding.severity == "problem"]
     assert "yields grey level 200 but declares levels 0..16" in found[0].what
 
 
@@ -102,8 +102,8 @@ def test_the_first_data_are_those_that_training_sees_first(make):
 
 def test_sigma_data(make):
     assert said(recipe.sigma_data, make(ncsn(sigma_data=9.0))) == {}  # not used
-    assert set(said(recipe.sigma_data, make(ncsn(input_scale="unit_variance", sigma_data=0.35)))) == {"ok"}
-    bad = said(recipe.sigma_data, make(ncsn(input_scale="unit_variance", sigma_data=1.0)))
+    assert set(said(recipe.sigma_data, make(ncsn(c_in="unit_variance", sigma_data=0.35)))) == {"ok"}
+    bad = said(recipe.sigma_data, make(ncsn(c_in="unit_variance", sigma_data=1.0)))
     assert bad["warning"].endswith("set model.init_args.sigma_data 0.38")
 
 
@@ -138,7 +138,7 @@ def test_prior_mismatch(make):
 
 def test_the_gap_to_the_prior_is_the_bounds_prior_term(make):
     made = make(ddpm(levels=100, beta_1=1e-4, beta_T=0.02), digits_data(value_range=(-1.0, 1.0)))
-    end = made.method.denoiser.process.level(torch.ones(1, dtype=torch.float64))
+    end = made.method.denoiser.process.severity(torch.ones(1, dtype=torch.float64))
     zero = torch.zeros(1, dtype=torch.float64)
     nats = gaussian_kl(end.alpha * made.first.double(), 2.0 * end.sigma.log(), zero, zero)
     assert f"{float(nats.mean()) / math.log(2.0):.2g} bits a dimension" in said(recipe.prior_mismatch, made)["warning"]
@@ -195,9 +195,9 @@ def each(**cadences):
 def test_cadences(make):
     every = "due so many times: checkpoint 4, eval 4, samples 4, noise_levels 4, telemetry 4"
     assert said(recipe.cadences, make(callbacks=each())) == {"ok": f"ok       {every}"}
-    for name, level in (("checkpoint", "warning"), ("telemetry", "warning"), ("eval", "note"), ("samples", "note")):
+    for name, severity in (("checkpoint", "warning"), ("telemetry", "warning"), ("eval", "note"), ("samples", "note")):
         found = said(recipe.cadences, make(callbacks=each(**{name: 100_000})))
-        assert f"lower {name}.every_n_images below 960" in found[level]
+        assert f"lower {name}.every_n_images below 960" in found[severity]
     for name in ("checkpoint", "eval", "samples", "noise_levels"):
         found = said(recipe.cadences, make(callbacks=each(**{name: 32}), images=64_000))
         assert f"{name} is due 2,000 times in 64,000 images; raise {name}.every_n_images to 1280" in found["warning"]
@@ -242,7 +242,7 @@ def test_batches(make):
 def test_samplers(make):
     assert set(said(recipe.samplers, make())) == {"ok"}
     walks = [finding for finding in recipe.findings(make(ncsn(sampler=Ancestral(steps=99)))) if "99" in finding.what]
-    assert [finding.level for finding in walks] == ["problem"]
+    assert [finding.severity for finding in walks] == ["problem"]
     with pytest.raises(UserError, match="ema:7"):
         said(recipe.samplers, make(callbacks=[Samples(weights="ema:7")]))
 
@@ -303,11 +303,11 @@ def test_precision(make, monkeypatch):
         ("32-true", (6, 1), "ok"),
     ],
 )
-def test_precision_on_a_gpu(make, monkeypatch, precision, capability, level):
+def test_precision_on_a_gpu(make, monkeypatch, precision, capability, severity):
     made = make(precision=precision)
     monkeypatch.setattr(Recipe, "on_cuda", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert set(said(recipe.precision, made)) == {level}
+    assert set(said(recipe.precision, made)) == {severity}
 
 
 def test_compiling(make, monkeypatch, tmp_path):
@@ -343,9 +343,9 @@ def test_memory(make, monkeypatch):
     made = make()
     need = recipe.sizes(made)[2]
     assert set(said(recipe.memory, made)) == {"ok"}
-    for share, level in ((1.2, "warning"), (0.9, "problem")):
+    for share, severity in ((1.2, "warning"), (0.9, "problem")):
         monkeypatch.setattr(machine, "memory", lambda share=share: int(share * need))
-        assert set(said(recipe.memory, made)) == {level}
+        assert set(said(recipe.memory, made)) == {severity}
     monkeypatch.setattr(Recipe, "on_cuda", True)
     properties = SimpleNamespace(total_memory=need // 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -384,7 +384,7 @@ def test_what_workers_need(make, monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(total=64e6))
     monkeypatch.setattr(machine.resource, "getrlimit", lambda what: (256, 4096))
-    levels = lambda workers: [f.level for f in recipe.shared_memory(make(data=digits_data(num_workers=workers)))]
+    levels = lambda workers: [f.severity for f in recipe.shared_memory(make(data=digits_data(num_workers=workers)))]
     assert levels(0) == ["note", "note"]
     assert levels(2) == ["warning", "warning"]
 
@@ -399,11 +399,11 @@ def test_what_workers_need(make, monkeypatch, tmp_path):
         ("offline", "a key", "note", "offline"),
     ],
 )
-def test_weights_and_biases(monkeypatch, mode, key, level, words):
+def test_weights_and_biases(monkeypatch, mode, key, severity, words):
     fake = SimpleNamespace(api=SimpleNamespace(api_key=key))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert words in said(recipe.weights_and_biases, Dashboard(mode))[level]
+    assert words in said(recipe.weights_and_biases, Dashboard(mode))[severity]
 
 
 def test_weights_and_biases_that_is_broken(monkeypatch):
@@ -426,8 +426,8 @@ def test_a_check_that_breaks_is_a_line_and_the_others_go_on(make, monkeypatch):
 
     monkeypatch.setattr(recipe, "CHECKS", (breaks, recipe.length))
     first, second, third = recipe.findings(make())
-    assert (first.what, third.level) == ("before", "ok")
-    assert (second.level, second.what) == ("warning", "the check 'breaks' broke (ValueError: what)")
+    assert (first.what, third.severity) == ("before", "ok")
+    assert (second.severity, second.what) == ("warning", "the check 'breaks' broke (ValueError: what)")
 
 
 def test_another_accelerator_is_named(make):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.tiny import LEVELS, TINY
+from helpers.tiny import SEVERITIES, TINY
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.checks import installation
@@ -37,7 +37,7 @@ def doctor(workdir, capsys):
         *found, last = lines
         levels = [line.split()[0] for line in found]
         assert set(levels) <= {"ok", "note", "warning", "problem"}
-        count = {level: levels.count(level) for level in ("problem", "warning", "note", "ok")}
+        count = {severity: levels.count(severity) for severity in ("problem", "warning", "note", "ok")}
         assert [int(part.split()[0]) for part in last.split(", ")] == list(count.values())
         assert refused.startswith(f"{count['problem']} problem") == (count["problem"] > 0)
         assert (refused == "") == (count["problem"] == 0)
@@ -47,8 +47,8 @@ def doctor(workdir, capsys):
     return call
 
 
-def of(level, lines):
-    return [line for line in lines if line.startswith(level)]
+def of(severity, lines):
+    return [line for line in lines if line.startswith(severity)]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -112,7 +112,7 @@ def test_what_is_found_by_itself_is_said(doctor):
 
 
 def test_a_run_that_would_be_continued_is_not_touched(workdir, doctor):
-    (workdir / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **LEVELS}))
+    (workdir / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **SEVERITIES}))
     dispatch(["fit", "--config", "tiny.yaml", "--run_dir", "run", "--samples.count", "0", "--eval.metrics", "[]"])
     metrics = workdir / "run" / "metrics.jsonl"
     with metrics.open("a") as file:

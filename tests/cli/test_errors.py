@@ -27,7 +27,7 @@ def changed(workdir, change):
 
 def sde(config, process, **keys):
     """The model section of a score-SDE with the tiny configuration's network."""
-    init_args = {"backbone": config["model"]["init_args"]["backbone"], "noise_input": "time_999"}
+    init_args = {"backbone": config["model"]["init_args"]["backbone"], "c_noise": "time_999"}
     return {
         "class_path": "ScoreSDE",
         "init_args": {**init_args, "process": {"class_path": process, "init_args": keys}},

@@ -206,19 +206,19 @@ def test_resizing_is_antialiased(tmp_path):
 
 
 def test_every_kind_of_picture_becomes_rgb_and_grey(tmp_path):
-    grey, colour = random_image(channels=1), random_image()
+    grey, color = random_image(channels=1), random_image()
     alpha = random_image(channels=1)
     alpha[0, :3] = (0, 255, 128)
     write(tmp_path / "a_grey.png", grey)
-    write(tmp_path / "b_rgb.png", colour)
-    write(tmp_path / "c_rgba.png", np.dstack([colour, alpha]))
+    write(tmp_path / "b_rgb.png", color)
+    write(tmp_path / "c_rgba.png", np.dstack([color, alpha]))
     write(tmp_path / "d_16bit.png", (grey.astype(np.uint16) << 8) + 77)
     write(tmp_path / "e_bilevel.png", Image.fromarray(grey > 127))
     palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
     palette.putpalette(RNG.integers(0, 256, 768, dtype=np.uint8).tobytes())
     write(tmp_path / "f_palette.png", palette)
     palette.save(tmp_path / "g_palette_hole.png", transparency=5)
-    write(tmp_path / "h_cmyk.tiff", Image.fromarray(colour).convert("CMYK"))
+    write(tmp_path / "h_cmyk.tiff", Image.fromarray(color).convert("CMYK"))
     grey_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
     write(tmp_path / "i_grey_alpha.png", grey_alpha)
     write(tmp_path / "j_16bit.tiff", (grey.astype(np.uint16) << 8) + 77)
@@ -238,17 +238,17 @@ def test_every_kind_of_picture_becomes_rgb_and_grey(tmp_path):
         assert np.abs(one[name][0] - luma).max() <= 1.0, name
     np.testing.assert_array_equal(rgb["a"], as_rgb)
     np.testing.assert_array_equal(one["a"][0], grey)
-    np.testing.assert_array_equal(rgb["b"], colour.transpose(2, 0, 1))
-    assert np.abs(rgb["c"] - over_white(colour.transpose(2, 0, 1))).max() <= 1.0
+    np.testing.assert_array_equal(rgb["b"], color.transpose(2, 0, 1))
+    assert np.abs(rgb["c"] - over_white(color.transpose(2, 0, 1))).max() <= 1.0
     np.testing.assert_array_equal(rgb["c"][:, 0, 0], 255)
-    np.testing.assert_array_equal(rgb["c"][:, 0, 1], colour[0, 1])
+    np.testing.assert_array_equal(rgb["c"][:, 0, 1], color[0, 1])
     for name in "djk":
         np.testing.assert_array_equal(rgb[name], as_rgb, err_msg=name)
     np.testing.assert_array_equal(rgb["e"], np.where(as_rgb > 127, 255, 0))
     np.testing.assert_array_equal(rgb["f"], np.asarray(palette.convert("RGB")).transpose(2, 0, 1))
     np.testing.assert_array_equal(rgb["g"].reshape(3, 64)[:, 5], 255)
     np.testing.assert_array_equal(rgb["g"].reshape(3, 64)[:, 6:], rgb["f"].reshape(3, 64)[:, 6:])
-    np.testing.assert_array_equal(rgb["h"], colour.transpose(2, 0, 1))
+    np.testing.assert_array_equal(rgb["h"], color.transpose(2, 0, 1))
     assert np.abs(one["i"][0] - over_white(grey)).max() <= 1.0
 
 

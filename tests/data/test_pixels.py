@@ -59,7 +59,7 @@ ORIENTED = {
 
 def of_kind(kind, rng, shape, **exif):
     """The bytes of a file, its ending, and what its pixels mean: float ``[H, W, C]``."""
-    grey, colour, alpha = (rng.integers(0, 256, (*shape, *last), dtype=np.uint8) for last in ((), (3,), ()))
+    grey, color, alpha = (rng.integers(0, 256, (*shape, *last), dtype=np.uint8) for last in ((), (3,), ()))
     more = rng.integers(0, 256, (*shape, 4)).astype(np.uint16)  # low bytes, which do not count
     if kind == "grey":
         return saved(Image.fromarray(grey), "PNG", **exif), "png", grey[..., None]
@@ -82,19 +82,19 @@ def of_kind(kind, rng, shape, **exif):
         wide = (grey.astype(np.uint16) << 8) + more[..., 0]
         return saved(Image.fromarray(wide), "TIFF", **exif), "tiff", grey[..., None]
     if kind == "rgb":
-        return saved(Image.fromarray(colour), "PNG", **exif), "png", colour
+        return saved(Image.fromarray(color), "PNG", **exif), "png", color
     if kind == "rgb, WebP":
-        return saved(Image.fromarray(colour), "WEBP", lossless=True, **exif), "webp", colour
+        return saved(Image.fromarray(color), "WEBP", lossless=True, **exif), "webp", color
     if kind == "rgb, TIFF":
-        return saved(Image.fromarray(colour), "TIFF", **exif), "tif", colour
+        return saved(Image.fromarray(color), "TIFF", **exif), "tif", color
     if kind == "rgba":
         return (
-            saved(Image.fromarray(np.dstack([colour, alpha])), "PNG", **exif),
+            saved(Image.fromarray(np.dstack([color, alpha])), "PNG", **exif),
             "png",
-            over_white(colour, alpha[..., None]),
+            over_white(color, alpha[..., None]),
         )
     if kind == "cmyk":
-        return saved(Image.fromarray(colour).convert("CMYK"), "TIFF", **exif), "tiff", colour
+        return saved(Image.fromarray(color).convert("CMYK"), "TIFF", **exif), "tiff", color
     indices, table = grey % 16, rng.integers(0, 256, (16, 3), dtype=np.uint8)
     palette = Image.fromarray(indices)
     palette.putpalette(table.tobytes())

@@ -7,7 +7,7 @@ from torch import nn
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.conditions import Condition
-from lit_diffusion.denoisers import NOISE_INPUTS, PARAMETRIZATIONS, NetworkDenoiser
+from lit_diffusion.denoisers import C_NOISE, PARAMETRIZATIONS, NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, cosine_betas, linear_betas
 
@@ -97,7 +97,7 @@ def worst(value, truth):
 
 
 def denoiser_for(answer, process, name, **options):
-    options = {"noise_input": "time", "sigma_data": SIGMA_DATA, **options}
+    options = {"c_noise": "time", "sigma_data": SIGMA_DATA, **options}
     return NetworkDenoiser(Answer(answer, answer.dtype), process, name, **options)
 
 
@@ -133,9 +133,9 @@ def test_what_says_nothing_where_alpha_is_0_is_refused():
         assert "\n" not in str(caught.value)
         denoiser_for(torch.zeros(1), Flow(t_max=0.999), name)
     for name in ("log_sigma", "quarter_log_sigma"):
-        with pytest.raises(UserError, match=f"noise_input '{name}' is infinite .* time or time_999"):
-            denoiser_for(torch.zeros(1), Flow(), "velocity", noise_input=name)
-        denoiser_for(torch.zeros(1), Flow(t_max=0.999), "velocity", noise_input=name)
+        with pytest.raises(UserError, match=f"c_noise '{name}' is infinite .* time or time_999"):
+            denoiser_for(torch.zeros(1), Flow(), "velocity", c_noise=name)
+        denoiser_for(torch.zeros(1), Flow(t_max=0.999), "velocity", c_noise=name)
 
 
 def test_the_table_has_every_parametrization():
@@ -189,7 +189,7 @@ def test_edm_and_unit_variance_give_the_network_unit_variance(process):
     t, x_t, raw, truth, (a, s) = situation("score", process)
     x_t, raw = torch.from_numpy(x_t), torch.from_numpy(raw)
     expected = x_t.numpy() / np.sqrt((a * SIGMA_DATA) ** 2 + s**2)
-    for name, options in (("edm", {}), ("score", {"input_scale": "unit_variance"})):
+    for name, options in (("edm", {}), ("score", {"c_in": "unit_variance"})):
         denoiser = denoiser_for(raw, process, name, **options)
         prediction = denoiser(x_t, t)
         np.testing.assert_allclose(denoiser.backbone.x, expected, rtol=1e-12)
@@ -203,8 +203,8 @@ def test_edm_and_unit_variance_give_the_network_unit_variance(process):
 
 
 def test_what_the_network_is_told_of_the_level():
-    def told(process, noise_input, t):
-        denoiser = denoiser_for(torch.zeros(len(t), 2), process, "eps", noise_input=noise_input)
+    def told(process, c_noise, t):
+        denoiser = denoiser_for(torch.zeros(len(t), 2), process, "eps", c_noise=c_noise)
         denoiser(torch.zeros(len(t), 2), t)
         assert denoiser.backbone.c_noise.dtype == torch.float32
         return denoiser.backbone.c_noise.double()
@@ -222,7 +222,7 @@ def test_what_the_network_is_told_of_the_level():
     torch.testing.assert_close(told(PROCESSES["VP"], "quarter_log_sigma", t), ratio / 4, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(told(PROCESSES["VP"], "time", t), t, rtol=1e-6, atol=0)
     torch.testing.assert_close(told(PROCESSES["VP"], "time_999", t), 999 * t, rtol=1e-6, atol=0)
-    assert set(NOISE_INPUTS) == {"index", "log_sigma", "quarter_log_sigma", "time", "time_999"}
+    assert set(C_NOISE) == {"index", "log_sigma", "quarter_log_sigma", "time", "time_999"}
 
 
 def test_the_condition_reaches_the_network():
@@ -264,7 +264,7 @@ def test_autocast_touches_the_backbone_alone(name):
     assert not torch.is_autocast_enabled("cpu")
     assert torch.equal(half.u, full.u)
     assert torch.equal(half.v, full.v)
-    assert half.level.sigma.dtype == torch.float64
+    assert half.coefficients.sigma.dtype == torch.float64
     # The views are those of the rounded output, computed in float32.
     again = denoiser_for(half.raw.float(), process, name)(x_t, t)
     for view in ("x0", "eps", "score", "velocity"):
@@ -296,14 +296,14 @@ def test_gradients_reach_the_network_and_the_input():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("parametrization", "epsilon"), ("noise_input", "sigma"), ("input_scale", "unit"), ("parametrization", None)],
+    [("parametrization", "epsilon"), ("c_noise", "sigma"), ("c_in", "unit"), ("parametrization", None)],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(key, value):
-    options = {"parametrization": "eps", "noise_input": "time", "input_scale": "none", key: value}
+    options = {"parametrization": "eps", "c_noise": "time", "c_in": "none", key: value}
     with pytest.raises(UserError) as caught:
         NetworkDenoiser(Linear(), PROCESSES["VP"], **options)
     message = str(caught.value)
-    known = {"parametrization": "raw_score", "noise_input": "quarter_log_sigma", "input_scale": "unit_variance"}[key]
+    known = {"parametrization": "raw_score", "c_noise": "quarter_log_sigma", "c_in": "unit_variance"}[key]
     assert message.startswith(f"{key} is {value!r}")
     assert known in message
     assert "\n" not in message
@@ -313,5 +313,5 @@ def test_what_needs_a_grid_is_refused_without_one():
     x, t = torch.zeros(2, 3, 2, 2), tensor(0.1, 0.5)
     with pytest.raises(UserError, match="parametrization 'mean'"):
         NetworkDenoiser(Linear(), PROCESSES["VP"], "mean", "time")(x, t)
-    with pytest.raises(UserError, match="noise_input 'index'"):
+    with pytest.raises(UserError, match="c_noise 'index'"):
         NetworkDenoiser(Linear(), PROCESSES["VP"], "eps", "index")(x, t)

@@ -15,7 +15,7 @@ T = torch.cat((wide(1e-5, 1e-3), torch.linspace(0.05, 0.95, 10).double()))
 def situation(process, t):
     """Known data and noise, what is seen of them, and the truth of each view."""
     x0, eps = noise_of(len(t), dtype=torch.float64).normal(), noise_of(len(t), 1, dtype=torch.float64).normal()
-    level = process.level(t)
+    level = process.coefficients(t)
     score = -eps / level.sigma[:, None]
     velocity = level.dalpha[:, None] * x0 + level.dsigma[:, None] * eps
     return process.perturb(x0, t, eps), level, {"x0": x0, "eps": eps, "score": score, "velocity": velocity}
@@ -86,7 +86,7 @@ class Halved(WrappedDenoiser):
 
     def forward(self, x_t, t, cond=None, began=None):
         inside = self.denoiser(x_t, t, cond, began)
-        return Prediction.from_x0(x_t, inside.level, 0.5 * inside.x0)
+        return Prediction.from_x0(x_t, inside.coefficients, 0.5 * inside.x0)
 
 
 def test_a_wrapped_denoiser_has_the_properties_of_the_one_inside():

@@ -12,7 +12,7 @@ from helpers.tiny import ddpm, digits_data, ncsn, points_data, toy_dsm
 from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation import sampling
-from lit_diffusion.evaluation.sampling import Share, generate_in_batches
+from lit_diffusion.evaluation.sampling import Shard, generate_in_batches
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.samplers import DDIM, AnnealedLangevin, Langevin
 from lit_diffusion.samplers.base import Strays, far_outside
@@ -25,7 +25,7 @@ def drawn(method, count, *arguments, **keys):
 @pytest.fixture
 def method():
     made = ncsn()
-    made.facts = digits_data().facts
+    made.data_spec = digits_data().data_spec
     return made
 
 
@@ -73,7 +73,7 @@ def test_batches_come_as_they_are_made(method):
 
 def test_points(capsys):
     method = toy_dsm()
-    method.facts = points_data().facts
+    method.data_spec = points_data().data_spec
     made = drawn(method, 7, 0, 4)
     assert made.shape == (7, 2)
     assert "sampling 7: 100%" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_a_sampler_that_does_not_fit_is_refused_before_any_work(method):
 def amplifier():
     """An untrained network under a schedule with alpha(1) of 5e-5: its first x0 is thousands wide."""
     made = ddpm(levels=50, schedule="cosine")
-    made.facts = digits_data(value_range=(-1.0, 1.0)).facts
+    made.data_spec = digits_data(value_range=(-1.0, 1.0)).data_spec
     return made
 
 
@@ -168,7 +168,7 @@ def test_what_an_end_cuts_to_the_range_was_astray_before(capsys):
 def test_the_strays_of_all_processes_are_added_up(monkeypatch):
     method, walk = amplifier(), DDIM(50, clip_x0=None)
     monkeypatch.setattr(sampling, "shares_of_all", lambda mine: [mine, (False, False, Strays(2, 3, 1e9))])
-    batches = generate_in_batches(method, Share.of(7, 2, 0, 2), 0, 2, walk, show_progress=False)
+    batches = generate_in_batches(method, Shard.of(7, 2, 0, 2), 0, 2, walk, show_progress=False)
     strays = sum((batch.strays for batch in batches), Strays())
     assert (strays.of, strays.largest) == (4 + 2 * 3, 1e9)
     assert strays.count >= 4
@@ -181,7 +181,7 @@ def test_the_strays_of_all_processes_are_added_up(monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 250])
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 37, 64])
 def test_the_shares_are_every_sample_once_in_equally_many_batches(count, batch_size, world_size):
-    shares = [Share.of(count, batch_size, rank, world_size) for rank in range(world_size)]
+    shares = [Shard.of(count, batch_size, rank, world_size) for rank in range(world_size)]
     assert sorted(torch.cat([share.indices for share in shares]).tolist()) == list(range(count))
     sizes = [len(share.indices) for share in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -196,7 +196,7 @@ def test_what_the_shares_make_together_is_what_one_makes_alone(method, count, ba
     whole = method.generate(torch.arange(count), seed=3).x
     made, evaluations = torch.full_like(whole, math.nan), set()
     for rank in range(world_size):
-        share = Share.of(count, batch_size, rank, world_size)
+        share = Shard.of(count, batch_size, rank, world_size)
         before, numbers = len(shapes(method)), []
         batches = list(generate_in_batches(method, share, 3, batch_size, show_progress=False))
         for batch in batches:
@@ -218,7 +218,7 @@ def test_a_batch_for_the_others_sake_may_diverge(method):
         return replace(made, x=made.x * (math.nan if 0 in indices else 1.0))
 
     method.generate = diverges
-    (batch,) = generate_in_batches(method, Share.of(1, 4, rank=1, world_size=2), 0, 4, show_progress=False)
+    (batch,) = generate_in_batches(method, Shard.of(1, 4, rank=1, world_size=2), 0, 4, show_progress=False)
     assert batch.indices.tolist() == []
     assert batch.x.shape == (0, 1, 8, 8)
 
@@ -278,7 +278,7 @@ def test_all_classes_in_turn_or_one():
 
 def test_labels_follow_the_samples_through_the_batches():
     method = ncsn(network={"num_classes": 3})
-    method.facts = digits_data().facts
+    method.data_spec = digits_data().data_spec
     told = []
     method.denoiser.backbone.register_forward_hook(lambda module, args, out: told.append(args[2].label.tolist()))
     made = drawn(method, 5, 0, 2, show_progress=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.processes import VP
 from lit_diffusion.randomness import SampleNoise
@@ -38,10 +38,10 @@ class ExactModel:
     def diffuses_data(self):
         return self.scale == 1.0
 
-    def require_facts(self):
-        return DataFacts("points", (2,), levels=None, value_range=None, num_classes=None)
+    def require_data_spec(self):
+        return DataSpec("points", (2,), levels=None, value_range=None, num_classes=None)
 
-    def check_walk(self, sampler):
+    def check_sampler(self, sampler):
         sampler.check(self.denoiser)
 
     def condition_by_counts(self, indices, seed, class_counts, label=None):

@@ -51,7 +51,7 @@ CONFIG: dict[str, Any] = {
         "init_args": {
             "levels": 3,
             "sigma_min": 0.1,
-            "noise_input": "log_sigma",
+            "c_noise": "log_sigma",
             "backbone": {
                 "class_path": "UNet",
                 "init_args": {"channels": 8, "mult": [1], "blocks": 1, "attention": [], "middle_attention": False},
@@ -74,7 +74,7 @@ TINY = {
             "sigma_min": 0.1,
             "levels": 3,
             "parametrization": "score",
-            "noise_input": "log_sigma",
+            "c_noise": "log_sigma",
             "backbone": {
                 "class_path": "UNet",
                 "init_args": {"channels": 8, "mult": [1], "blocks": 1, "attention": [], "middle_attention": False},
@@ -151,7 +151,7 @@ def ncsn(network: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> N
         "sigma_min": 0.1,
         "levels": 3,
         "parametrization": "score",
-        "noise_input": "log_sigma",
+        "c_noise": "log_sigma",
         "sampler": AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True),
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
         **keys,
@@ -167,7 +167,7 @@ def ddpm(network: dict[str, Any] | None = None, seed: int = 0, make: type[DDPM] 
         "levels": 8,
         "beta_1": 0.01,
         "beta_T": 0.6,
-        "noise_input": "time",
+        "c_noise": "time",
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
         **keys,
     }
@@ -178,7 +178,7 @@ def score_sde(process: Process, network: dict[str, Any] | None = None, seed: int
     """A network on the digits for all times of a process, sampled in four steps."""
     torch.manual_seed(seed)
     keys = {
-        "noise_input": "time",
+        "c_noise": "time",
         "sampler": PredictorCorrector(ReverseDiffusion(steps=4, large_steps="allow")),
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
         **keys,
@@ -190,11 +190,11 @@ def toy_dsm(**keys: Any) -> DSM:
     """A network on points in the plane."""
     torch.manual_seed(0)
     keys = {"sigma": 0.5, "sampler": Langevin(steps=3, eta=0.1), **keys}
-    return DSM(MLP((2,), width=16, depth=1, noise_features="none"), **keys)
+    return DSM(MLP((2,), width=16, depth=1, time_embedding="none"), **keys)
 
 
 class TwoNetworks(Method):
-    """A denoiser of latents and the autoencoder that makes them, with an optimiser each and one forward pass for both.
+    """A denoiser of latents and the autoencoder that makes them, with an optimizer each and one forward pass for both.
 
     The autoencoder's loss has the denoiser's inside, as a latent score-based model's has; it keeps a number of each
     datum, which :meth:`after_step` writes into a buffer in the batch's order.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def smooth_images(count: int, seed: int, roughness: int, size: int = 32) -> np.ndarray:
-    """Blurred colour noise ``[N, size, size, 3]``; a rougher one has finer grain and more contrast."""
+    """Blurred color noise ``[N, size, size, 3]``; a rougher one has finer grain and more contrast."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, roughness, roughness, generator=generator)
     fine = F.interpolate(coarse, size, mode="bilinear")

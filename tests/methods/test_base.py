@@ -369,7 +369,7 @@ def test_other_data_are_taken_or_refused(tmp_path):
 
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     keys = {"warmup_images": 100, "gradient_clip": 20.0}
-    data = {"flip": True, "dequantise": True, "micro_batch_size": 20}
+    data = {"flip": True, "dequantize": True, "micro_batch_size": 20}
 
     def method(seed=0):
         return spoil(ncsn({"dropout": 0.3}, seed, **keys), 3)
@@ -494,7 +494,7 @@ def test_generate_leaves_the_mode_as_it_was_and_needs_the_facts():
     method = ncsn({"dropout": 0.5})
     with pytest.raises(UserError, match=r"method\.facts = datamodule\.facts"):
         method.generate(torch.arange(2), seed=0)
-    method.facts = digits_data().facts
+    method.data_spec = digits_data().data_spec
     for training in (True, False):
         method.train(training)
         first = method.generate(torch.arange(2), seed=0).x
@@ -509,12 +509,12 @@ def test_generate_leaves_the_mode_as_it_was_and_needs_the_facts():
 def test_the_denoiser_knows_the_range_of_what_is_diffused():
     method = ddpm(levels=8)
     assert method.denoiser.data_range is None
-    method.facts = digits_data(value_range=(-1.0, 1.0)).facts
+    method.data_spec = digits_data(value_range=(-1.0, 1.0)).data_spec
     assert method.denoiser.data_range == (-1.0, 1.0)
     free = method.generate(torch.arange(8), 0, sampler=DDIM(8, clip_x0=None)).x
     assert float(free.abs().max()) > 1.0  # What an untrained network predicts.
     assert float(method.generate(torch.arange(8), 0, sampler=DDIM(8)).x.abs().max()) == 1.0
-    method.facts = points_data().facts
+    method.data_spec = points_data().data_spec
     assert method.denoiser.data_range is None
 
     class Latent(DDPM):
@@ -522,7 +522,7 @@ def test_the_denoiser_knows_the_range_of_what_is_diffused():
             return Encoded(3.0 * x, x.new_zeros(len(x)))
 
     method = ddpm(make=Latent, levels=8)
-    method.facts = digits_data().facts
+    method.data_spec = digits_data().data_spec
     assert method.denoiser.data_range is None
 
 
@@ -578,16 +578,19 @@ def test_classes_that_the_backbone_cannot_be_told_are_refused_before_any_work(tm
 
 def test_samples_have_classes_that_the_data_have():
     method = ncsn(network={"num_classes": 5})
-    method.facts = DataModule(labelled(40, 3), 32).facts
+    method.data_spec = DataModule(labelled(40, 3), 32).data_spec
     assert method.condition(torch.arange(5)).label.tolist() == [0, 1, 2, 0, 1]
     with pytest.raises(UserError, match="classes are 0 to 2"):
         method.condition(torch.arange(5), 3)
     values = np.stack([digits().value(i) for i in range(40)])
     gaps = InMemory(values, np.array([1, 4] * 20), levels=17, num_classes=5)
-    method.facts = DataModule(gaps, 32).facts
+    method.data_spec = DataModule(gaps, 32).data_spec
     assert method.condition(torch.arange(5)).label.tolist() == [1, 4, 1, 4, 1]
-    assert method.condition_by_counts(torch.arange(99), 0, method.facts.class_counts).label.unique().tolist() == [1, 4]
-    method.facts = DataModule(labelled(40, None), 32).facts  # Never told a class, so none is known.
+    assert method.condition_by_counts(torch.arange(99), 0, method.data_spec.class_counts).label.unique().tolist() == [
+        1,
+        4,
+    ]
+    method.data_spec = DataModule(labelled(40, None), 32).data_spec  # Never told a class, so none is known.
     assert method.condition(torch.arange(5)) is None
     assert method.condition_by_counts(torch.arange(5), 0, None) is None
     with pytest.raises(UserError, match="not class-conditional"):

@@ -34,7 +34,7 @@ def centred(**keys):
 def ready(**keys):
     """A method that knows its data without a training."""
     method = ddpm(**keys)
-    method.facts = centred().facts
+    method.data_spec = centred().data_spec
     return method
 
 
@@ -55,7 +55,7 @@ def test_the_papers_defaults():
     process, denoiser = method.denoiser.process, method.denoiser
     betas = 1.0 - (process.alpha(process.grid()) / torch.cat((torch.ones(1), process.alpha(process.grid())[:-1]))) ** 2
     assert betas.tolist() == pytest.approx(np.linspace(1e-4, 0.02, 1000).tolist(), rel=1e-9)
-    assert (denoiser.parametrization, denoiser.noise_input, denoiser.unit_variance) == ("eps", "index", False)
+    assert (denoiser.parametrization, denoiser.c_noise, denoiser.unit_variance) == ("eps", "index", False)
     assert (method.objective.loss, method.objective.chain.variance, type(method.objective.time_law)) == (
         "simple",
         "beta",
@@ -72,7 +72,7 @@ def test_the_loss_is_the_papers():
     """Algorithm 1: ``|eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t - 1)|^2``, by the network itself."""
     torch.manual_seed(0)
     method = DDPM(MLP((3,), width=8, depth=1), levels=20).double()
-    method.facts = replace(centred().facts, levels=None, value_range=None)
+    method.data_spec = replace(centred().data_spec, levels=None, value_range=None)
     x = torch.randn(64, 3, dtype=torch.float64)
     with torch.no_grad():
         loss = method.loss(Batch(x, torch.arange(64)), seed=4)
@@ -100,13 +100,13 @@ def test_the_bound_knows_the_grey_levels_of_the_data():
     eps = keyed_normal(0, "noise", batch.index, (1, 8, 8))
     at = [
         method.objective.at(method.denoiser, batch.x, torch.full((32,), 1 / 8).double(), eps, None, levels).per_sample
-        for levels in (method.facts.grey_levels, None)
+        for levels in (method.data_spec.grey_levels, None)
     ]
     assert not torch.allclose(*at, rtol=0.01)
-    found = method.loss_at(batch, torch.full((32,), 1 / 8, dtype=torch.float64), eps).per_sample
+    found = method.loss_given_t(batch, torch.full((32,), 1 / 8, dtype=torch.float64), eps).per_sample
     assert torch.equal(found, at[0])
     loss = method.loss(batch, 0)
-    assert torch.equal(loss.per_sample, method.loss_at(batch, loss.t, eps).per_sample)
+    assert torch.equal(loss.per_sample, method.loss_given_t(batch, loss.t, eps).per_sample)
 
 
 def test_held_out_losses_are_of_one_law_whatever_was_learned(tmp_path):
@@ -151,7 +151,7 @@ def test_labels_reach_the_network():
 def test_points_have_a_bound_too():
     torch.manual_seed(0)
     method = DDPM(MLP((2,), width=8, depth=1, out_channels=4), 8, loss="hybrid", variance="learned")
-    method.facts = replace(centred().facts, levels=None, value_range=None, shape=(2,))
+    method.data_spec = replace(centred().data_spec, levels=None, value_range=None, shape=(2,))
     loss = method.loss(Batch(torch.randn(32, 2), torch.arange(32)), seed=0).per_sample
     assert bool(torch.isfinite(loss).all())
     assert bool(torch.isfinite(method.generate(torch.arange(3), 0).x).all())
@@ -192,9 +192,9 @@ def test_every_parametrization_trains(tmp_path, parametrization, loss):
     )
 
 
-@pytest.mark.parametrize("noise_input", ["index", "log_sigma", "quarter_log_sigma", "time", "time_999"])
-def test_every_noise_input_and_schedule_trains(tmp_path, noise_input):
-    moves(ddpm(noise_input=noise_input, schedule="cosine"), tmp_path)
+@pytest.mark.parametrize("c_noise", ["index", "log_sigma", "quarter_log_sigma", "time", "time_999"])
+def test_every_noise_input_and_schedule_trains(tmp_path, c_noise):
+    moves(ddpm(c_noise=c_noise, schedule="cosine"), tmp_path)
 
 
 def few():
@@ -204,11 +204,13 @@ def few():
 
 def over_all_levels(method):
     """The mean loss of the four digits at all levels, with fixed noise."""
-    method.facts = few().facts
-    x = few().normalise(torch.from_numpy(digits()._values[:4])).repeat(8, 1, 1, 1)
+    method.data_spec = few().data_spec
+    x = few().normalize(torch.from_numpy(digits()._values[:4])).repeat(8, 1, 1, 1)
     eps, level = keyed_normal(7, "fixed", torch.arange(32), (1, 8, 8)), torch.arange(8).repeat_interleave(4)
     with torch.no_grad():
-        loss = method.objective.at(method.denoiser, x, (level + 1) / 8, eps, None, method.facts.grey_levels).per_sample
+        loss = method.objective.at(
+            method.denoiser, x, (level + 1) / 8, eps, None, method.data_spec.grey_levels
+        ).per_sample
     return float(loss.mean())
 
 
@@ -285,7 +287,7 @@ def test_a_checkpoint_is_sampled_by_every_walk(checkpoints, name, walk):
     make, path = checkpoints[name]
     method = make(seed=5)
     method.load_state_dict(state(path)["state_dict"])
-    method.facts = digits_data().facts
+    method.data_spec = digits_data().data_spec
     sampler = WALKS[walk]
     sampler.check(method.denoiser)
     images = method.generate(torch.arange(4), 0, sampler=sampler).x
@@ -300,7 +302,7 @@ def test_a_learned_variance_is_that_of_the_samples(checkpoints):
         make, path = checkpoints[name]
         method = make()
         method.load_state_dict(state(path)["state_dict"])
-        method.facts = digits_data().facts
+        method.data_spec = digits_data().data_spec
         sampler = Ancestral(steps=3, variance="learned")
         if fits:
             learned = method.generate(torch.arange(4), 0, sampler=sampler).x
@@ -411,7 +413,7 @@ def test_ddim_is_ddpm_but_for_the_walk(tmp_path):
         ({"beta_T": 1.5}, "strictly between 0 and 1"),
         ({"beta_1": 0.0}, "strictly between 0 and 1"),
         ({"parametrization": "epsilon"}, "parametrization is 'epsilon'"),
-        ({"noise_input": "sigma"}, "noise_input is 'sigma'"),
+        ({"c_noise": "sigma"}, "c_noise is 'sigma'"),
         ({"variance": "large"}, "variance is 'large'.*learned"),
         ({"loss": "vlb"}, "loss is 'vlb'.*hybrid"),
         ({"time_law": "importance"}, "time_law is 'importance'.*second_moment"),

@@ -109,7 +109,7 @@ def test_its_samples_have_the_smoothed_variance(tmp_path):
     method.denoiser.backbone.layer.weight.data.fill_(-SIGMA / variance)
     method.denoiser.backbone.layer.bias.data.zero_()
     data = DataModule(InMemory(np.zeros((4, 1), np.float32), levels=None), 2)
-    method.facts = data.facts
+    method.data_spec = data.data_spec
     x = method.generate(torch.arange(20_000), 0).x
     assert float(x.var()) == pytest.approx(variance / (1 - 0.3 / (4 * variance)), rel=0.04)
     assert abs(float(x.mean())) < 0.04

@@ -106,6 +106,6 @@ def test_it_learns(tmp_path):
 
 
 def test_levels_that_are_none_are_refused():
-    for keys in ({"sigma_min": 3.0}, {"levels": 1}, {"parametrization": "epsilon"}, {"noise_input": "sigma"}):
+    for keys in ({"sigma_min": 3.0}, {"levels": 1}, {"parametrization": "epsilon"}, {"c_noise": "sigma"}):
         with pytest.raises(UserError):
             ncsn(**keys)

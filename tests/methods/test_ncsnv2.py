@@ -176,7 +176,7 @@ def test_the_network_is_blind_to_the_level():
     """Technique 3: the score at two levels is one function of x, divided by sigma."""
     torch.manual_seed(0)
     backbone = UNet(
-        (1, 8, 8), channels=8, mult=[1], blocks=1, attention=[], middle_attention=False, noise_features="none"
+        (1, 8, 8), channels=8, mult=[1], blocks=1, attention=[], middle_attention=False, time_embedding="none"
     )
     for p in backbone.parameters():
         p.data.add_(0.1 * torch.randn_like(p))  # not zero at the start

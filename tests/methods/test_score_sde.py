@@ -64,7 +64,7 @@ def test_the_loss_is_the_papers(name, weight):
     torch.testing.assert_close(loss.per_sample, expected, rtol=1e-5, atol=0)
     assert 0.01 <= float(loss.t.min()) < 0.1
     assert 0.9 < float(loss.t.max()) <= 1.0
-    again = method.loss_at(Batch(x, torch.arange(64)), loss.t, eps)
+    again = method.loss_given_t(Batch(x, torch.arange(64)), loss.t, eps)
     torch.testing.assert_close(again.per_sample, loss.per_sample, rtol=1e-12, atol=0)
 
 
@@ -72,7 +72,7 @@ def test_the_papers_defaults():
     method = ScoreSDE(Convolutions(), VP())
     objective, denoiser = method.objective, method.denoiser
     assert (type(objective.time_law), objective.weight, objective.reduction) == (Uniform, "sigma2", "half_sum")
-    assert (denoiser.parametrization, denoiser.noise_input, denoiser.unit_variance) == ("score", "log_sigma", False)
+    assert (denoiser.parametrization, denoiser.c_noise, denoiser.unit_variance) == ("score", "log_sigma", False)
     assert denoiser.process.t_min == 1e-5
     assert isinstance(method.sampler, PredictorCorrector)
     assert isinstance(method.sampler.predictor, ReverseDiffusion)
@@ -109,8 +109,8 @@ CHOICES = [
     *({"time_law": law, "weight": weight} for law in ("uniform", "importance") for weight in ("sigma2", "g2")),
     {"weight": "one", "reduction": "mean"},
     *({"parametrization": name} for name in ("eps", "raw_score", "x0", "v", "velocity", "edm")),
-    *({"noise_input": name} for name in ("log_sigma", "quarter_log_sigma", "time_999")),
-    {"input_scale": "unit_variance", "sigma_data": 0.7},
+    *({"c_noise": name} for name in ("log_sigma", "quarter_log_sigma", "time_999")),
+    {"c_in": "unit_variance", "sigma_data": 0.7},
 ]
 
 
@@ -133,11 +133,11 @@ def few():
 
 def over_all_times(method):
     """The mean loss of the four digits at 32 times, with fixed noise."""
-    x = few().normalise(torch.from_numpy(digits()._values[:4])).repeat(32, 1, 1, 1)
+    x = few().normalize(torch.from_numpy(digits()._values[:4])).repeat(32, 1, 1, 1)
     t = torch.linspace(0.02, 1.0, 32, dtype=torch.float64).repeat_interleave(4)
     batch = Batch(x, torch.arange(128))
     with torch.no_grad():
-        return float(method.loss_at(batch, t, keyed_normal(7, "fixed", batch.index, (1, 8, 8))).per_sample.mean())
+        return float(method.loss_given_t(batch, t, keyed_normal(7, "fixed", batch.index, (1, 8, 8))).per_sample.mean())
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_it_is_sampled_by_every_walk(trained, name, walk):
         ({"reduction": "sum"}, "reduction is 'sum'.*half_sum"),
         ({"parametrization": "noise"}, "parametrization is 'noise'"),
         ({"parametrization": "mean"}, "the process needs levels"),
-        ({"noise_input": "index"}, "needs a process with levels"),
-        ({"input_scale": "unit"}, "input_scale is 'unit'"),
+        ({"c_noise": "index"}, "needs a process with levels"),
+        ({"c_in": "unit"}, "c_in is 'unit'"),
         ({"network": {"out_channels": 2}}, "need out_channels: 1"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,

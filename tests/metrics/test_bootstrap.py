@@ -31,7 +31,7 @@ def test_it_covers_the_truth_as_often_as_it_says():
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9])
-def test_it_is_the_central_part_of_the_resamples(level):
+def test_it_is_the_central_part_of_the_resamples(confidence):
     x = normal(50, 1)[:, 0]
     found = []
 
@@ -39,9 +39,9 @@ def test_it_is_the_central_part_of_the_resamples(level):
         found.append(float(x[chosen].mean()))
         return found[-1]
 
-    interval = bootstrap_interval(mean, 50, 300, level=level)
+    interval = bootstrap_interval(mean, 50, 300, confidence=confidence)
     values = np.array(found[:300]) + found[300] - np.mean(found[:300])
-    assert interval == pytest.approx(tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))
+    assert interval == pytest.approx(tuple(np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])))
 
 
 def test_a_resample_draws_every_datum_equally_often():

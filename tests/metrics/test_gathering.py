@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.distributed import gathered, summed
+from lit_diffusion.distributed import gather_rows, sum_over_ranks
 from lit_diffusion.metrics import (
     FrechetDistance,
     FrechetInfinity,
@@ -130,7 +130,7 @@ def test_rows_come_in_the_order_of_their_numbers():
 
 def test_alone_a_sum_is_a_copy_and_a_gather_the_rows():
     x = torch.ones(2, 2)
-    total = summed(x)
+    total = sum_over_ranks(x)
     total += 1.0
     assert x.tolist() == [[1.0, 1.0]] * 2
-    assert torch.equal(gathered(x), x)
+    assert torch.equal(gather_rows(x), x)

@@ -27,7 +27,7 @@ class FunctionDenoiser(Denoiser):
         self.function = function
 
     def forward(self, x_t, t, cond=None, began=None):
-        level = self.process.level(t)
+        level = self.process.coefficients(t)
         u, v = PARAMETRIZATIONS["eps"](level, self.process, 1.0)
         return Prediction(x_t, self.function(x_t, t), level, u, v)
 
@@ -307,7 +307,7 @@ def exact_loss(process, ratio, weight, extra):
     """
 
     def integrand(log_t):
-        level = process.level(torch.tensor([math.exp(log_t)]).double())
+        level = process.coefficients(torch.tensor([math.exp(log_t)]).double())
         alpha2, sigma2 = float(level.alpha) ** 2, float(level.sigma) ** 2
         left = sum(alpha2 * c / (alpha2 * c + sigma2) for c in VARIANCES) + len(VARIANCES) * extra**2
         return math.exp(log_t) * (ratio(math.exp(log_t)) if weight == "g2" else 1.0) * 0.5 * left
@@ -411,7 +411,7 @@ class Answering(FunctionDenoiser):
         self.parametrization, self.sigma_data = parametrization, sigma_data
 
     def forward(self, x_t, t, cond=None, began=None):
-        level = self.process.level(t)
+        level = self.process.coefficients(t)
         u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, self.sigma_data)
         return Prediction(x_t, self.function(x_t, t), level, u, v)
 

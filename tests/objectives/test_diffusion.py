@@ -39,7 +39,7 @@ class Told(Denoiser):
         self.learned_variance = share is not None
 
     def forward(self, x_t, t, cond=None, began=None):
-        level = self.process.level(t)
+        level = self.process.coefficients(t)
         u, v = PARAMETRIZATIONS[self.parametrization](level, self.process, 0.5)
         variance = None if self.share is None else InterpolatedVariance(self.share(x_t, t))
         return Prediction(x_t, self.raw(x_t, t), level, u, v, reverse_log_variance=variance)
@@ -202,7 +202,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(key, value, known):
     assert known in str(caught.value)
 
 
-# ---- the minimiser -----------------------------------------------------------------------------------------------
+# ---- the minimizer -----------------------------------------------------------------------------------------------
 
 DIRECTIONS = {
     "constant": lambda x, t: torch.ones_like(x),
@@ -222,9 +222,11 @@ class Perturbed(Denoiser):
 
     def forward(self, x_t, t, cond=None, began=None):
         best = self.exact(x_t, t)
-        u, v = PARAMETRIZATIONS[self.parametrization](best.level, self.process, 0.5)
+        u, v = PARAMETRIZATIONS[self.parametrization](best.coefficients, self.process, 0.5)
         raw = u[:, None] * best.x0 + v[:, None] * best.eps
-        by_noise = (v - best.level.sigma / best.level.alpha * u)[:, None]  # what a step in eps is in this output
+        by_noise = (v - best.coefficients.sigma / best.coefficients.alpha * u)[
+            :, None
+        ]  # what a step in eps is in this output
         return replace(best, raw=raw + self.step * by_noise * self.away(x_t, t), u=u, v=v)
 
 

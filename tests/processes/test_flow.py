@@ -42,7 +42,7 @@ def test_its_sde_and_its_log_snr_are_infinite_at_1_and_right_below():
 @pytest.mark.parametrize("s", [0.0, 1e-5, 0.3, 0.999])
 def test_a_step_from_1_begins_anew(s):
     step = FLOW.transition(wide(s), wide(1.0))
-    expected = {"scale": 0.0, "beta": 1.0, "on_x0": 1.0 - s, "on_xt": 0.0, "beta_tilde": s**2}
+    expected = {"scale": 0.0, "beta": 1.0, "x0_coefficient": 1.0 - s, "xt_coefficient": 0.0, "beta_tilde": s**2}
     assert {name: float(value) for name, value in vars(step).items()} == pytest.approx(expected, rel=1e-12, abs=0.0)
 
 
@@ -70,7 +70,7 @@ def test_every_view_is_right_from_the_smallest_time_to_1(distribution, dtype):
 def test_the_first_order_step_is_the_straight_line_also_from_1():
     x_t, x0 = noise_of(len(T), dtype=torch.float64).normal(), noise_of(len(T), 1, dtype=torch.float64).normal()
     s = 0.4 * T
-    prediction = Prediction.from_x0(x_t, FLOW.level(T), x0)
+    prediction = Prediction.from_x0(x_t, FLOW.coefficients(T), x0)
     moved = FLOW.first_order_step(x_t, x0, T, s)
     torch.testing.assert_close(moved, x_t + (s - T)[:, None] * prediction.velocity, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(moved[-1], 0.4 * x_t[-1] + 0.6 * x0[-1])
@@ -110,6 +110,6 @@ def test_a_largest_time_below_1_leaves_some_signal():
     process.require_time("t_end", 0.9)
     with pytest.raises(UserError, match=r"from 1e-05, to 0\.99: give one of them below 0\.99"):
         process.require_time("t_end", 0.995)
-    level = process.level(wide(0.99))
+    level = process.coefficients(wide(0.99))
     prediction = Prediction.from_eps(torch.ones(1, 2).double(), level, torch.zeros(1, 2).double())
     assert all(bool(getattr(prediction, view).isfinite().all()) for view in VIEWS)

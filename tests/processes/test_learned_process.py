@@ -44,7 +44,7 @@ def everything(process):
     """What depends on the parameters, as one number: coefficients, a step, the prior, views, also at t = 1."""
     x, z = noise_of(4, dtype=torch.float64).normal(), noise_of(4, 1, dtype=torch.float64).normal()
     t, s = wide(1e-3, 0.4, 0.9, 1.0), wide(0.0, 0.2, 0.3, 0.5)
-    level, step = process.level(t), process.transition(s, t)
+    level, step = process.coefficients(t), process.transition(s, t)
     x_t = process.perturb(x, t, z)
     prediction = Prediction.from_x0_and_eps(x_t, level, torch.sin(x), torch.cos(z))
     views = [prediction.x0, prediction.eps, process.sigma(t)[:, None] * prediction.score, prediction.velocity]

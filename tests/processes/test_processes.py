@@ -43,7 +43,7 @@ def test_derivatives_against_central_differences(process):
     for value, derivative in ((process.log_alpha, process.dlog_alpha), (process.sigma, process.dsigma)):
         difference = (value(t + h) - value(t - h)) / (2 * h)
         torch.testing.assert_close(derivative(t), difference, rtol=2e-6, atol=1e-7)
-    level = process.level(t)
+    level = process.coefficients(t)
     assert torch.equal(level.dsigma, process.dsigma(t))
     difference = (process.alpha(t + h) - process.alpha(t - h)) / (2 * h)
     torch.testing.assert_close(level.dalpha, difference, rtol=2e-6, atol=1e-7)
@@ -279,8 +279,8 @@ def exact_steps(betas):
     return {
         "scale": np.sqrt(1.0 - betas),
         "beta": betas,
-        "on_x0": np.sqrt(before) * betas / at_t,
-        "on_xt": np.sqrt(1.0 - betas) * at_s / at_t,
+        "x0_coefficient": np.sqrt(before) * betas / at_t,
+        "xt_coefficient": np.sqrt(1.0 - betas) * at_s / at_t,
         "beta_tilde": at_s / at_t * betas,
     }
 
@@ -308,9 +308,11 @@ def test_two_transitions_are_the_transition_of_both(process):
     torch.testing.assert_close(both.scale, first.scale * second.scale, rtol=1e-12, atol=0)
     torch.testing.assert_close(both.beta, second.scale**2 * first.beta + second.beta, rtol=1e-10, atol=0)
     # q(x_r | x_t, x_0) by way of x_s.
-    torch.testing.assert_close(both.on_xt, first.on_xt * second.on_xt, rtol=1e-10, atol=0)
-    torch.testing.assert_close(both.on_x0, first.on_x0 + first.on_xt * second.on_x0, rtol=1e-10, atol=0)
-    beta_tilde = first.beta_tilde + first.on_xt**2 * second.beta_tilde
+    torch.testing.assert_close(both.xt_coefficient, first.xt_coefficient * second.xt_coefficient, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        both.x0_coefficient, first.x0_coefficient + first.xt_coefficient * second.x0_coefficient, rtol=1e-10, atol=0
+    )
+    beta_tilde = first.beta_tilde + first.xt_coefficient**2 * second.beta_tilde
     torch.testing.assert_close(both.beta_tilde, beta_tilde, rtol=1e-10, atol=0)
 
 
@@ -331,8 +333,8 @@ def test_the_posterior_of_a_transition_is_bayes(process):
     # Precisions add: of x_s given x_0, and of x_s given x_t.
     precision = 1 / variance + step.scale**2 / step.beta
     torch.testing.assert_close(step.beta_tilde, 1 / precision, rtol=1e-9, atol=0)
-    torch.testing.assert_close(step.on_x0, alpha / variance / precision, rtol=1e-9, atol=0)
-    torch.testing.assert_close(step.on_xt, step.scale / step.beta / precision, rtol=1e-9, atol=0)
+    torch.testing.assert_close(step.x0_coefficient, alpha / variance / precision, rtol=1e-9, atol=0)
+    torch.testing.assert_close(step.xt_coefficient, step.scale / step.beta / precision, rtol=1e-9, atol=0)
 
 
 @every_process
@@ -341,8 +343,8 @@ def test_a_transition_from_0_starts_at_the_data(process):
     step = process.transition(torch.zeros(3), t)
     torch.testing.assert_close(step.scale, process.alpha(t), rtol=1e-14, atol=0)
     torch.testing.assert_close(step.beta, process.sigma(t) ** 2, rtol=1e-14, atol=0)
-    assert step.on_x0.tolist() == [1.0] * 3
-    assert step.on_xt.tolist() == step.beta_tilde.tolist() == [0.0] * 3
+    assert step.x0_coefficient.tolist() == [1.0] * 3
+    assert step.xt_coefficient.tolist() == step.beta_tilde.tolist() == [0.0] * 3
     assert {value.dtype for value in vars(step).values()} == {torch.float64}
 
 
@@ -357,7 +359,7 @@ def test_a_grid_begins_at_its_first_point():
 @every_process
 def test_coefficients_are_float64_whatever_the_time_is(process):
     single, double = torch.tensor([0.25, 0.5, 1.0]), tensor(0.25, 0.5, 1.0)
-    level, exact = process.level(single), process.level(double)
+    level, exact = process.coefficients(single), process.coefficients(double)
     for name in ("t", "alpha", "sigma", "dalpha", "dsigma"):
         assert getattr(level, name).dtype == torch.float64
         assert torch.equal(getattr(level, name), getattr(exact, name))

@@ -95,7 +95,7 @@ def test_the_clipped_prediction_stays_in_its_range():
     assert float(one_step(Ancestral(), process, x, Move(0.3, 0.0)).max()) > 1.0
 
 
-class Share(Denoiser):
+class Shard(Denoiser):
     """The exact denoiser, which says a share of the learned variance."""
 
     learned_variance = True
@@ -116,11 +116,11 @@ def test_a_learned_variance_lies_between_the_two_in_its_logarithm():
         mean = one_step(Ancestral(), process, x, move) - step.beta.sqrt() * z
         for share in (0.0, 0.3, 1.0):
             noise = noise_of(6, 9, dtype=torch.float64)
-            moved = Ancestral(variance="learned").step(Run(Share(process, share), noise), x, move)
+            moved = Ancestral(variance="learned").step(Run(Shard(process, share), noise), x, move)
             deviation = step.beta ** (share / 2) * step.beta_tilde ** ((1 - share) / 2)
             torch.testing.assert_close(moved, mean + deviation * z, rtol=1e-9, atol=1e-9)
             noise = noise_of(6, 9, dtype=torch.float64)
-            assert torch.equal(Ancestral().step(Run(Share(process, share), noise), x, move), moved)
+            assert torch.equal(Ancestral().step(Run(Shard(process, share), noise), x, move), moved)
 
 
 def test_a_variance_that_was_not_learned_is_refused():

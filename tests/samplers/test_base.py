@@ -30,7 +30,7 @@ from lit_diffusion.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
 )
-from lit_diffusion.samplers.base import EndsAtZero, described, in_words
+from lit_diffusion.samplers.base import EndsAtZero, describe, described
 from lit_diffusion.samplers.times import timesteps_to_t_min, timesteps_to_zero
 
 LEVELS = 8
@@ -249,14 +249,14 @@ def test_the_range_of_the_data_is_every_samplers_default(make):
 
 def test_a_protocol_says_the_range_that_was_used():
     denoiser = Observed(GRID)
-    assert in_words(DDIM(5), denoiser) == "DDIM(steps=5, eta=0.0, spacing=uniform, clip_x0=data)"
+    assert describe(DDIM(5), denoiser) == "DDIM(steps=5, eta=0.0, spacing=uniform, clip_x0=data)"
     denoiser.data_range = (-1.0, 1.0)
-    assert in_words(DDIM(5), denoiser).endswith("clip_x0=data [-1, 1])")
-    assert in_words(DDIM(clip_x0=None), denoiser).endswith("clip_x0=null)")
-    assert in_words(DDIM(clip_x0=(0.0, 0.5)), denoiser).endswith("clip_x0=[0, 0.5])")
+    assert describe(DDIM(5), denoiser).endswith("clip_x0=data [-1, 1])")
+    assert describe(DDIM(clip_x0=None), denoiser).endswith("clip_x0=null)")
+    assert describe(DDIM(clip_x0=(0.0, 0.5)), denoiser).endswith("clip_x0=[0, 0.5])")
     assert (
         "ReverseDiffusion(steps=null, denoise=True, clip_x0=data [-1, 1], large_steps=refuse, spacing=uniform)"
-        in in_words(PredictorCorrector(), denoiser)
+        in describe(PredictorCorrector(), denoiser)
     )
 
 

@@ -140,7 +140,7 @@ def test_encoding_follows_the_same_equation_backwards():
         alpha, sigma = process.alpha(wide(t)), process.sigma(wide(t))
         return -sigma * MIXTURE.log_prob_and_score(x, alpha.expand(6), sigma.expand(6))[1]
 
-    levels = [process.level(wide(t)) for t in (0.5, 1.0)]
+    levels = [process.coefficients(wide(t)) for t in (0.5, 1.0)]
     x = levels[0].alpha * x0 + levels[0].sigma * predicted_noise(levels[0].alpha * x0, 0.5)
     eps = predicted_noise(x, 0.5)
     expected = levels[1].alpha * (x - levels[0].sigma * eps) / levels[0].alpha + levels[1].sigma * eps

@@ -8,7 +8,7 @@ from helpers.tiny import CONFIG
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import Likelihood
-from lit_diffusion.denoisers import NOISE_INPUTS, Prediction
+from lit_diffusion.denoisers import C_NOISE, Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import flow_log_prob
@@ -58,9 +58,9 @@ class Imperfect(ExactDenoiser):
     def forward(self, x_t, t, cond=None, began=None):
         self.calls += 1
         exact = super().forward(x_t, t, cond)
-        scale = (1.0 + exact.level.sigma**2).rsqrt()
+        scale = (1.0 + exact.coefficients.sigma**2).rsqrt()
         error = 0.1 * torch.sin(7 * expand_like(scale, x_t) * x_t)
-        return Prediction.from_eps(x_t, exact.level, exact.eps + error)
+        return Prediction.from_eps(x_t, exact.coefficients, exact.eps + error)
 
 
 @each_process
@@ -154,8 +154,8 @@ def test_reverse_diffusion_is_bounded_where_the_variance_is_preserved():
 
 def test_no_time_is_told_as_an_index_outside_of_the_levels():
     process = Betas(linear_betas(10))
-    level = process.level(torch.tensor([1e-6, 0.05, 0.1, 0.55, 1.0], dtype=torch.float64))
-    assert NOISE_INPUTS["index"](process, level).tolist() == pytest.approx([0.0, 0.0, 0.0, 4.5, 9.0])
+    level = process.coefficients(torch.tensor([1e-6, 0.05, 0.1, 0.55, 1.0], dtype=torch.float64))
+    assert C_NOISE["index"](process, level).tolist() == pytest.approx([0.0, 0.0, 0.0, 4.5, 9.0])
 
 
 @pytest.mark.parametrize("process", [Betas(linear_betas(10)), VE(0.01, 1.0, levels=10), VP(t_min=1e-3)])

@@ -353,7 +353,7 @@ class OnlyScore(Denoiser):
 
     def forward(self, x_t, t, cond=None, began=None):
         p = self.denoiser(x_t, t, cond)
-        return Prediction(p.x_t, p.raw, p.level, p.u, p.v)
+        return Prediction(p.x_t, p.raw, p.coefficients, p.u, p.v)
 
 
 def test_metropolis_needs_an_energy():

@@ -247,7 +247,7 @@ class Broken(Denoiser):
         self.process = process
 
     def forward(self, x_t, t, cond=None, began=None):
-        level = self.process.level(t)
+        level = self.process.coefficients(t)
         raw = torch.where(t[:, None] < 0.5, math.nan, x_t)
         return Prediction(x_t, raw, level, torch.zeros_like(t), torch.ones_like(t))
 

@@ -1,4 +1,4 @@
-"""The order of the images is a function of (seed, n) alone, each is normalised exactly once, none is padded in."""
+"""The order of the images is a function of (seed, n) alone, each is normalized exactly once, none is padded in."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from helpers.tiny import digits, digits_data, points_data
 
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.errors import UserError
 from lit_diffusion.randomness import keyed_uniform
-from lit_diffusion.training.datamodule import NOBODYS, Batch, DataModule, TrainingOrder
+from lit_diffusion.training.datamodule import PADDING_INDEX, Batch, DataModule, TrainingOrder
 
 
 def numbers(order: TrainingOrder, steps: int) -> list[list[tuple[int, int]]]:
@@ -127,7 +127,7 @@ def test_every_held_out_image_comes_exactly_once(world_size):
         assert len(batches) == {1: 2, 2: 2, 3: 2}[world_size]  # as many on every process, whatever its share
         for batch in batches:
             assert len(batch["index"]) <= 6 // world_size
-            counted = batch["index"] != NOBODYS
+            counted = batch["index"] != PADDING_INDEX
             seen += batch["value"][counted][:, 0, 0, 0].tolist()
             positions += batch["index"][counted].tolist()
     assert sorted(seen) == list(range(7))
@@ -145,7 +145,7 @@ def test_the_samples_to_predict_come_exactly_once(world_size):
     assert sorted(indices) == list(range(7))
 
 
-# ---- normalisation -----------------------------------------------------------------------------------------------
+# ---- normalization -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0)])
@@ -173,15 +173,15 @@ def test_the_whole_training_set_fills_the_range():
 
 
 def test_points_are_used_as_they_are():
-    data = points_data(value_range=(-1.0, 1.0), dequantise=True)
+    data = points_data(value_range=(-1.0, 1.0), dequantize=True)
     value = torch.tensor([[3.5, -7.25]])
     batch = data.prepare(value, torch.tensor([0]), torch.tensor([4]), training=True)
     assert torch.equal(batch.x, value)
-    assert data.facts.value_range is None
+    assert data.data_spec.value_range is None
 
 
 def test_dequantised_values_fill_their_grey_level_and_are_keyed_by_the_image():
-    data = digits_data(dequantise=True)
+    data = digits_data(dequantize=True)
     value = torch.arange(17, dtype=torch.uint8).repeat(4)[:64].view(1, 1, 8, 8).repeat(500, 1, 1, 1)
     index = torch.arange(500)
     label = torch.zeros(500, dtype=torch.int64)
@@ -200,18 +200,18 @@ def test_dequantised_values_fill_their_grey_level_and_are_keyed_by_the_image():
     assert torch.allclose(held_out, (value[:1] + 0.5) / 17)  # the middle of each level's bin
 
 
-@pytest.mark.parametrize("dequantise", [False, True])
+@pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0)])
-def test_the_facts_say_where_the_grey_levels_lie(dequantise, value_range):
-    data = digits_data(dequantise=dequantise, value_range=value_range)
-    values = data.normalise(torch.arange(17, dtype=torch.uint8))
-    lie = data.facts.grey_levels
+def test_the_facts_say_where_the_grey_levels_lie(dequantize, value_range):
+    data = digits_data(dequantize=dequantize, value_range=value_range)
+    values = data.normalize(torch.arange(17, dtype=torch.uint8))
+    lie = data.data_spec.grey_levels
     assert torch.allclose(values, lie.low + lie.width * torch.arange(17))
     assert float(values[-1]) == pytest.approx(lie.high)
     bins = (lie.low - lie.width / 2, lie.high + lie.width / 2)
-    assert bins == pytest.approx(value_range) if dequantise else (lie.low, lie.high) == value_range
-    assert points_data().facts.grey_levels is None
-    assert DataFacts.from_plain(data.facts.plain()) == data.facts
+    assert bins == pytest.approx(value_range) if dequantize else (lie.low, lie.high) == value_range
+    assert points_data().data_spec.grey_levels is None
+    assert DataSpec.from_plain(data.data_spec.plain()) == data.data_spec
 
 
 def test_flips_are_keyed_by_the_number_in_the_run():
@@ -281,7 +281,7 @@ def test_a_wrong_configuration(source, keys, said):
 def test_data_that_were_normalised_already_are_refused_at_the_first_batch():
     data = DataModule(InMemory(np.zeros((9, 1, 2, 2), np.float32)), 4)
     line = refusal(lambda: data.prepare(torch.rand(4, 1, 2, 2), torch.zeros(4), torch.arange(4), True))
-    assert "normalised already" in line
+    assert "normalized already" in line
     assert "[0.0, 1.0]" in line
 
 
@@ -313,7 +313,7 @@ def test_single_data_come_as_a_batch_does():
     assert batch.cond.label.tolist() == [digits().label(int(i)) for i in which]
     assert torch.equal(batch.index, indices)
     values = torch.stack([torch.from_numpy(digits().value(int(i))) for i in which])
-    torch.testing.assert_close(batch.x, data.normalise(values))
+    torch.testing.assert_close(batch.x, data.normalize(values))
     held_out = data.held_out_values(torch.tensor([3]))
     torch.testing.assert_close(
         held_out[0] * 16, torch.from_numpy(digits().value(int(data.held_out_indices[3]))).float()
@@ -331,16 +331,16 @@ def labelled(labels, num_classes=None, names=None) -> InMemory:
 def test_the_facts_say_the_classes_names_and_how_often_each_is_in_training():
     data = DataModule(labelled([2, 0, 2, 2, 0] * 4, 4, ["a", "b", "c", "d"]), 4, held_out_fraction=0.25)
     left = torch.tensor([data.source.label(int(i)) for i in data.train_indices])
-    assert data.facts.class_names == ("a", "b", "c", "d")
-    assert data.facts.class_counts == tuple(torch.bincount(left, minlength=4).tolist())
-    assert sum(data.facts.class_counts) == 15
-    assert [a + b for a, b in zip(data.facts.class_counts, data.class_counts(held_out=True), strict=True)] == [
+    assert data.data_spec.class_names == ("a", "b", "c", "d")
+    assert data.data_spec.class_counts == tuple(torch.bincount(left, minlength=4).tolist())
+    assert sum(data.data_spec.class_counts) == 15
+    assert [a + b for a, b in zip(data.data_spec.class_counts, data.class_counts(held_out=True), strict=True)] == [
         8,
         0,
         12,
         0,
     ]
-    assert (DataModule(ramp(9), 3).facts.class_names, DataModule(ramp(9), 3).facts.class_counts) == (None, None)
+    assert (DataModule(ramp(9), 3).data_spec.class_names, DataModule(ramp(9), 3).data_spec.class_counts) == (None, None)
 
 
 def held_out_labels(data: DataModule) -> list[int]:

@@ -1,4 +1,4 @@
-"""Several networks with an optimiser each: a loss moves its own, all step or none; and a module without a denoiser."""
+"""Several networks with an optimizer each: a loss moves its own, all step or none; and a module without a denoiser."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def spoilt(module, name, value, step=2):
     return module
 
 
-# ---- two networks, two optimisers --------------------------------------------------------------------------------
+# ---- two networks, two optimizers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("changed", "other"), [("denoiser", "autoencoder"), ("autoencoder", "denoiser")])
@@ -94,7 +94,7 @@ def test_each_network_has_the_gradient_of_its_loss_by_autograd(tmp_path):
     start = weights(module)
     fit(module, digits_data(), tmp_path, 32)
     again = two_networks()
-    again.facts = data.facts
+    again.data_spec = data.data_spec
     order = next(iter(data.train_dataloader()))
     batch = data.prepare(order["value"], order["label"], order["index"], training=True)
     losses = again.losses(batch, 0)
@@ -122,7 +122,7 @@ def test_micro_batches_change_nothing_but_memory(tmp_path, micro_batch_size):
 
 
 def test_a_continued_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    """Weights of both networks, averages, both optimisers, the buffer that is written after a step."""
+    """Weights of both networks, averages, both optimizers, the buffer that is written after a step."""
     ends = []
     for stops in ([128], [32, 96, 128]):
         for number, images in enumerate(stops):
@@ -240,14 +240,14 @@ def test_options_of_a_network_that_there_is_not_are_refused(tmp_path, keys, said
         two_networks(gradient_clip={"denoiser": -1.0})
 
 
-# ---- what no optimiser holds ---------------------------------------------------------------------------------------
+# ---- what no optimizer holds ---------------------------------------------------------------------------------------
 
 
 def test_a_parameter_that_no_optimiser_holds_is_refused_by_name_at_set_up(tmp_path):
     method = ncsn()
     method.teacher = nn.Linear(2, 2)
     with pytest.raises(
-        UserError, match=r"NCSN: the parameter teacher.weight wants a gradient, and no optimiser"
+        UserError, match=r"NCSN: the parameter teacher.weight wants a gradient, and no optimizer"
     ) as said:
         fit(method, digits_data(), tmp_path)
     assert "\n" not in str(said.value)
@@ -353,7 +353,7 @@ def test_training_diffuses_what_the_encoder_makes_and_the_encoders_noise_is_keye
 
 def test_samples_are_decoded_each_with_noise_of_its_own():
     method = two_networks()
-    method.facts = digits_data().facts
+    method.data_spec = digits_data().data_spec
     together = method.generate(torch.arange(4), 3).x
     assert torch.allclose(together[2:], method.generate(torch.arange(2, 4), 3).x, atol=1e-6)
     assert not together.requires_grad

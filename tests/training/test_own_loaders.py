@@ -16,14 +16,14 @@ import lit_diffusion
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, NoiseLevels, Samples, Telemetry
 from lit_diffusion.checkpoints import build_method
-from lit_diffusion.data_spec import DataFacts
+from lit_diffusion.data_spec import DataSpec
 from lit_diffusion.errors import UserError
 from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.training.own_loaders import batch_of
 
 IMAGES = torch.from_numpy(np.stack([digits().value(k) for k in range(40)])).float() / 16
 LABELS = torch.tensor([digits().label(k) for k in range(40)])
-FACTS = DataFacts("mine", (1, 8, 8), 17, (0.0, 1.0), None)
+FACTS = DataSpec("mine", (1, 8, 8), 17, (0.0, 1.0), None)
 
 
 def loader(*parts, batch=16, **keys):
@@ -59,7 +59,7 @@ def test_a_plain_trainer_and_a_loader_of_images_and_labels(tmp_path, capsys):
     assert [number for batch in numbers for number in batch] == list(range(80))
     assert [len(batch) for batch in numbers] == [16, 16, 8] * 2
     assert not same(before, weights(method))
-    assert method.facts == DataFacts("DataLoader", (1, 8, 8), 256, (0.0, 1.0), None)
+    assert method.data_spec == DataSpec("DataLoader", (1, 8, 8), 256, (0.0, 1.0), None)
     assert "taken to be in [0, 1] with 256 grey levels" in capsys.readouterr().out
 
 
@@ -72,7 +72,7 @@ def test_images_alone_uint8_and_two_workers_train_alike(tmp_path):
         (IMAGES.double(), {"num_workers": 2}),
     ):
         method = ncsn()
-        method.facts = FACTS
+        method.data_spec = FACTS
         plain(tmp_path, max_steps=3).fit(method, loader(given, **keys))
         ends.append(weights(method))
     assert same(ends[0], ends[1])
@@ -96,7 +96,7 @@ def test_a_loader_says_the_classes(tmp_path):
     method.loss = lambda batch, seed: (seen.append(batch.cond.label), loss(batch, seed))[1]
     plain(tmp_path, max_steps=3).fit(method, loader())
     assert torch.equal(torch.cat(seen), LABELS)
-    assert method.facts.num_classes == 10
+    assert method.data_spec.num_classes == 10
     assert method.condition(torch.arange(3)).label.tolist() == [0, 1, 2]
 
 
@@ -115,7 +115,7 @@ def test_labels_of_every_batch_are_looked_at(tmp_path):
         (255 * IMAGES, None, "values from 0 to 255, not in [0, 1]"),
         (IMAGES * float("nan"), None, "values from nan to nan"),
         (IMAGES.long(), None, "torch.int64; give floats in [0, 1], or uint8 grey levels"),
-        ((16 * IMAGES).to(torch.uint8) + 1, None, "grey level 17, and method.facts says 17 levels"),
+        ((16 * IMAGES).to(torch.uint8) + 1, None, "grey level 17, and method.data_spec says 17 levels"),
         (IMAGES.expand(40, 3, 8, 8), None, "shape [40, 3, 8, 8]; the model takes [B, 1, 8, 8]"),
         ({"image": IMAGES, "label": LABELS}, None, "gives a dict with the keys image, label; give batches of images"),
         ([IMAGES, LABELS, LABELS], None, "gives a list; give batches of images, or of (images, labels)"),
@@ -135,7 +135,7 @@ def test_labels_are_left_aside_by_a_backbone_that_is_told_none():
 
 def test_another_range_is_said_by_the_facts(tmp_path):
     method = ncsn()
-    method.facts = DataFacts("mine", (1, 8, 8), 17, (-1.0, 1.0), None)
+    method.data_spec = DataSpec("mine", (1, 8, 8), 17, (-1.0, 1.0), None)
     plain(tmp_path, max_steps=1).fit(method, loader(2 * IMAGES - 1))
     assert method.denoiser.data_range == (-1.0, 1.0)
 
@@ -169,13 +169,13 @@ def test_predict_takes_the_numbers_of_samples(tmp_path):
 
 def test_predicted_samples_have_the_classes_that_they_were_made_of(tmp_path):
     method = ncsn({"num_classes": 10})
-    method.facts = DataFacts("mine", (1, 8, 8), 17, (0.0, 1.0), 10, class_counts=(1,) * 10)
+    method.data_spec = DataSpec("mine", (1, 8, 8), 17, (0.0, 1.0), 10, class_counts=(1,) * 10)
     method.clock.batch = 16
     made = plain(
         tmp_path, [Samples(count=0, weights="raw"), EMA([64])], logger=RunLogger("mine", run_dir=tmp_path / "run")
     )
     made.predict(method, DataLoader(torch.arange(5, 11), batch_size=4))
-    expected = method.condition_by_counts(torch.arange(5, 11), method.seed, method.facts.class_counts)
+    expected = method.condition_by_counts(torch.arange(5, 11), method.seed, method.data_spec.class_counts)
     assert np.load(tmp_path / "run/samples/predict.npz")["labels"].tolist() == expected.label.tolist()
 
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_by_lightnings_own_call_is_loaded_into_the_same_model(tmp_p
     assert "holds no configuration" in refusal(lambda: dispatch(asked))
     raw = lit_diffusion.load(path, weights="raw", method=ncsn(seed=1))
     assert same(weights(raw), weights(method))
-    assert raw.facts == method.facts
+    assert raw.data_spec == method.data_spec
     average = lit_diffusion.load(path, method=ncsn(seed=1))
     assert same(weights(average), ema.shadows[0])
     assert "does not fit this model" in refusal(lambda: lit_diffusion.load(path, method=ncsn({"channels": 5})))

@@ -50,11 +50,11 @@ def test_what_is_excluded_is_no_part(clock):
 def test_a_block_is_a_part(clock):
     watch = Stopwatch()
     for _ in range(2):
-        with watch.part("optimiser", CPU):
+        with watch.part("optimizer", CPU):
             clock.seconds += 2.0
     with watch.part("ema", CPU):
         clock.seconds += 1.0
-    assert watch.read() == told(optimiser=4.0, ema=1.0)
+    assert watch.read() == told(optimizer=4.0, ema=1.0)
 
 
 class Event:
@@ -84,10 +84,10 @@ def test_a_gpu_is_waited_for_when_the_figures_are_read_and_once(clock, monkeypat
     for _ in range(3):
         with watch.part("forward_backward", torch.device("cuda", 0)):
             Event.now += 0.25  # The GPU's time; the CPU's stands still.
-        with watch.part("optimiser", torch.device("cuda", 0)):
+        with watch.part("optimizer", torch.device("cuda", 0)):
             Event.now += 0.5
         assert Event.waited == 0
-    assert watch.read() == told(forward_backward=0.75, optimiser=1.5)
+    assert watch.read() == told(forward_backward=0.75, optimizer=1.5)
     assert Event.waited == 1
     assert watch.read() == told()
     assert Event.waited == 1

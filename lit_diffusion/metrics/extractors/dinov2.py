@@ -104,7 +104,7 @@ class DINOv2Transformer(nn.Module):
         return torch.cat((self.pos_embed[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images ``[B, 3, S, S]``, S a multiple of 14, to features ``[B, width]``."""
+        """Normalized images ``[B, 3, S, S]``, S a multiple of 14, to features ``[B, width]``."""
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)), dim=1)
         tokens = tokens + self.positions(x.shape[-1] // PATCH)
         for block in self.blocks:
@@ -139,7 +139,7 @@ class DINOv2(NetworkExtractor):
         x = interpolate_bilinear_2d_like_tensorflow1x(
             images.expand(-1, 3, -1, -1).float(), size=(self.side, self.side), align_corners=False
         )
-        # ImageNet's mean and deviation of each colour.
+        # ImageNet's mean and deviation of each color.
         mean = x.new_tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
         deviation = x.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
         return Features(self.network((x / 255.0 - mean) / deviation))

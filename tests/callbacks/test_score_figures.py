@@ -12,7 +12,7 @@ from PIL import Image
 
 from lit_diffusion.backbones import MLP
 from lit_diffusion.callbacks import EMA, ModeWeights, ScoreField
-from lit_diffusion.callbacks.toys import mixture_of, score_error
+from lit_diffusion.callbacks.score_figures import mixture_of, score_error
 from lit_diffusion.data import GaussianMixturePoints, Rings
 from lit_diffusion.denoisers import Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
@@ -74,7 +74,7 @@ class Off(ExactDenoiser):
 
     def forward(self, x_t, t, cond=None, began=None):
         prediction = super().forward(x_t, t, cond)
-        return Prediction.from_score(x_t, prediction.level, 1.1 * prediction.score)
+        return Prediction.from_score(x_t, prediction.coefficients, 1.1 * prediction.score)
 
 
 def test_the_error_is_relative_to_the_true_scores_square(tmp_path):
@@ -98,7 +98,7 @@ def test_the_expectation_is_over_the_smoothed_data(tmp_path):
     class Shifted(ExactDenoiser):
         def forward(self, x_t, t, cond=None, began=None):
             prediction = super().forward(x_t, t, cond)
-            return Prediction.from_eps(x_t, prediction.level, prediction.eps - 0.3)
+            return Prediction.from_eps(x_t, prediction.coefficients, prediction.eps - 0.3)
 
     method.denoiser = Shifted(method.denoiser.distribution, method.denoiser.process)
     ScoreField().draw(made, method, "raw")
@@ -115,7 +115,7 @@ def test_the_error_is_taken_where_the_smoothed_data_are(tmp_path):
             prediction = super().forward(x_t, t, cond)
             nearest = torch.cdist(x_t.double(), self.distribution.means).amin(1)
             eps = torch.where(nearest[:, None] < 5.5, prediction.eps, 0.0)  # five deviations
-            return Prediction.from_eps(x_t, prediction.level, eps)
+            return Prediction.from_eps(x_t, prediction.coefficients, eps)
 
     method.denoiser = Local(method.denoiser.distribution, method.denoiser.process)
     ScoreField().draw(made, method, "raw")

@@ -19,7 +19,7 @@ from lit_diffusion.runs.logger import survived
 from lit_diffusion.training.callback import Callback, own_callbacks
 
 
-class Drawing(Callback, ABC):
+class PeriodicCallback(Callback, ABC):
     """Draws when its cadence is due and when the training ends, the end only once.
 
     A failure costs the picture, not the run: it is said and recorded, event ``failed``, and counts as drawn, so that it

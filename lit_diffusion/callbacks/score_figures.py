@@ -133,7 +133,7 @@ class ScoreField(_AtEnd):
         values = {
             "score_error": float(error.mean() / norm.mean()),
             "score_error_everywhere": float(plane_error.mean() / plane_norm.mean()),
-            "sigma": float(truth.level.sigma[0]),
+            "sigma": float(truth.coefficients.sigma[0]),
             "weights": weights,
         }
         figure, axes = new_figure(1, 3)
