@@ -113,7 +113,7 @@ class BareLoop:
         self.warmup = method.warmup[0] or 0
         self.batch = data.global_batch_size
         self.low, self.high = data.data_spec.value_range
-        self.levels = data.data_spec.levels
+        self.num_grey_levels = data.data_spec.num_grey_levels
         self.channels_last = next(method.denoiser.backbone.parameters()).ndim == 4 and method.trainer.channels_last
         self.half_lives = half_lives
         self.averages = [[p.detach().clone() for p in network.parameters()] for _ in half_lives]
@@ -150,7 +150,14 @@ class BareLoop:
 
     def step(self) -> None:
         """Data, loss, backward, clip, optimize, average."""
-        x = next(self.batches).to(self.device).float().div_(self.levels - 1).mul_(self.high - self.low).add_(self.low)
+        x = (
+            next(self.batches)
+            .to(self.device)
+            .float()
+            .div_(self.num_grey_levels - 1)
+            .mul_(self.high - self.low)
+            .add_(self.low)
+        )
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)

@@ -52,7 +52,7 @@ class DataSpec:
     Attributes:
         source: its name.
         shape: of one datum, ``(C, H, W)`` or ``(D,)``.
-        levels: grey levels of an image, None for points.
+        num_grey_levels: grey levels of an image, None for points.
         value_range: what black and white are normalized to, None for points.
         num_classes: of the labels, None where there are none.
         dequantized: whether a model of them is trained on grey levels with uniform noise, see
@@ -63,7 +63,7 @@ class DataSpec:
 
     source: str
     shape: tuple[int, ...]
-    levels: int | None
+    num_grey_levels: int | None
     value_range: tuple[float, float] | None
     num_classes: int | None
     dequantized: bool = False
@@ -73,13 +73,13 @@ class DataSpec:
     @property
     def grey_levels(self) -> GreyLevels | None:
         """Where the grey levels lie in the value range, None for points."""
-        if self.levels is None or self.value_range is None:
+        if self.num_grey_levels is None or self.value_range is None:
             return None
         low, high = self.value_range
         if self.dequantized:
-            width = (high - low) / self.levels
+            width = (high - low) / self.num_grey_levels
             return GreyLevels(low + 0.5 * width, high - 0.5 * width, width)
-        return GreyLevels(low, high, (high - low) / (self.levels - 1))
+        return GreyLevels(low, high, (high - low) / (self.num_grey_levels - 1))
 
     @property
     def is_image(self) -> bool:
@@ -113,7 +113,7 @@ class DataSpec:
         return cls(
             source=values["source"],
             shape=tuple(values["shape"]),
-            levels=values["levels"],
+            num_grey_levels=values["num_grey_levels"],
             value_range=None if low_high is None else (low_high[0], low_high[1]),
             num_classes=values["num_classes"],
             dequantized=values.get("dequantized", False),

@@ -195,7 +195,7 @@ def require_chain(denoiser: Denoiser, what: str) -> None:
     Raises:
         UserError: saying what was asked for.
     """
-    if denoiser.process.levels == 1:
+    if denoiser.process.num_timesteps == 1:
         raise UserError(f"{what} needs a chain of levels, and this model has one noise level")
 
 

@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 def test_a_method_is_built_from_its_section():
     method = build_method(MODEL)
     assert isinstance(method, NCSN)
-    assert method.denoiser.process.levels == 3
+    assert method.denoiser.process.num_timesteps == 3
     assert method.sampler.eta == 0.001
     assert method.configure_optimizers()[0].param_groups[0]["lr"] == 0.01
     with pytest.raises(UserError, match="levelz"):

@@ -97,7 +97,7 @@ def method(**keys):
     keys = {"optimizer": partial(torch.optim.Adam, lr=1e-2), **keys}
     backbone = network(mult=(1,), num_classes=None)
     walk = AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True)
-    return NCSN(backbone, sigma_max=2.0, sigma_min=0.1, levels=3, c_noise="log_sigma", sampler=walk, **keys)
+    return NCSN(backbone, sigma_max=2.0, sigma_min=0.1, num_levels=3, c_noise="log_sigma", sampler=walk, **keys)
 
 
 def test_nothing_is_compiled_twice(tmp_path, compiler):

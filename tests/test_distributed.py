@@ -90,8 +90,8 @@ def nan_on_the_last_process(method):
 
 def unequal_shards(folder: Path, many: dict) -> dict:
     """Seven held-out images, one a batch: four for one process and three for the other."""
-    held_out = InMemory(np.stack([digits().value(k) for k in range(7)]), levels=17)
-    data = DataModule(InMemory(digits()._values, levels=17), 2, held_out=held_out)
+    held_out = InMemory(np.stack([digits().value(k) for k in range(7)]), num_grey_levels=17)
+    data = DataModule(InMemory(digits()._values, num_grey_levels=17), 2, held_out=held_out)
     method = ncsn()
     made = fit(method, data, folder, 4, limit_val_batches=1.0, val_check_interval=1, **many)
     in_fit = float(made.callback_metrics["val/loss"])
@@ -172,7 +172,7 @@ def unet(optimizer=None, seed: int = 0, **keys) -> NCSN:
         backbone,
         sigma_max=2.0,
         sigma_min=0.1,
-        levels=3,
+        num_levels=3,
         parametrization="score",
         c_noise="log_sigma",
         optimizer=optimizer,
@@ -189,7 +189,7 @@ def of_a_unet(folder: Path, name: str, many: dict, images: int = 96, ckpt_path=N
     if images == 96 and ckpt_path is None:
         callbacks += [
             Samples(every_n_steps=2, count=5, film_columns=3),
-            NoiseLevels(levels=2, images=8),
+            NoiseLevels(num_levels=2, images=8),
             Evaluator(every_n_steps=2, samples=9, batch_size=2, metrics=["fid", "memorisation"], keep=1),
             Telemetry(every_n_steps=1),
         ]
@@ -354,7 +354,7 @@ def everything(folder: Path, many: dict) -> dict:
         "clipped": run(folder, "clipped", many, method={"gradient_clip": 5.0, "warmup_steps": 3}),
         # Four levels: the law is uneven from the second step on.
         "second_moment": run(
-            folder, "second_moment", many, make=ddpm, method={"time_law": "second_moment", "levels": 4}
+            folder, "second_moment", many, make=ddpm, method={"time_law": "second_moment", "num_timesteps": 4}
         ),
         # Gradients of two losses, averaged by the step itself; twenty steps, in parts.
         "two_networks": run(folder, "two_networks", many, {"micro_batch_size": 6}, images=640, make=two_networks),

@@ -75,15 +75,15 @@ def test_a_packaged_experiment_is_found_from_anywhere(instantiate):
     assert packaged_experiment("experiments/ncsn.yaml") is not None
     assert packaged_experiment("experiments/none.yaml") is None
     assert packaged_experiment("elsewhere/ncsn.yaml") is None
-    made = instantiate("experiments/ncsn.yaml", "--model.levels", "7")
-    assert made.model.denoiser.process.levels == 7
+    made = instantiate("experiments/ncsn.yaml", "--model.num_levels", "7")
+    assert made.model.denoiser.process.num_timesteps == 7
 
 
 def test_ncsnv2_finds_its_numbers_and_a_continued_run_keeps_them(instantiate):
     made = instantiate(ROOT / "ncsnv2.yaml")
     found = yaml.safe_load(made.run_logger.config_text)["model"]["init_args"]
     assert 4.0 < found["sigma_max"] < 8.0
-    assert found["levels"] > 10
+    assert found["num_levels"] > 10
     assert 0.0 < found["eta"] < 4 * found["sigma_min"] ** 2
     assert made.model.sampler.eta == found["eta"]
 

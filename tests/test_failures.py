@@ -45,7 +45,7 @@ def drawing(name):
     """One of the callbacks that draw or measure, twice."""
     return {
         "samples": lambda: Samples(every_n_steps=2, count=4, film_columns=2),
-        "noise_levels": lambda: NoiseLevels(every_n_steps=2, levels=2, images=8),
+        "noise_levels": lambda: NoiseLevels(every_n_steps=2, num_levels=2, images=8),
         "evaluation": lambda: Evaluator(every_n_steps=2, samples=8, metrics=["fid", "memorisation"]),
         "telemetry": lambda: Telemetry(every_n_steps=2),
     }[name]()
@@ -245,7 +245,7 @@ class Killed(BaseException):
 def test_the_end_of_a_training_is_saved_before_it_is_drawn(tmp_path, monkeypatch, target):
     """Also where the process is killed by what it draws."""
     monkeypatch.setattr(f"{PACKAGE}.{target}", fails(Killed))
-    given = [Samples(count=4), NoiseLevels(levels=2, images=8), Evaluator(every_n_steps=100, samples=8, keep=0)]
+    given = [Samples(count=4), NoiseLevels(num_levels=2, images=8), Evaluator(every_n_steps=100, samples=8, keep=0)]
     with pytest.raises((Killed, SystemExit)):
         trained(tmp_path, [*given, Checkpoint()], steps=2)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -327,7 +327,7 @@ def test_what_the_user_got_wrong_is_refused_before_the_work(tmp_path):
 
 def test_the_command_line_ends_with_0_and_says_how_many(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = {**CONFIG, "samples": {"count": 4, "film_columns": 0}, "noise_levels": {"levels": 0}}
+    config = {**CONFIG, "samples": {"count": 4, "film_columns": 0}, "noise_levels": {"num_levels": 0}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(f"{PACKAGE}.callbacks.samples.image_grid", fails())
     monkeypatch.setattr(sys, "argv", ["lit_diffusion", "fit", "--config", "tiny.yaml", "--run_dir", "run"])

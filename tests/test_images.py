@@ -64,7 +64,7 @@ def test_black_white_and_every_level_between(value_range):
 
 @pytest.mark.parametrize("levels", [2, 7, 11, 16, 17, 64, 101, 127, 161, 256])
 def test_a_grey_level_is_one_byte_in_training_reference_and_samples(levels):
-    source = InMemory(np.tile(np.arange(levels, dtype=np.uint8), (2, 1, 1, 1)), levels=levels)
+    source = InMemory(np.tile(np.arange(levels, dtype=np.uint8), (2, 1, 1, 1)), num_grey_levels=levels)
     both = torch.arange(2)
     reference = RealData.of(source, both, "all").values(both)
     assert reference[0, 0, :, 0].tolist() == [
@@ -107,7 +107,7 @@ def test_channels_come_last_and_gradients_stay_out():
 def test_training_values_have_the_bytes_of_their_source(levels, value_range, dequantize):
     """A perfect model's samples are judged as what they are."""
     grey = np.arange(levels, dtype=np.uint8).repeat(50)[:, None, None, None]
-    source = InMemory(grey, levels=levels)
+    source = InMemory(grey, num_grey_levels=levels)
     data = DataModule(source, 1, value_range=value_range, held_out_fraction=0.0, dequantize=dequantize)
     index = torch.arange(len(grey))
     expected = RealData.of(source, index, "train").values(index)

@@ -45,7 +45,7 @@ COMMON = f"""
 --data.global_batch_size {BATCH} --trainer.accelerator cpu --ema.half_lives_images [400] --wandb.mode disabled
 --samples.every_n_images null --samples.every_n_steps 15 --samples.count 6 --samples.film_columns 3
 --eval.every_n_images null --eval.every_n_steps 12 --eval.samples 30 --eval.batch_size 16
---noise_levels.every_n_steps 20 --noise_levels.levels 2 --noise_levels.images 16
+--noise_levels.every_n_steps 20 --noise_levels.num_levels 2 --noise_levels.images 16
 --telemetry.every_n_images null --telemetry.every_n_steps 3
 --checkpoint.every_n_images null --checkpoint.every_n_steps 7
 """.split()
@@ -409,7 +409,7 @@ def broken_run(method: str, folder: Path, steps: int, kills: list[Kill], *more: 
 
 def two_more_steps(method: str, run_dir: Path, steps: int) -> dict[str, Any]:
     """Continue beyond the end, without pictures and figures; the losses and the weights of the next two batches."""
-    bare = ("--samples.count", "0", "--noise_levels.levels", "0", "--eval.metrics", "[]")
+    bare = ("--samples.count", "0", "--noise_levels.num_levels", "0", "--eval.metrics", "[]")
     completed(command(method, run_dir, steps + 2, *bare, "--telemetry.every_n_steps", "1"), run_dir.parent)
     train = [comparable(event) for event in events(run_dir, "train") if event["step"] > steps]
     assert len(train) == 2
@@ -936,7 +936,7 @@ def recipe(method: str, run_dir: Path, *more: str) -> list[str]:
         *("fit", "--config", str(ROOT / "experiments" / f"{method}.yaml"), *METHODS[method].split()),
         *("--data.global_batch_size", str(EQUAL_BATCH), "--trainer.max_images", str(EQUAL_STEPS * EQUAL_BATCH)),
         *("--trainer.accelerator", "cpu", "--wandb.mode", "disabled", "--telemetry.every_n_images", str(EQUAL_BATCH)),
-        *("--samples.count", "8", "--eval.samples", "40", "--noise_levels.levels", "0", "--run_dir", str(run_dir)),
+        *("--samples.count", "8", "--eval.samples", "40", "--noise_levels.num_levels", "0", "--run_dir", str(run_dir)),
         *more,
     ]
 

@@ -66,7 +66,7 @@ def test_with_the_exact_end_it_is_the_density_at_the_smallest_time(process, dist
 
 @every_process
 def test_another_smallest_time_is_another_density(process):
-    if process.levels is not None:
+    if process.num_timesteps is not None:
         return
     x = draws(MIXTURE, 50)
     end = marginal(MIXTURE, process, 1.0)
@@ -125,7 +125,7 @@ def test_a_datum_does_not_depend_on_its_company():
 
 
 def test_what_cannot_be_is_refused():
-    one_level = ExactDenoiser(GAUSSIAN, VE(1.0, 1.0, levels=1))
+    one_level = ExactDenoiser(GAUSSIAN, VE(1.0, 1.0, num_timesteps=1))
     with pytest.raises(UserError, match="one noise level"):
         flow_log_prob(one_level, draws(GAUSSIAN, 2), noise_of(2))
     with pytest.raises(UserError, match="one noise level"):
@@ -147,7 +147,7 @@ def expected_bound(process, c, steps, variance):
     """Of data N(0, c) in one dimension under the exact model: all terms are Gaussian integrals."""
     nodes = torch.arange(0, steps + 1, dtype=torch.float64) / steps
     s, t = nodes[:-1], nodes[1:]
-    if process.levels is None:
+    if process.num_timesteps is None:
         t = t.clamp(min=process.t_min_sampling)
         s = torch.cat((s[:1], t[:-1]))
     alpha_s, sigma_s = process.alpha(s), process.sigma(s)

@@ -116,7 +116,9 @@ def test_the_variances_are_the_papers(level):
     assert float(share.detach().std()) > 0.01
 
 
-@pytest.mark.parametrize("process", [VE(0.1, 5.0, levels=8), VP(), Betas(linear_betas(8))], ids=["VE", "VP", "Betas"])
+@pytest.mark.parametrize(
+    "process", [VE(0.1, 5.0, num_timesteps=8), VP(), Betas(linear_betas(8))], ids=["VE", "VP", "Betas"]
+)
 def test_each_row_has_its_own_step_and_only_a_last_one_a_stand_in(process):
     s, t = wide(0.0, 0.25, 0.0, 0.5), wide(0.25, 0.75, 0.75, 0.625)
     x = torch.zeros(4, 1, 2, 2)
@@ -314,7 +316,7 @@ def test_the_variance_is_the_papers_own_unless_it_is_given():
         (Betas(linear_betas(8)), False, "beta"),
         (VP(), False, "beta"),
         (SubVP(), False, "beta"),
-        (VE(0.1, 5.0, levels=8), False, "beta_tilde"),
+        (VE(0.1, 5.0, num_timesteps=8), False, "beta_tilde"),
         (VE(0.1, 5.0), False, "beta_tilde"),
         (Flow(), False, "beta_tilde"),
         (Betas(linear_betas(8)), True, "learned"),
@@ -371,7 +373,7 @@ def test_the_decoder_of_points_is_their_density():
 
 def test_finer_grey_levels_approach_the_density():
     """``-log P(level)`` is ``-log p - log width`` a pixel."""
-    x0, eps = images(levels=4097)
+    x0, eps = images(num_timesteps=4097)
     width = 2 / 4096
     grey = GreyLevels(-1.0, 1.0, width)
     x0 = grey.centre(x0.clamp(-0.99, 0.99))

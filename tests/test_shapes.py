@@ -36,7 +36,7 @@ def values_of(shape, count=24):
 
 
 def from_memory(values, folder):
-    return InMemory(values, levels=256 if values.ndim == 4 else None)
+    return InMemory(values, num_grey_levels=256 if values.ndim == 4 else None)
 
 
 def from_archive(values, folder):
@@ -75,7 +75,7 @@ def test_a_training_with_its_pictures(tmp_path, shape, capsys):
     method = NCSN(backbone, 2.0, 0.1, 2, "score", "log_sigma", sampler=AnnealedLangevin(1, 1e-3))
     callbacks = [EMA([64]), Samples(count=3, film_columns=2)]
     if shape in ((5, 4, 8), (1,)):  # What costs a second and looks at no shape.
-        callbacks.append(NoiseLevels(levels=2, images=4))
+        callbacks.append(NoiseLevels(num_levels=2, images=4))
     if default_extractor(shape) != "inception":  # The others need no weights from elsewhere.
         callbacks.append(Evaluator(every_n_steps=2, samples=10, metrics=["fid", "memorisation"]))
     data = DataModule(from_memory(values_of(shape), None), 8, held_out_fraction=0.1)
@@ -111,7 +111,7 @@ def five(tmp_path_factory):
         **CONFIG,
         "model": {
             "class_path": "DDPM",
-            "init_args": {"levels": 20, "beta_T": 0.4, "backbone": CONFIG["model"]["init_args"]["backbone"]},
+            "init_args": {"num_timesteps": 20, "beta_T": 0.4, "backbone": CONFIG["model"]["init_args"]["backbone"]},
         },
         "data": {
             "source": {"class_path": "Npz", "init_args": {"path": str(folder / "five.npz")}},
@@ -180,7 +180,7 @@ def test_points_from_an_archive_are_evaluated(tmp_path, monkeypatch):
     values = values_of((3,), 64)
     np.savez("a.npz", values)
     np.savez("b.npz", values + np.float32(3.0))
-    assert images_as_given("a.npz").levels is None
+    assert images_as_given("a.npz").num_grey_levels is None
     for other, distance in (("a.npz", 0.0), ("b.npz", 27.0)):
         dispatch(["evaluate", "--samples", "a.npz", "--reference", other, "--metrics", "fid", "--out", "out.json"])
         assert json.loads((tmp_path / "out.json").read_text())["values"]["fd/points-64"] == pytest.approx(

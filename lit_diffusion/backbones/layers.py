@@ -83,14 +83,14 @@ class ConditionalInstanceNorm(nn.Module):
 
     Args:
         channels: C.
-        levels: how many noise levels there are.
+        num_levels: how many noise levels there are.
     """
 
     eps = 1e-5
 
-    def __init__(self, channels: int, levels: int) -> None:
+    def __init__(self, channels: int, num_levels: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(levels, 3 * channels)
+        self.table = nn.Embedding(num_levels, 3 * channels)
         nn.init.normal_(self.table.weight[:, : 2 * channels], 1.0, 0.02)  # gamma and alpha
         nn.init.zeros_(self.table.weight[:, 2 * channels :])  # beta
 

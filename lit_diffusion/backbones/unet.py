@@ -154,7 +154,7 @@ class UNet(Backbone):
         normalization: ``group``; or ``conditional_instance``, for which ``c_noise`` holds the noise level's index, a
             whole number from 0 to ``levels - 1``, see
             :class:`~lit_diffusion.backbones.layers.ConditionalInstanceNorm`.
-        levels: how many noise levels there are, for ``conditional_instance``.
+        num_levels: how many noise levels there are, for ``conditional_instance``.
         dropout: the probability, inside the residual blocks.
         time_embedding: of ``c_noise``: :class:`~lit_diffusion.backbones.embeddings.PositionalFeatures` or
             :class:`~lit_diffusion.backbones.embeddings.FourierFeatures`; ``none`` for a network that is not told the
@@ -187,7 +187,7 @@ class UNet(Backbone):
         decoder_attention: DecoderAttention = "every",
         heads: int = 1,
         normalization: Normalization = "group",
-        levels: int | None = None,
+        num_levels: int | None = None,
         dropout: float = 0.0,
         time_embedding: TimeEmbedding = "positional",
         fourier_scale: float = 16.0,
@@ -224,9 +224,9 @@ class UNet(Backbone):
 
         norm: Callable[[int], nn.Module] = GroupNorm
         if normalization == "conditional_instance":
-            if levels is None:
+            if num_levels is None:
                 raise UserError("UNet: normalization conditional_instance needs levels, the number of noise levels")
-            norm = partial(ConditionalInstanceNorm, levels=levels)
+            norm = partial(ConditionalInstanceNorm, num_levels=num_levels)
         block = partial(
             ResidualBlock,
             norm=norm,

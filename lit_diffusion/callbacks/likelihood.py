@@ -164,7 +164,7 @@ class Likelihood(pl.Callback):
     def _fitting(self, method: Method) -> list[Metric]:
         """Those asked for, each checked; by default those that fit, with a note for one that does not."""
         wanted: list[Metric] = ["bpd_ode", "bpd_bound"] if self.metrics is None else list(self.metrics)
-        if "bpd_bound" in wanted and method.denoiser.process.levels != 1:
+        if "bpd_bound" in wanted and method.denoiser.process.num_timesteps != 1:
             # A key that is given wrongly is a mistake, not a metric that does not fit.
             self._bound_settings(method).chain.check(method.denoiser)
             timesteps_to_zero(method.denoiser.process, self.bound_steps)
@@ -187,7 +187,7 @@ class Likelihood(pl.Callback):
 
     def _times_to_draw(self, process: Process) -> list[float]:
         """From the largest to the smallest."""
-        if process.levels is not None:
+        if process.num_timesteps is not None:
             raise UserError("smallest_time: this model's smallest time is that of its first level")
         given = self.smallest_times
         if given is None:

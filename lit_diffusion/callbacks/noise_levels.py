@@ -48,7 +48,7 @@ class NoiseLevels(PeriodicCallback):
     Args:
         every_n_images: how often, in images seen; null: at the end only.
         every_n_steps: how often, in steps; null: not by steps.
-        levels: how many noise levels, evenly spaced in time; 0 for none of this.
+        num_levels: how many noise levels, evenly spaced in time; 0 for none of this.
         images: training images that the figures are averages over.
     """
 
@@ -59,34 +59,36 @@ class NoiseLevels(PeriodicCallback):
         self,
         every_n_images: int | None = None,
         every_n_steps: int | None = None,
-        levels: int = 10,
+        num_levels: int = 10,
         images: int = 128,
     ) -> None:
-        if levels < 0 or images < 1:
-            raise UserError(f"noise_levels.levels {levels} cannot be negative, and images {images} must be positive")
+        if num_levels < 0 or images < 1:
+            raise UserError(
+                f"noise_levels: num_levels {num_levels} cannot be negative, images {images} must be positive"
+            )
         super().__init__(Cadence.of("noise_levels", every_n_images, every_n_steps))
-        self.levels = levels
+        self.num_levels = num_levels
         self.images = images
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say now what there will not be."""
         assert isinstance(pl_module, Method)
-        if pl_module.sharded and self.levels > 0:
+        if pl_module.sharded and self.num_levels > 0:
             print_note("noise_levels: not drawn: with trainer.strategy fsdp no process has the whole gradient")
 
     def times(self, method: Method) -> Tensor:
         """The times of the noise levels, rising: float64 ``[levels]``, fewer where the grid has fewer."""
         process = method.denoiser.process
-        if process.levels is None:
-            return torch.linspace(process.t_min, process.t_max, self.levels, dtype=torch.float64)
+        if process.num_timesteps is None:
+            return torch.linspace(process.t_min, process.t_max, self.num_levels, dtype=torch.float64)
         grid = process.grid()
-        count = min(self.levels, len(grid))
+        count = min(self.num_levels, len(grid))
         return grid[torch.linspace(0, len(grid) - 1, count).round().long()]
 
     def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
         """Whether there is anything to draw."""
         has_data = isinstance(getattr(trainer, "datamodule", None), DataModule)
-        return self.levels > 0 and has_data and not method.sharded and run_logger_of(trainer) is not None
+        return self.num_levels > 0 and has_data and not method.sharded and run_logger_of(trainer) is not None
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
         """Measure on process 0, which holds all the weights, and save the picture."""

@@ -141,9 +141,7 @@ class Telemetry(Callback):
         """What was added up since the last event, over all processes, which all come."""
         world_size = dist.get_world_size() if many_processes() else 1
         return {
-            "values": {
-                name: sum_over_ranks(torch.stack(values)) / world_size for name, values in self._values.items()
-            },
+            "values": {name: sum_over_ranks(torch.stack(values)) / world_size for name, values in self._values.items()},
             "by_time": {name: sum_over_ranks(sums) for name, sums in self._by_time.items()},
         }
 

@@ -174,7 +174,7 @@ def data_found(recipe: Recipe) -> Iterator[Finding]:
     data = recipe.data
     data_spec = data.data_spec
     shape = " x ".join(str(side) for side in data_spec.shape)
-    levels = f", {data_spec.levels} grey levels" if data_spec.levels is not None else ""
+    levels = f", {data_spec.num_grey_levels} grey levels" if data_spec.num_grey_levels is not None else ""
     classes = f", {data_spec.num_classes} classes" if data_spec.num_classes is not None else ""
     train, held_out = len(data.train_indices), len(data.held_out_indices)
     yield ok(f"data {data_spec.source}: {train} to train on, {held_out} held out, {shape}{levels}{classes}")
@@ -219,7 +219,7 @@ def data_range(recipe: Recipe) -> Iterator[Finding]:
     elif high - low < 0.5 * (wanted[1] - wanted[0]):
         yield warning(
             f"{said}: they fill little of data.value_range {list(wanted)}",
-            f"the source declares {recipe.data.data_spec.levels} grey levels; correct that, or spread the images",
+            f"the source declares {recipe.data.data_spec.num_grey_levels} grey levels; correct that, or the images",
         )
     else:
         yield ok(f"{said}, within {list(wanted)}")
@@ -241,7 +241,7 @@ def sigma_data(recipe: Recipe) -> Iterator[Finding]:
 def largest_noise(recipe: Recipe) -> Iterator[Finding]:
     """Whether the largest noise of a variance-exploding process drowns the data (NCSNv2's technique 1)."""
     process = recipe.method.denoiser.process
-    if not isinstance(process, VE) or process.levels == 1:
+    if not isinstance(process, VE) or process.num_timesteps == 1:
         return
     flat = recipe.first.flatten(1).double()
     centred = flat - flat.mean(0)
@@ -362,7 +362,7 @@ def cadences(recipe: Recipe) -> Iterator[Finding]:
         usual.append(("eval", evaluator.cadence, TOO_OFTEN))
     if samples.count:
         usual.append(("samples", samples.cadence, TOO_OFTEN))
-    if levels.levels:
+    if levels.num_levels:
         usual.append(("noise_levels", levels.cadence, TOO_OFTEN))
     usual.append(("telemetry", recipe.callback(Telemetry).cadence, TOO_MANY_EVENTS))
     fine = []

@@ -227,10 +227,10 @@ def _reference(
     if path.suffix.lower() == ".npz" and path.is_file() and _has_moments_only(path):
         return reference_of_moments(path, extractor.dimension), None
     source = images_as_given(path) if path.exists() or path.suffix.lower() in (".npz", ".zip") else _source(given)
-    if (source.levels is None) != (len(shape) == 1):
+    if (source.num_grey_levels is None) != (len(shape) == 1):
         raise UserError(
             f"--reference {given} holds points; evaluate compares images"
-            if source.levels is None
+            if source.num_grey_levels is None
             else f"--reference {given} holds images, the samples are points: give points, e.g. GaussianMixturePoints"
         )
     if len(shape) == 1 and tuple(source.shape) != shape:

@@ -22,6 +22,6 @@ class Digits(InMemory):
             digits.images.astype(np.uint8)[:, None],
             digits.target,
             name="digits",
-            levels=17,
+            num_grey_levels=17,
             num_classes=10,
         )

@@ -17,7 +17,7 @@ class InMemory(Source):
         values: uint8 ``[N, C, H, W]`` with values ``0 .. levels - 1``, or float32 ``[N, D]``.
         labels: integers ``[N]`` in ``0 .. num_classes - 1``, or None.
         name: short and stable, for logs and cache keys.
-        levels: the number of grey levels, None for points.
+        num_grey_levels: the number of grey levels, None for points.
         num_classes: of the labels, None without labels.
         class_names: of the classes in the order of their numbers, None where they have none.
     """
@@ -27,13 +27,13 @@ class InMemory(Source):
         values: np.ndarray,
         labels: np.ndarray | None = None,
         name: str = "array",
-        levels: int | None = 256,
+        num_grey_levels: int | None = 256,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
         self.name = name
         self.shape = values.shape[1:]
-        self.levels = levels
+        self.num_grey_levels = num_grey_levels
         self.num_classes = num_classes
         self.class_names = class_names
         self._values = values
@@ -52,7 +52,7 @@ class InMemory(Source):
 
     def fingerprint(self) -> str:
         """A hash of all values and labels: the same for the same data, wherever they were read from."""
-        digest = hashlib.sha256(f"{self.shape} {self.levels} {len(self)}".encode())
+        digest = hashlib.sha256(f"{self.shape} {self.num_grey_levels} {len(self)}".encode())
         # In pieces: a transposed array of many gigabytes is not copied whole.
         for start in range(0, len(self), 1024):
             digest.update(self._values[start : start + 1024].tobytes())

@@ -64,7 +64,7 @@ class Npz(InMemory):
         super().__init__(
             images.astype(np.float32) if points else images.transpose(0, 3, 1, 2),
             labels,
-            levels=None if points else 256,
+            num_grey_levels=None if points else 256,
             name=path.stem,
             num_classes=None if labels is None else int(labels.max()) + 1 if names is None else names.size,
             class_names=None if names is None else names.ravel().astype(str).tolist(),

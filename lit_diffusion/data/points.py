@@ -66,7 +66,7 @@ class GaussianMixturePoints(InMemory):
             _as_points(points),
             component.numpy(),
             name="gaussian-mixture",
-            levels=None,
+            num_grey_levels=None,
             num_classes=len(self.means),
         )
 
@@ -106,7 +106,7 @@ class Spiral(InMemory):
         r = radius * uniform.sqrt()
         angle = 2.0 * math.pi * turns * (r / radius) + phase
         points = _on_circle(r, angle) + std * _normal(seed, index)
-        super().__init__(_as_points(points), name="spiral", levels=None)
+        super().__init__(_as_points(points), name="spiral", num_grey_levels=None)
 
 
 class SwissRoll(InMemory):
@@ -124,7 +124,7 @@ class SwissRoll(InMemory):
         index = _indices(size)
         t = 1.5 * math.pi * (1.0 + 2.0 * _uniform(seed, index, 1)[:, 0])
         points = _on_circle(t / 5.0, t) + std * _normal(seed, index)
-        super().__init__(_as_points(points), name="swiss-roll", levels=None)
+        super().__init__(_as_points(points), name="swiss-roll", num_grey_levels=None)
 
 
 class Checkerboard(InMemory):
@@ -151,7 +151,7 @@ class Checkerboard(InMemory):
         row = 2 * _choice(seed, index, torch.ones(cells // 2), draw=1) + column % 2
         corner = torch.stack((column, row), dim=-1)
         points = (corner + _uniform(seed, index, 2)) * (2.0 * extent / cells) - extent
-        super().__init__(_as_points(points), name="checkerboard", levels=None)
+        super().__init__(_as_points(points), name="checkerboard", num_grey_levels=None)
 
 
 class Rings(InMemory):
@@ -180,7 +180,7 @@ class Rings(InMemory):
         r = torch.tensor(radii, dtype=torch.float64)[_choice(seed, index, torch.ones(len(radii)))]
         angle = 2.0 * math.pi * _uniform(seed, index, 1)[:, 0]
         points = _on_circle(r, angle) + std * _normal(seed, index)
-        super().__init__(_as_points(points), name="rings", levels=None)
+        super().__init__(_as_points(points), name="rings", num_grey_levels=None)
 
 
 def _indices(size: int) -> Tensor:

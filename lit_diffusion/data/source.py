@@ -17,7 +17,7 @@ class Source(ABC):
 
     Attributes:
         shape: of one datum: ``(C, H, W)`` or ``(D,)``.
-        levels: the number of grey levels of an image (256; the digits have 17), None for points.
+        num_grey_levels: the number of grey levels of an image (256; the digits have 17), None for points.
         num_classes: of the labels, None where there are none.
         class_names: of the classes in the order of their numbers; None or empty where they have none.
         name: short and stable, for logs and cache keys.
@@ -25,7 +25,7 @@ class Source(ABC):
 
     name: str
     shape: tuple[int, ...]
-    levels: int | None = 256
+    num_grey_levels: int | None = 256
     num_classes: int | None = None
     class_names: Sequence[str] | None = None
 
@@ -54,7 +54,7 @@ class Source(ABC):
 
         The default reads everything; sources on disk override it with something cheaper.
         """
-        digest = hashlib.sha256(f"{self.name} {self.shape} {self.levels} {len(self)}".encode())
+        digest = hashlib.sha256(f"{self.name} {self.shape} {self.num_grey_levels} {len(self)}".encode())
         for index in range(len(self)):
             digest.update(np.ascontiguousarray(self.value(index)).tobytes())
             digest.update(str(self.label(index)).encode())

@@ -31,9 +31,9 @@ def _edm(coefficients: Coefficients, process: Process, sigma_data: float) -> tup
 
 def _mean(coefficients: Coefficients, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
     """DDPM's posterior mean ``E[x_{t-1} | x_t, x_0]``, linear in x_0 and x_t (Ho et al. 2020, eq. 7)."""
-    if process.levels is None:
+    if process.num_timesteps is None:
         raise UserError("parametrization 'mean' is DDPM's step to the level below: the process needs levels")
-    step = process.transition((coefficients.t - 1.0 / process.levels).clamp(min=0.0), coefficients.t)
+    step = process.transition((coefficients.t - 1.0 / process.num_timesteps).clamp(min=0.0), coefficients.t)
     return step.x0_coefficient + step.xt_coefficient * coefficients.alpha, step.xt_coefficient * coefficients.sigma
 
 
@@ -53,9 +53,9 @@ mean."""
 
 
 def _index(process: Process, coefficients: Coefficients) -> Tensor:
-    if process.levels is None:
+    if process.num_timesteps is None:
         raise UserError("c_noise 'index' needs a process with levels; continuous time has no index")
-    return (coefficients.t * process.levels - 1.0).clamp(0.0, process.levels - 1.0)
+    return (coefficients.t * process.num_timesteps - 1.0).clamp(0.0, process.num_timesteps - 1.0)
 
 
 C_NOISE: dict[str, Callable[[Process, Coefficients], Tensor]] = {

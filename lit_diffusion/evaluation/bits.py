@@ -307,8 +307,7 @@ def frechet_by_time(
         if on_batch is not None:
             on_batch(done + 1, len(parts))
     return [
-        frechet_distance(real, Moments(moments.dimension, sum_over_ranks(moments.sums)).gaussian())
-        for moments in made
+        frechet_distance(real, Moments(moments.dimension, sum_over_ranks(moments.sums)).gaussian()) for moments in made
     ]
 
 

@@ -283,8 +283,8 @@ class Method(TrainedModule):
                 f"null, or give the data's labels (data.source's classes or label_key)"
             )
         raise UserError(
-            f"the backbone has {classes} classes and the data {data_spec.source} have {data_spec.num_classes}: set {key} "
-            f"{data_spec.num_classes}, or null for a model that is not told the class"
+            f"the backbone has {classes} classes and the data {data_spec.source} have {data_spec.num_classes}: set "
+            f"{key} {data_spec.num_classes}, or null for a model that is not told the class"
         )
 
     def on_data_spec(self) -> None:

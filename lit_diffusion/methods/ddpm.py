@@ -33,7 +33,7 @@ class DDPM(Method):
 
     Args:
         backbone: the network; a learned variance doubles its ``out_channels``, which the command line does by itself.
-        levels: T, the number of noise levels.
+        num_timesteps: T, the number of noise levels.
         schedule: of the betas: ``linear`` from beta_1 to beta_T (DDPM) or ``cosine`` (Nichol and Dhariwal 2021, eq.
             17).
         beta_1: the first beta of the linear schedule.
@@ -54,7 +54,7 @@ class DDPM(Method):
     def __init__(
         self,
         backbone: Backbone,
-        levels: int = 1000,
+        num_timesteps: int = 1000,
         schedule: Schedule = "linear",
         beta_1: float = 1e-4,
         beta_T: float = 0.02,
@@ -67,10 +67,10 @@ class DDPM(Method):
         **training: Any,
     ) -> None:
         require_choice("", "schedule", schedule, get_args(Schedule))
-        if levels < 2:
-            raise UserError(f"levels is {levels}; a diffusion needs at least 2 noise levels, the paper's has 1000")
-        betas = linear_betas(levels, beta_1, beta_T) if schedule == "linear" else cosine_betas(levels)
-        objective = DiffusionObjective(levels, loss, variance, time_law)
+        if num_timesteps < 2:
+            raise UserError(f"num_timesteps is {num_timesteps}; a diffusion needs at least 2, the paper's has 1000")
+        betas = linear_betas(num_timesteps, beta_1, beta_T) if schedule == "linear" else cosine_betas(num_timesteps)
+        objective = DiffusionObjective(num_timesteps, loss, variance, time_law)
         super().__init__(
             NetworkDenoiser(backbone, Betas(betas), parametrization, c_noise, learned_variance=variance == "learned"),
             sampler or Ancestral(variance=variance),

@@ -40,7 +40,7 @@ class DSM(Method):
         **training: Any,
     ) -> None:
         super().__init__(
-            NetworkDenoiser(backbone, VE(sigma, sigma, levels=1), parametrization, "log_sigma"),
+            NetworkDenoiser(backbone, VE(sigma, sigma, num_timesteps=1), parametrization, "log_sigma"),
             sampler or Langevin(steps=1000, eta=0.1 * sigma**2),
             **training,
         )

@@ -28,7 +28,7 @@ class NCSN(Method):
         backbone: the network.
         sigma_max: the largest noise level, in units of the normalized data.
         sigma_min: the smallest noise level.
-        levels: number of levels L, geometric from sigma_max to sigma_min.
+        num_levels: number of levels L, geometric from sigma_max to sigma_min.
         parametrization: what the network's output is: ``raw_score`` (the paper), ``score`` (sigma times the score), ...
         c_noise: what it is told of the level: ``index`` (the paper, with conditional instance normalization) or
             ``log_sigma``.
@@ -43,7 +43,7 @@ class NCSN(Method):
         backbone: Backbone,
         sigma_max: float = 1.0,
         sigma_min: float = 0.01,
-        levels: int = 10,
+        num_levels: int = 10,
         parametrization: Parametrization = "raw_score",
         c_noise: CNoise = "index",
         c_in: CIn = "none",
@@ -51,7 +51,7 @@ class NCSN(Method):
         sampler: Sampler | None = None,
         **training: Any,
     ) -> None:
-        process = VE(sigma_min, sigma_max, levels)
+        process = VE(sigma_min, sigma_max, num_levels)
         super().__init__(
             NetworkDenoiser(backbone, process, parametrization, c_noise, c_in, sigma_data),
             sampler or AnnealedLangevin(),

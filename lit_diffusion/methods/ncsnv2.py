@@ -50,7 +50,7 @@ def level_ratio(dimension: int) -> float:
         return float(norm.cdf(centre + 3.0 * ratio) - norm.cdf(centre - 3.0 * ratio)) - 0.5
 
     if excess(1e3) > 0.0:
-        raise UserError(f"levels: auto has no solution in {dimension} dimensions; give a number")
+        raise UserError(f"num_levels: auto has no solution in {dimension} dimensions; give a number")
     return float(brentq(excess, 1.0 + 1e-9, 1e3))
 
 
@@ -71,12 +71,12 @@ def variance_ratio(e: float, steps: int, ratio: float) -> float:
     return (1.0 - e) ** (2 * steps) * (ratio**2 - stationary) + stationary
 
 
-def best_eta(sigma_max: float, sigma_min: float, levels: int, steps: int) -> float:
+def best_eta(sigma_max: float, sigma_min: float, num_levels: int, steps: int) -> float:
     """Technique 4: the step at sigma_min of ``x + (eta/2) s + sqrt(eta) z`` whose variance ratio is closest to 1.
 
     It is twice the paper's epsilon. CIFAR-10's sigma 50 to 0.01 with 232 levels and 5 steps gives 1.24e-5.
     """
-    ratio = (sigma_max / sigma_min) ** (1.0 / max(levels - 1, 1))
+    ratio = (sigma_max / sigma_min) ** (1.0 / max(num_levels - 1, 1))
     found = minimize_scalar(
         lambda e: abs(variance_ratio(e, steps, ratio) - 1.0),
         bounds=(1e-9, 1.0),
@@ -93,7 +93,7 @@ class NCSNv2(NCSN):
         backbone: the network; the paper's is told nothing of the level (``time_embedding: none``).
         sigma_max: the largest noise level; ``auto``: the largest distance between two training images.
         sigma_min: the smallest noise level.
-        levels: number of levels; ``auto``: from the dimension.
+        num_levels: number of levels; ``auto``: from the dimension.
         steps_per_level: Langevin steps T at each level when sampling.
         eta: Langevin step at sigma_min of ``x + (eta/2) s + sqrt(eta) z``; ``auto``: from T and the ratio of levels.
         denoise: end sampling with one step of Tweedie's formula.
@@ -111,7 +111,7 @@ class NCSNv2(NCSN):
         backbone: Backbone,
         sigma_max: float | Auto = "auto",
         sigma_min: float = 0.01,
-        levels: int | Auto = "auto",
+        num_levels: int | Auto = "auto",
         steps_per_level: int = 5,
         eta: float | Auto = "auto",
         denoise: bool = True,
@@ -123,7 +123,7 @@ class NCSNv2(NCSN):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
         **training: Any,
     ) -> None:
-        if isinstance(sigma_max, str) or isinstance(levels, str) or isinstance(eta, str):
+        if isinstance(sigma_max, str) or isinstance(num_levels, str) or isinstance(eta, str):
             raise UserError(
                 "NCSNv2: sigma_max, levels and eta are 'auto'; the command line finds them from the data, "
                 "in Python code give the numbers"
@@ -132,7 +132,7 @@ class NCSNv2(NCSN):
             backbone,
             sigma_max,
             sigma_min,
-            levels,
+            num_levels,
             parametrization,
             c_noise,
             c_in,
@@ -147,16 +147,18 @@ class NCSNv2(NCSN):
         """Techniques 1, 2 and 4, in that order, each from the numbers before it."""
         found = super().resolve_auto(init_args, data, say)
         dimension = math.prod(data.data_spec.shape)
-        sigma_max, sigma_min, levels = init_args["sigma_max"], init_args["sigma_min"], init_args["levels"]
+        sigma_max, sigma_min, num_levels = init_args["sigma_max"], init_args["sigma_min"], init_args["num_levels"]
         if sigma_max == "auto":
             diameter: Diameter = largest_distance(data.training_values, len(data.train_indices))
             sigma_max = found["sigma_max"] = float(f"{diameter.found:.4g}")
             say(f"sigma_max {sigma_max:g}: {diameter.statement}")
-        if levels == "auto":
-            levels = found["levels"] = level_count(sigma_max, sigma_min, dimension)
-            say(f"levels {levels}: ratio {level_ratio(dimension):.4g} at most in {dimension} dimensions (technique 2)")
+        if num_levels == "auto":
+            num_levels = found["num_levels"] = level_count(sigma_max, sigma_min, dimension)
+            say(
+                f"num_levels {num_levels}: ratio {level_ratio(dimension):.4g} at most in {dimension} dimensions (technique 2)"
+            )
         if init_args["eta"] == "auto":
             steps = init_args["steps_per_level"]
-            eta = found["eta"] = float(f"{best_eta(sigma_max, sigma_min, levels, steps):.4g}")
+            eta = found["eta"] = float(f"{best_eta(sigma_max, sigma_min, num_levels, steps):.4g}")
             say(f"eta {eta:g}: Langevin step for {steps} steps a level (technique 4; x + eta/2 s + sqrt(eta) z)")
         return found

@@ -69,13 +69,13 @@ class RealData:
             split: what part of the source that is, for the record.
             mirrored: images left to right, as a training that flips sees half of them.
         """
-        levels = source.levels
+        num_grey_levels = source.num_grey_levels
 
         def values(positions: Tensor) -> np.ndarray:
             found = np.stack([source.value(int(i)) for i in indices[positions]])
-            if levels is None:
+            if num_grey_levels is None:
                 return found.astype(np.float32)
-            images = to_uint8(torch.from_numpy(found).double() / (levels - 1), (0.0, 1.0))
+            images = to_uint8(torch.from_numpy(found).double() / (num_grey_levels - 1), (0.0, 1.0))
             return images[:, :, ::-1].copy() if mirrored else images
 
         def describe() -> dict[str, Any]:
@@ -84,7 +84,7 @@ class RealData:
                 "split": split,
                 "fingerprint": source.fingerprint(),
                 "indices": hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16],
-                "levels": levels,
+                "num_grey_levels": num_grey_levels,
             }
             return {**record, "mirrored": True} if mirrored else record
 

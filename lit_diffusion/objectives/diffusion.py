@@ -42,7 +42,7 @@ class DiffusionObjective(Objective):
     """The losses above, for a process on a grid.
 
     Args:
-        levels: T.
+        num_timesteps: T.
         loss: ``simple``, ``bound`` (in bits per dimension) or ``hybrid``.
         variance: of the reverse steps that the bound scores. It does not clip the predicted datum, as the papers' code
             does not while it trains: where a prediction is clipped it would learn nothing.
@@ -53,12 +53,14 @@ class DiffusionObjective(Objective):
         UserError: for a name that is not one of these, and for a learned variance that the loss would not train.
     """
 
-    def __init__(self, levels: int, loss: LossName, variance: ReverseVariance, time_law: LevelLaw = "levels") -> None:
+    def __init__(
+        self, num_timesteps: int, loss: LossName, variance: ReverseVariance, time_law: LevelLaw = "levels"
+    ) -> None:
         require_choice("", "loss", loss, get_args(LossName))
         require_choice("", "time_law", time_law, get_args(LevelLaw))
         if variance == "learned" and loss == "simple":
             raise UserError("loss: simple does not train a learned variance; choose hybrid or bound")
-        super().__init__(SecondMoments(levels) if time_law == "second_moment" else Levels())
+        super().__init__(SecondMoments(num_timesteps) if time_law == "second_moment" else Levels())
         self.loss = loss
         self.chain = ReverseChain(variance, clip_x0=None)
 
@@ -73,10 +75,10 @@ class DiffusionObjective(Objective):
     ) -> Loss:
         """The loss at given times ``[B]``, of which the nearest grid points are meant, and noise."""
         process = denoiser.process
-        assert process.levels is not None
+        assert process.num_timesteps is not None
         self.chain.check(denoiser)
         coefficients = process.level_index(t)
-        t = (coefficients + 1).to(torch.float64) / process.levels
+        t = (coefficients + 1).to(torch.float64) / process.num_timesteps
         prediction = denoiser(process.perturb(x0, t, eps), t, cond)
         per_sample = x0.new_zeros(len(x0))
         if self.loss != "bound":
@@ -85,8 +87,8 @@ class DiffusionObjective(Objective):
             scored, factor = prediction, 1.0
             if self.loss == "hybrid":
                 scored, factor = replace(prediction, raw=prediction.raw.detach()), HYBRID_WEIGHT
-            s = coefficients.to(torch.float64) / process.levels
+            s = coefficients.to(torch.float64) / process.num_timesteps
             nats = bound_term(scored, denoiser, x0, s, self.chain, grey_levels)
-            bits = process.levels / (x0[0].numel() * math.log(2.0)) * nats
+            bits = process.num_timesteps / (x0[0].numel() * math.log(2.0)) * nats
             per_sample = per_sample + factor * bits.to(x0.dtype)
         return Loss(per_sample, t)

@@ -78,7 +78,7 @@ class Importance(TimeLaw):
 
     def check(self, process: Process) -> None:
         """Refuse one level, and an infinite log-SNR, over which nothing is uniform."""
-        if process.levels == 1:
+        if process.num_timesteps == 1:
             raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
         if not bool(torch.stack(_log_snr_ends(process, torch.device("cpu"))).isfinite().all()):
             raise UserError(
@@ -152,7 +152,7 @@ class SecondMoments(TimeLaw):
     which it draws in evaluation mode: held-out losses are of one law. What it remembers is in the checkpoint.
 
     Args:
-        levels: T.
+        num_timesteps: T.
         remembered: losses kept of each level.
         uniform_share: of the uniform law in the mixture.
     """
@@ -161,20 +161,20 @@ class SecondMoments(TimeLaw):
     history: Tensor
     counts: Tensor
 
-    def __init__(self, levels: int, remembered: int = 10, uniform_share: float = 0.001) -> None:
+    def __init__(self, num_timesteps: int, remembered: int = 10, uniform_share: float = 0.001) -> None:
         super().__init__()
         self.uniform_share = uniform_share
-        self.register_buffer("history", torch.zeros(levels, remembered, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(levels, dtype=torch.int64))
+        self.register_buffer("history", torch.zeros(num_timesteps, remembered, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.int64))
 
     def probabilities(self) -> Tensor:
         """Of the levels, from the least noise to the most: float64 ``[T]``."""
-        levels, remembered = self.history.shape
+        num_timesteps, remembered = self.history.shape
         if bool((self.counts < remembered).any()):
-            return torch.full_like(self.history[:, 0], 1.0 / levels)
+            return torch.full_like(self.history[:, 0], 1.0 / num_timesteps)
         moments = self.history.square().mean(1).sqrt()
         share = self.uniform_share
-        return (1.0 - share) * moments / moments.sum().clamp(min=1e-300) + share / levels
+        return (1.0 - share) * moments / moments.sum().clamp(min=1e-300) + share / num_timesteps
 
     def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
         """Grid points, and T times their probabilities."""
@@ -193,10 +193,10 @@ class SecondMoments(TimeLaw):
     @torch.no_grad()
     def remember(self, index: Tensor, loss: Tensor) -> None:
         """Take in the losses ``[B]`` of level indices ``[B]``, in their order; the oldest of a level goes first."""
-        levels, remembered = self.history.shape
+        num_timesteps, remembered = self.history.shape
         order = torch.argsort(index, stable=True)
         index, loss = index[order], loss[order].to(self.history.dtype)
-        arrived = torch.bincount(index, minlength=levels)
+        arrived = torch.bincount(index, minlength=num_timesteps)
         # Which of its level's losses each is, in the order in which they came.
         place = torch.arange(len(index), device=index.device) - (arrived.cumsum(0) - arrived)[index]
         kept = place >= arrived[index] - remembered

@@ -87,7 +87,7 @@ class Process(nn.Module, ABC):
     """A forward noising process. It may have parameters, and then everything below has gradients in them.
 
     Args:
-        levels: the number of grid points of a discrete method, None for continuous time.
+        num_timesteps: the number of grid points of a discrete method, None for continuous time.
         t_min: the smallest time of training and of likelihoods in continuous time; on a grid it is the first grid
             point. At t = 0 itself the score of data on a grid of grey levels is unbounded.
         t_min_sampling: the smallest time that SDE and ODE samplers visit, ``t_min`` if that is larger: below it nothing
@@ -96,11 +96,11 @@ class Process(nn.Module, ABC):
     """
 
     def __init__(
-        self, levels: int | None = None, t_min: float = 1e-5, t_min_sampling: float = 1e-5, t_max: float = 1.0
+        self, num_timesteps: int | None = None, t_min: float = 1e-5, t_min_sampling: float = 1e-5, t_max: float = 1.0
     ) -> None:
         super().__init__()
-        if levels is not None and levels < 1:
-            raise UserError(f"levels is {levels}; a process needs at least one noise level")
+        if num_timesteps is not None and num_timesteps < 1:
+            raise UserError(f"num_timesteps is {num_timesteps}; a process needs at least one")
         for key, value in (("t_min", t_min), ("t_min_sampling", t_min_sampling)):
             if not 0.0 < value < 1.0:
                 raise UserError(f"{key} is {value:g}; it must lie strictly between 0 and 1, where the score is finite")
@@ -109,10 +109,10 @@ class Process(nn.Module, ABC):
                 f"t_max is {t_max:g}; it must lie above t_min {t_min:g} and t_min_sampling {t_min_sampling:g}, and be "
                 f"at most 1"
             )
-        self.levels = levels
-        self.t_min = t_min if levels is None else 1.0 / levels
-        self.t_min_sampling = max(t_min, t_min_sampling) if levels is None else 1.0 / levels
-        self.t_max = t_max if levels is None else 1.0
+        self.num_timesteps = num_timesteps
+        self.t_min = t_min if num_timesteps is None else 1.0 / num_timesteps
+        self.t_min_sampling = max(t_min, t_min_sampling) if num_timesteps is None else 1.0 / num_timesteps
+        self.t_max = t_max if num_timesteps is None else 1.0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Process(nn.Module, ABC):
         if sigma > 0.0:
             t = float(self.t_at_log_snr(torch.tensor(-2.0 * math.log(sigma), dtype=torch.float64)))
             # Both ends belong to the process, whichever way they were rounded.
-            t = min(max(t, 1e-12 if self.levels is None else self.t_min), self.t_max)
+            t = min(max(t, 1e-12 if self.num_timesteps is None else self.t_min), self.t_max)
             # In continuous time the smallest level may be the limit at 0, as good as that at the smallest time.
             same = ratio(t) == sigma or abs(ratio(t) / sigma - 1.0) < 1e-6  # Equal, too, where both are infinite.
             if same and ratio(self.t_min) < 1.001 * sigma:
@@ -195,7 +195,7 @@ class Process(nn.Module, ABC):
             UserError: unless ``t_min <= t < t_max``; on a grid t_min is the first grid point.
         """
         if not self.t_min * (1.0 - 1e-9) <= t < self.t_max:
-            where = "" if self.levels is None else f", the first of its {self.levels} levels"
+            where = "" if self.num_timesteps is None else f", the first of its {self.num_timesteps} levels"
             raise UserError(
                 f"{key} is {t:g}; this model knows the times from {self.t_min:g}{where}, to {self.t_max:g}: give one "
                 f"of them below {self.t_max:g}"
@@ -262,15 +262,15 @@ class Process(nn.Module, ABC):
         Raises:
             UserError: for a process in continuous time, which has no grid of its own.
         """
-        if self.levels is None:
+        if self.num_timesteps is None:
             raise UserError("this process is in continuous time: give the number of levels to visit")
-        return torch.arange(1, self.levels + 1, dtype=torch.float64) / self.levels
+        return torch.arange(1, self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
 
     def level_index(self, t: Tensor) -> Tensor:
         """The grid index ``0 .. levels - 1`` (0 the least noise) nearest to times ``[B]``: int64 ``[B]``."""
-        if self.levels is None:
+        if self.num_timesteps is None:
             raise UserError("c_noise 'index' needs a process with levels; continuous time has no index")
-        return ((t.to(torch.float64) * self.levels).round().long() - 1).clamp(0, self.levels - 1)
+        return ((t.to(torch.float64) * self.num_timesteps).round().long() - 1).clamp(0, self.num_timesteps - 1)
 
 
 class LogProcess(Process):

@@ -23,7 +23,7 @@ class Betas(LogProcess):
     log_alpha_bar: Tensor
 
     def __init__(self, betas: Tensor) -> None:
-        super().__init__(levels=len(betas))
+        super().__init__(num_timesteps=len(betas))
         betas = betas.to(torch.float64)
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise UserError("every beta must lie strictly between 0 and 1")
@@ -38,11 +38,11 @@ class Betas(LogProcess):
 
     def _cell(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The left grid point of each time's cell and the position inside it in [0, 1]."""
-        assert self.levels is not None
-        position = t.to(torch.float64) * self.levels
+        assert self.num_timesteps is not None
+        position = t.to(torch.float64) * self.num_timesteps
         # i/T * T may fall a rounding short of i: snap, so that grid points are exact.
         position = torch.where((position - position.round()).abs() < 1e-9, position.round(), position)
-        left = (position.ceil().long() - 1).clamp(0, self.levels - 1)
+        left = (position.ceil().long() - 1).clamp(0, self.num_timesteps - 1)
         return left, position - left
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ class Betas(LogProcess):
         return torch.where(fraction == 1.0, end, start + fraction * (end - start))
 
     def _slope(self, t: Tensor) -> Tensor:
-        assert self.levels is not None
+        assert self.num_timesteps is not None
         left, _ = self._cell(t)
         table = self.log_alpha_bar.to(t.device)
-        return self.levels * (table[left + 1] - table[left])
+        return self.num_timesteps * (table[left + 1] - table[left])
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """``log(abar) / 2``."""
@@ -79,21 +79,21 @@ class Betas(LogProcess):
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
         """From ``log abar = -log(1 + e^{-log_snr})``, by inverting the piecewise linear table."""
-        assert self.levels is not None
+        assert self.num_timesteps is not None
         target = -nn.functional.softplus(-log_snr.to(torch.float64), threshold=700.0)
         table = self.log_alpha_bar.to(target.device)
-        left = (torch.searchsorted(-table, -target) - 1).clamp(0, self.levels - 1)
+        left = (torch.searchsorted(-table, -target) - 1).clamp(0, self.num_timesteps - 1)
         start, end = table[left], table[left + 1]
-        return (left + (target - start) / (end - start)) / self.levels
+        return (left + (target - start) / (end - start)) / self.num_timesteps
 
 
-def linear_betas(levels: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Tensor:
+def linear_betas(num_timesteps: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Tensor:
     """DDPM's betas, linear from ``beta_1`` to ``beta_T`` (Ho et al. 2020, section 4): float64 ``[levels]``."""
-    return torch.linspace(beta_1, beta_T, levels, dtype=torch.float64)
+    return torch.linspace(beta_1, beta_T, num_timesteps, dtype=torch.float64)
 
 
-def cosine_betas(levels: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Tensor:
+def cosine_betas(num_timesteps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Tensor:
     """The betas of ``abar(t) ~ cos^2(pi/2 (t + s)/(1 + s))``, clipped (Nichol and Dhariwal 2021, eq. 17)."""
-    t = torch.arange(levels + 1, dtype=torch.float64) / levels
+    t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     alpha_bar = torch.cos(0.5 * math.pi * (t + offset) / (1.0 + offset)) ** 2
     return (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max)

@@ -21,7 +21,7 @@ class VE(Process):
     Args:
         sigma_min: the smallest level, in units of the normalized data.
         sigma_max: the largest level.
-        levels: L of NCSN, or None for continuous time.
+        num_timesteps: L of NCSN, or None for continuous time.
         t_min: the smallest time of training and of likelihoods in continuous time.
         t_min_sampling: the smallest time that SDE and ODE samplers visit in continuous time.
 
@@ -33,22 +33,22 @@ class VE(Process):
         self,
         sigma_min: float,
         sigma_max: float,
-        levels: int | None = None,
+        num_timesteps: int | None = None,
         t_min: float = 1e-5,
         t_min_sampling: float = 1e-5,
     ) -> None:
-        super().__init__(levels, t_min, t_min_sampling)
-        single = levels == 1 and sigma_min == sigma_max
+        super().__init__(num_timesteps, t_min, t_min_sampling)
+        single = num_timesteps == 1 and sigma_min == sigma_max
         if not (0.0 < sigma_min < sigma_max or (single and sigma_min > 0.0)):
             raise UserError(
                 f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g}: the levels need 0 < sigma_min < sigma_max"
             )
-        if levels == 1 and not single:
+        if num_timesteps == 1 and not single:
             raise UserError("one level has one sigma: give sigma_min and sigma_max the same value, or more levels")
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         # d log sigma / dt: on a grid the L - 1 ratios span the time from 1/L to 1.
-        stretch = 1.0 if levels is None else levels / max(levels - 1, 1)
+        stretch = 1.0 if num_timesteps is None else num_timesteps / max(num_timesteps - 1, 1)
         self.log_slope = stretch * math.log(sigma_max / sigma_min)
 
     @property

@@ -165,8 +165,8 @@ class AnnealedLangevin(_LangevinSampler):
         denoise: end with one step of Tweedie's formula ``x + sigma_L^2 s`` (NCSNv2), which removes the last noise.
         initial: where chains start, ``uniform`` on ``uniform_range`` (both papers) or ``gaussian``, the prior.
         uniform_range: of a uniform start, in data units.
-        levels: how many levels to visit, evenly spaced in time and of the process's own grid where it has one; null:
-            that whole grid, which continuous time does not have.
+        num_levels: how many noise levels to visit, evenly spaced in time and of the process's own grid where it has
+            one; null: that whole grid, which continuous time does not have.
         clip_x0: keep the mean of ``denoise`` in a range: ``data``, that of the data (points have none), or ``[low,
             high]``; null: leave it.
     """
@@ -178,26 +178,26 @@ class AnnealedLangevin(_LangevinSampler):
         denoise: bool = False,
         initial: Initial = "uniform",
         uniform_range: tuple[float, float] = (0.0, 1.0),
-        levels: int | None = None,
+        num_levels: int | None = None,
         clip_x0: ClipX0 = "data",
     ) -> None:
         super().__init__(initial, uniform_range)
         require_clip(clip_x0)
         if steps_per_level < 1:
             raise UserError(f"steps_per_level is {steps_per_level}; annealed Langevin dynamics needs at least one")
-        if levels is not None and levels < 2:
-            raise UserError(f"levels is {levels}; annealed Langevin dynamics visits at least two, or null")
+        if num_levels is not None and num_levels < 2:
+            raise UserError(f"num_levels is {num_levels}; annealed Langevin dynamics visits at least two, or null")
         self.steps_per_level = steps_per_level
         self.eta = eta
         self.denoise = denoise
-        self.levels = levels
+        self.num_levels = num_levels
         self.clip_x0 = clip_x0
 
     def _times(self, process: Process) -> Tensor:
         """The levels' times, from noise to data."""
-        if self.levels is None:
+        if self.num_levels is None:
             return process.grid().flip(0)
-        return torch.tensor(timesteps_to_t_min(process, self.levels - 1), dtype=torch.float64)
+        return torch.tensor(timesteps_to_t_min(process, self.num_levels - 1), dtype=torch.float64)
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
         """Refuse a step at which the chain diverges: it is the same fraction of sigma^2 at every level."""

@@ -255,12 +255,12 @@ def refuse_grid_only(denoiser: Denoiser, what: str) -> None:
     Raises:
         UserError: with what to choose instead.
     """
-    if denoiser.process.levels == 1:
+    if denoiser.process.num_timesteps == 1:
         raise UserError(f"{what} needs a way from noise to data, and this model has one noise level; choose langevin")
     if denoiser.on_grid_only:
         raise UserError(
-            f"{what} asks the network at times between its {denoiser.process.levels} levels, of which it knows none "
-            f"(conditional_instance normalization); choose a sampler that walks on the levels, e.g. ancestral or euler"
+            f"{what} asks the network at times between its {denoiser.process.num_timesteps} levels, of which it knows "
+            f"none (conditional_instance normalization); choose a sampler that stays on them, e.g. ancestral or euler"
         )
 
 

@@ -93,7 +93,7 @@ class EndsAtTMin(Predictor):
         def too_large(count: int) -> bool:
             return not self.largest_step(process, timesteps_to_t_min(process, count, self.spacing))[0] <= 1.0
 
-        most = 10**6 if process.levels is None else process.levels - 1
+        most = 10**6 if process.num_timesteps is None else process.num_timesteps - 1
         too_few, enough = steps, min(2 * steps, most)
         while too_large(enough):
             if enough == most:

@@ -145,15 +145,15 @@ def timesteps_to_zero(process: Process, steps: int | None, spacing: Spacing = "u
     if not isinstance(spacing, str):
         return _given(process, spacing)
     _require_levels(process)
-    count, t_max = steps or process.levels or 1000, process.t_max
+    count, t_max = steps or process.num_timesteps or 1000, process.t_max
     _require_points(process, count)
     if spacing not in ("uniform", "quadratic"):
         return _of_the_process(process, spacing_function(spacing)(process, count))
     fraction = torch.arange(count, 0, -1, dtype=torch.float64) / count
     if spacing == "quadratic":
         fraction = fraction**2
-    if process.levels is not None:
-        return _grid_points(process.levels, fraction * process.levels)
+    if process.num_timesteps is not None:
+        return _grid_points(process.num_timesteps, fraction * process.num_timesteps)
     times = fraction * t_max
     last, end = float(times[-1]), process.t_min_sampling
     return (t_max - (t_max - times) * ((t_max - end) / (t_max - last)) if last < end else times).tolist()
@@ -173,23 +173,27 @@ def timesteps_to_t_min(process: Process, steps: int | None, spacing: Spacing = "
     if not isinstance(spacing, str):
         return _given(process, spacing)
     _require_levels(process)
-    count = (steps or (process.levels or 1001) - 1) + 1
+    count = (steps or (process.num_timesteps or 1001) - 1) + 1
     _require_points(process, count)
-    if spacing == "uniform" and process.levels is not None:
-        return _grid_points(process.levels, torch.linspace(process.levels, 1, count, dtype=torch.float64))
+    if spacing == "uniform" and process.num_timesteps is not None:
+        return _grid_points(process.num_timesteps, torch.linspace(process.num_timesteps, 1, count, dtype=torch.float64))
     return _of_the_process(process, spacing_function(spacing)(process, count))
 
 
 def _of_the_process(process: Process, times: Tensor) -> list[float]:
     """Falling times, on a grid its points."""
-    return times.tolist() if process.levels is None else _grid_points(process.levels, times * process.levels)
+    return (
+        times.tolist()
+        if process.num_timesteps is None
+        else _grid_points(process.num_timesteps, times * process.num_timesteps)
+    )
 
 
-def _grid_points(levels: int, position: Tensor) -> list[float]:
+def _grid_points(num_timesteps: int, position: Tensor) -> list[float]:
     """The times of the grid points ``1 .. levels`` nearest to falling positions, of which no two coincide."""
     step = torch.arange(1, len(position) + 1, dtype=torch.float64)
-    index = position.flip(0).round().minimum(levels - len(position) + step)
-    return (((index - step).clamp(min=0.0).cummax(0).values + step) / levels).flip(0).tolist()
+    index = position.flip(0).round().minimum(num_timesteps - len(position) + step)
+    return (((index - step).clamp(min=0.0).cummax(0).values + step) / num_timesteps).flip(0).tolist()
 
 
 def _given(process: Process, times: list[float]) -> list[float]:
@@ -200,25 +204,27 @@ def _given(process: Process, times: list[float]) -> list[float]:
     for t in times[1:]:
         process.require_time("spacing", t)
     wanted = torch.tensor([process.t_max, *times[1:]], dtype=torch.float64)
-    if process.levels is None:
+    if process.num_timesteps is None:
         return wanted.tolist()
     _require_points(process, len(times))
-    found = (wanted * process.levels).round() / process.levels
-    if float((found - wanted).abs().max()) * process.levels > 1e-3:
+    found = (wanted * process.num_timesteps).round() / process.num_timesteps
+    if float((found - wanted).abs().max()) * process.num_timesteps > 1e-3:
         wrong = float(wanted[(found - wanted).abs().argmax()])
-        raise UserError(f"spacing has the time {wrong:g}, which is not one of this model's, i / {process.levels}")
+        raise UserError(
+            f"spacing has the time {wrong:g}, which is not one of this model's, i / {process.num_timesteps}"
+        )
     return found.tolist()
 
 
 def _require_levels(process: Process) -> None:
-    if process.levels == 1:
+    if process.num_timesteps == 1:
         raise UserError(
             "this model has one noise level: there is no way from noise to data through it; choose langevin"
         )
 
 
 def _require_points(process: Process, points: int) -> None:
-    if process.levels is not None and points > process.levels:
+    if process.num_timesteps is not None and points > process.num_timesteps:
         raise UserError(
-            f"steps: this sampler visits {points} noise levels and the model has {process.levels}; ask for fewer steps"
+            f"steps: this sampler visits {points} noise levels and the model has {process.num_timesteps}; ask for fewer"
         )

@@ -237,11 +237,14 @@ class DataModule(pl.LightningDataModule):
             raise UserError(f"data.value_range is {list(value_range)}; the first must be below the second")
         if held_out is not None and tuple(held_out.shape) != tuple(source.shape):
             raise UserError(f"data.held_out has shape {held_out.shape}, data.source {source.shape}; they must agree")
-        if held_out is not None and held_out.levels != source.levels:
-            raise UserError(f"data.held_out has {held_out.levels} levels, data.source {source.levels}; they must agree")
-        if (len(source.shape) == 3) != (source.levels is not None):
+        if held_out is not None and held_out.num_grey_levels != source.num_grey_levels:
             raise UserError(
-                f"data source {source.name} has shape {list(source.shape)} and levels {source.levels}; images "
+                f"data.held_out has {held_out.num_grey_levels} grey levels, data.source {source.num_grey_levels}; they "
+                f"must agree"
+            )
+        if (len(source.shape) == 3) != (source.num_grey_levels is not None):
+            raise UserError(
+                f"data source {source.name} has shape {list(source.shape)} and levels {source.num_grey_levels}; images "
                 f"(C, H, W) have a number of grey levels, points (D,) have levels null"
             )
         if not 0.0 <= held_out_fraction < 1.0:
@@ -265,10 +268,10 @@ class DataModule(pl.LightningDataModule):
         data_spec = DataSpec(
             source=source.name,
             shape=tuple(source.shape),
-            levels=source.levels,
-            value_range=None if source.levels is None else (float(value_range[0]), float(value_range[1])),
+            num_grey_levels=source.num_grey_levels,
+            value_range=None if source.num_grey_levels is None else (float(value_range[0]), float(value_range[1])),
             num_classes=source.num_classes,
-            dequantized=dequantize and source.levels is not None,
+            dequantized=dequantize and source.num_grey_levels is not None,
             class_names=tuple(source.class_names) if source.num_classes and source.class_names else None,
         )
         if held_out is not None:
@@ -421,33 +424,33 @@ class DataModule(pl.LightningDataModule):
             value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
             dequantise_index: with it u is uniform, keyed by it.
         """
-        if self.data_spec.levels is None or self.data_spec.value_range is None:
+        if self.data_spec.num_grey_levels is None or self.data_spec.value_range is None:
             return value.to(torch.float32)
         low, high = self.data_spec.value_range
         if not self.data_spec.dequantized:
-            unit = value.to(torch.float32) / (self.data_spec.levels - 1)
+            unit = value.to(torch.float32) / (self.data_spec.num_grey_levels - 1)
         else:
             u: Tensor | float = 0.5
             if dequantise_index is not None:
                 u = keyed_uniform(self.seed, "dequantize", dequantise_index, tuple(value.shape[1:]))
-            unit = (value.to(torch.float32) + u) / self.data_spec.levels
+            unit = (value.to(torch.float32) + u) / self.data_spec.num_grey_levels
         return low + (high - low) * unit
 
     def _check(self, value: Tensor) -> None:
         """Once, on the first batch: the source must yield raw grey levels."""
         if self._checked:
             return
-        name, levels = self.source.name, self.data_spec.levels
-        assert levels is not None
+        name, num_grey_levels = self.source.name, self.data_spec.num_grey_levels
+        assert num_grey_levels is not None
         if value.dtype != torch.uint8:
             raise UserError(
-                f"data source {name} yields {value.dtype}, not uint8 grey levels 0..{levels - 1}: it was normalized "
-                f"already; the DataModule does that once, to value_range {list(self.data_spec.value_range or ())}"
+                f"data source {name} yields {value.dtype}, not uint8 grey levels 0..{num_grey_levels - 1}: it was "
+                f"normalized already; the DataModule does that once, to value_range {list(self.data_spec.value_range or ())}"
             )
-        if int(value.max()) > levels - 1:
+        if int(value.max()) > num_grey_levels - 1:
             raise UserError(
-                f"data source {name} yields grey level {int(value.max())} but declares levels 0..{levels - 1}; "
-                f"correct the source's levels"
+                f"data source {name} yields grey level {int(value.max())} but declares levels "
+                f"0..{num_grey_levels - 1}; correct the source's num_grey_levels"
             )
         self._checked = True
 

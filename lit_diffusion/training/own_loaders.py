@@ -33,7 +33,7 @@ def assumed_data_spec(backbone: Backbone) -> DataSpec:
     return DataSpec(
         source="DataLoader",
         shape=shape,
-        levels=256 if image else None,
+        num_grey_levels=256 if image else None,
         value_range=(0.0, 1.0) if image else None,
         num_classes=backbone.num_classes,
     )
@@ -103,18 +103,18 @@ def batch_of(given: Any, data_spec: DataSpec, classes: int | None, check: bool) 
 
 
 def _values(x: Tensor, data_spec: DataSpec, check: bool) -> Tensor:
-    if data_spec.value_range is None or data_spec.levels is None:
+    if data_spec.value_range is None or data_spec.num_grey_levels is None:
         return x.float()
     low, high = data_spec.value_range
     if x.dtype == torch.uint8:
-        if check and int(x.max()) >= data_spec.levels:
+        if check and int(x.max()) >= data_spec.num_grey_levels:
             raise UserError(
-                f"the DataLoader gives grey level {int(x.max())}, and method.data_spec says {data_spec.levels} levels: correct "
-                f"one of them"
+                f"the DataLoader gives grey level {int(x.max())}, and method.data_spec says "
+                f"{data_spec.num_grey_levels} levels: correct one of them"
             )
         if data_spec.dequantized:
             raise UserError("grey levels are dequantized by lit_diffusion's DataModule alone: give floats, or take it")
-        return low + (high - low) * (x.float() / (data_spec.levels - 1))
+        return low + (high - low) * (x.float() / (data_spec.num_grey_levels - 1))
     if not x.is_floating_point():
         raise UserError(f"the DataLoader gives {x.dtype}; give floats in [{low:g}, {high:g}], or uint8 grey levels")
     if check:

@@ -30,7 +30,7 @@ def filtered(image: np.ndarray, before: int, after: int) -> np.ndarray:
 
 def test_conditional_instance_norm_is_its_formula():
     torch.manual_seed(0)
-    norm = ConditionalInstanceNorm(6, levels=4)
+    norm = ConditionalInstanceNorm(6, num_levels=4)
     torch.nn.init.normal_(norm.table.weight)
     x = 3.0 * torch.randn(2, 6, 5, 5) + torch.randn(2, 6, 1, 1)
     level = [2, 0]
@@ -47,7 +47,7 @@ def test_conditional_instance_norm_is_its_formula():
 
 def test_conditional_instance_norm_starts_near_gamma_1_alpha_1_beta_0():
     torch.manual_seed(0)
-    gamma, alpha, beta = ConditionalInstanceNorm(100, levels=50).table.weight.detach().chunk(3, dim=1)
+    gamma, alpha, beta = ConditionalInstanceNorm(100, num_levels=50).table.weight.detach().chunk(3, dim=1)
     for table in (gamma, alpha):
         assert table.mean().item() == pytest.approx(1.0, abs=0.002)
         assert table.std().item() == pytest.approx(0.02, rel=0.05)

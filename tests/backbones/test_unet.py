@@ -20,7 +20,7 @@ NETWORKS = {
     "ncsn++": {**PLUS, "resampling": "fir", "progressive_input": "residual", "time_embedding": "fourier"},
     "ncsn++ without fir": {**PLUS, "progressive_input": "residual", "time_embedding": "fourier"},
     "fir between blocks": {"resampling": "fir"},
-    "ncsn": {"normalization": "conditional_instance", "levels": 5, "time_embedding": "none"},
+    "ncsn": {"normalization": "conditional_instance", "num_levels": 5, "time_embedding": "none"},
     "ncsnv2": {"time_embedding": "none"},
     "adm": {"scale_shift": True, "heads": 4, "num_classes": 3, "attention": [8, 4], "resample_in_block": True}
     | {"resampling": "nearest"},

@@ -99,7 +99,7 @@ def test_it_holds_tensors_and_plain_types_and_what_a_rebuild_needs(tmp_path):
         "data_spec": {
             "source": "digits",
             "shape": [1, 8, 8],
-            "levels": 17,
+            "num_grey_levels": 17,
             "value_range": [0.0, 1.0],
             "num_classes": 10,
             "dequantized": False,

@@ -166,7 +166,7 @@ def two_digits(counts):
     """So many zeros and ones."""
     labels = np.array([digits().label(i) for i in range(len(digits()))])
     rows = [np.stack([digits().value(i) for i in np.flatnonzero(labels == k)[:n]]) for k, n in enumerate(counts)]
-    return InMemory(np.concatenate(rows), np.repeat([0, 1], counts), levels=17, num_classes=2), rows
+    return InMemory(np.concatenate(rows), np.repeat([0, 1], counts), num_grey_levels=17, num_classes=2), rows
 
 
 @pytest.mark.parametrize("reference", ["train", "held_out"])
@@ -935,7 +935,7 @@ def test_what_cannot_be_tested_is_said_before_the_likelihoods(tmp_path):
 
 def test_grey_levels_other_than_256_and_another_range(tmp_path):
     """What is compared are bytes, however the data are scaled for the model."""
-    images = InMemory(np.stack([digits().value(i) for i in range(200)]), levels=17, name="some")
+    images = InMemory(np.stack([digits().value(i) for i in range(200)]), num_grey_levels=17, name="some")
     data = DataModule(images, 32, value_range=(-1.0, 1.0), held_out_fraction=0.0)
 
     class Replay(Fixed):

@@ -36,7 +36,7 @@ def vp(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ddpm(tmp_path_factory):
-    keys = {"levels": 20, "beta_T": 0.4, "variance": "learned", "loss": "hybrid", "backbone": NETWORK}
+    keys = {"num_timesteps": 20, "beta_T": 0.4, "variance": "learned", "loss": "hybrid", "backbone": NETWORK}
     return trained(tmp_path_factory.mktemp("ddpm"), {"class_path": "DDPM", "init_args": keys})
 
 

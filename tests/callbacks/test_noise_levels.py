@@ -63,7 +63,7 @@ def test_where_the_score_is_known_its_error_is_shown(tmp_path):
 
 def test_continuous_time_is_divided_evenly():
     method = ScoreSDE(MLP((2,), width=16, depth=1), VP(), c_noise="time_999")
-    times = NoiseLevels(levels=5).times(method)
+    times = NoiseLevels(num_levels=5).times(method)
     assert times.tolist() == pytest.approx([1e-5, 0.25, 0.5, 0.75, 1.0], abs=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_a_single_level_is_one_point(tmp_path):
 
 
 def test_none_are_drawn_and_wrong_numbers_refused(tmp_path):
-    assert not events(drawn(tmp_path, ncsn(), digits_data(), levels=0), "noise_levels")
+    assert not events(drawn(tmp_path, ncsn(), digits_data(), num_levels=0), "noise_levels")
     with pytest.raises(UserError, match="images 0 must be positive"):
         NoiseLevels(images=0)
     with pytest.raises(UserError, match="every_n_steps"):

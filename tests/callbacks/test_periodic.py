@@ -46,7 +46,7 @@ def callbacks(samples=Samples, **keys):
     return [
         EMA([64], ramp=1.0),
         samples(every_n_steps=2, count=4, film_columns=2, **keys),
-        NoiseLevels(every_n_steps=3, levels=2, images=8),
+        NoiseLevels(every_n_steps=3, num_levels=2, images=8),
         Evaluator(every_n_steps=2, samples=8, metrics=["memorisation"], keep=0),
         Telemetry(every_n_steps=2),
         Checkpoint(every_n_steps=4),

@@ -60,7 +60,7 @@ def test_the_law_of_the_data_is_the_sources():
 
 
 def test_the_exact_score_has_no_error(tmp_path):
-    made, method = exact_model(tmp_path, VE(0.5, 0.5, levels=1))
+    made, method = exact_model(tmp_path, VE(0.5, 0.5, num_timesteps=1))
     ScoreField().draw(made, method, "raw")
     (event,) = events(tmp_path / "run", "score_error")
     assert event["score_error"] == event["score_error_everywhere"] == 0.0
@@ -78,7 +78,7 @@ class Off(ExactDenoiser):
 
 
 def test_the_error_is_relative_to_the_true_scores_square(tmp_path):
-    made, method = exact_model(tmp_path, VE(0.1, 3.0, levels=4))
+    made, method = exact_model(tmp_path, VE(0.1, 3.0, num_timesteps=4))
     method.denoiser = Off(method.denoiser.distribution, method.denoiser.process)
     ScoreField(sigma=3.0).draw(made, method, "raw")
     (event,) = events(tmp_path / "run", "score_error")
@@ -93,7 +93,7 @@ def test_the_error_is_relative_to_the_true_scores_square(tmp_path):
 
 def test_the_expectation_is_over_the_smoothed_data(tmp_path):
     """A score off by a constant c has the error |c|^2 / E|s|^2, and E|s|^2 = 2/(1 + sigma^2) for modes far apart."""
-    made, method = exact_model(tmp_path, VE(1.0, 1.0, levels=1))
+    made, method = exact_model(tmp_path, VE(1.0, 1.0, num_timesteps=1))
 
     class Shifted(ExactDenoiser):
         def forward(self, x_t, t, cond=None, began=None):
@@ -108,7 +108,7 @@ def test_the_expectation_is_over_the_smoothed_data(tmp_path):
 
 def test_the_error_is_taken_where_the_smoothed_data_are(tmp_path):
     """A score that is right near the modes and wrong elsewhere is right under the density, wrong over the square."""
-    made, method = exact_model(tmp_path, VE(0.5, 0.5, levels=1))
+    made, method = exact_model(tmp_path, VE(0.5, 0.5, num_timesteps=1))
 
     class Local(ExactDenoiser):
         def forward(self, x_t, t, cond=None, began=None):
@@ -126,7 +126,7 @@ def test_the_error_is_taken_where_the_smoothed_data_are(tmp_path):
 
 def test_annealed_walks_find_the_weights_and_plain_ones_do_not(tmp_path):
     sampler = AnnealedLangevin(30, eta=0.02, uniform_range=(-8.0, 8.0))
-    made, method = exact_model(tmp_path, VE(0.3, 20.0, levels=12), sampler)
+    made, method = exact_model(tmp_path, VE(0.3, 20.0, num_timesteps=12), sampler)
     ModeWeights(count=1500).draw(made, method, "ema")
     (event,) = events(tmp_path / "run", "mode_weights")
     noise = 4 * (0.2 * 0.8 / 1500) ** 0.5
@@ -185,7 +185,7 @@ def test_mode_weights_at_the_end_of_a_run(tmp_path):
 
 
 def test_the_plain_walk_takes_its_own_step(tmp_path):
-    _, method = exact_model(tmp_path, VE(0.3, 20.0, levels=4), AnnealedLangevin(2, eta=0.02))
+    _, method = exact_model(tmp_path, VE(0.3, 20.0, num_timesteps=4), AnnealedLangevin(2, eta=0.02))
     assert ModeWeights()._walks(method)[0].eta == 0.02
     plain, annealed = ModeWeights(eta=0.05, half_side=3.0)._walks(method)
     assert (plain.eta, plain.steps, plain.uniform_range) == (0.05, 8, (-3.0, 3.0))

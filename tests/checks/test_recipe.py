@@ -48,7 +48,7 @@ def said(check, *arguments) -> dict[str, str]:
 
 
 def images(values, levels=256):
-    return DataModule(InMemory(np.asarray(values, np.uint8), levels=levels), 8)
+    return DataModule(InMemory(np.asarray(values, np.uint8), num_grey_levels=levels), 8)
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_data_range(make):
     assert "all the same" in said(recipe.data_range, make(data=black))["problem"]
     few = images(np.random.default_rng(0).integers(0, 2, (20, 1, 8, 8)))
     assert "declares 256 grey levels" in said(recipe.data_range, make(data=few))["warning"]
-    broken = DataModule(InMemory(np.full((20, 2), np.nan, np.float32), levels=None), 8)
+    broken = DataModule(InMemory(np.full((20, 2), np.nan, np.float32), num_grey_levels=None), 8)
     assert "not finite" in said(recipe.data_range, make(data=broken))["problem"]
     outside = make()
     outside.first = outside.first * 1.5
@@ -127,9 +127,9 @@ def test_largest_noise_of_more_dimensions_than_data(make):
 
 def test_prior_mismatch(make):
     centred = digits_data(value_range=(-1.0, 1.0))
-    assert set(said(recipe.prior_mismatch, make(ddpm(levels=1000, beta_1=1e-4, beta_T=0.02), centred))) == {"ok"}
+    assert set(said(recipe.prior_mismatch, make(ddpm(num_timesteps=1000, beta_1=1e-4, beta_T=0.02), centred))) == {"ok"}
     assert set(said(recipe.prior_mismatch, make(score_sde(VP()), centred))) == {"ok"}
-    short = said(recipe.prior_mismatch, make(ddpm(levels=100, beta_1=1e-4, beta_T=0.02), centred))
+    short = said(recipe.prior_mismatch, make(ddpm(num_timesteps=100, beta_1=1e-4, beta_T=0.02), centred))
     assert "times 1000 / T" in short["warning"]
     assert said(recipe.prior_mismatch, make(ncsn())) == {}
     found = said(recipe.prior_mismatch, make(score_sde(VP()), digits_data(value_range=(0.0, 1.0))))
@@ -137,7 +137,7 @@ def test_prior_mismatch(make):
 
 
 def test_the_gap_to_the_prior_is_the_bounds_prior_term(make):
-    made = make(ddpm(levels=100, beta_1=1e-4, beta_T=0.02), digits_data(value_range=(-1.0, 1.0)))
+    made = make(ddpm(num_timesteps=100, beta_1=1e-4, beta_T=0.02), digits_data(value_range=(-1.0, 1.0)))
     end = made.method.denoiser.process.severity(torch.ones(1, dtype=torch.float64))
     zero = torch.zeros(1, dtype=torch.float64)
     nats = gaussian_kl(end.alpha * made.first.double(), 2.0 * end.sigma.log(), zero, zero)

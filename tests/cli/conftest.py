@@ -60,7 +60,7 @@ def of_cats_and_dogs(tmp_path_factory):
         sources.append({"class_path": "ImageFolder", "init_args": keys})
     network = {"class_path": "UNet", "init_args": {**TINY["model"]["init_args"]["backbone"]["init_args"]}}
     network["init_args"]["num_classes"] = 2
-    keys = {"levels": 20, "beta_T": 0.4, "backbone": network}
+    keys = {"num_timesteps": 20, "beta_T": 0.4, "backbone": network}
     config = {
         **TINY,
         "model": {

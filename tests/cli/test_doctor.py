@@ -87,7 +87,10 @@ def test_overrides_count_as_for_fit(doctor):
     ("arguments", "words"),
     [
         (["--config", "nowhere.yaml"], "configuration file nowhere.yaml does not exist"),
-        (["--config", "tiny.yaml", "--model.levelz", "3"], "NCSN has no key 'levelz'; did you mean 'levels'?"),
+        (
+            ["--config", "tiny.yaml", "--model.num_levelz", "3"],
+            "NCSN has no key 'num_levelz'; did you mean 'num_levels'?",
+        ),
         (["--config", "tiny.yaml", "--data.source", "Npz", "--data.source.path", "none.npz"], "none.npz"),
         (["--config", "tiny.yaml", "--model.sigma_max", "-1"], "sigma_max -1"),
         (["--config", "tiny.yaml", "--trainer.max_images", "null"], "a run needs an end"),

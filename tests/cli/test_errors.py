@@ -62,11 +62,11 @@ def test_main_returns_the_exit_code(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["model"]["init_args"].update(levelz=3), ["'levelz'", "did you mean 'levels'"]),
+        (lambda c: c["model"]["init_args"].update(num_levelz=3), ["'num_levelz'", "did you mean 'num_levels'"]),
         (lambda c: c["model"]["init_args"]["backbone"]["init_args"].update(chanels=3), ["'chanels'", "'channels'"]),
         (lambda c: c["data"].update(global_batchsize=3), ["data.global_batchsize", "data.global_batch_size"]),
         (lambda c: c.update(samplez=3), ["'samplez'", "'samples'"]),
-        (lambda c: c["model"]["init_args"].update(levels="many"), ["model.levels is 'many'", "whole number"]),
+        (lambda c: c["model"]["init_args"].update(num_levels="many"), ["model.num_levels is 'many'", "whole number"]),
         (
             lambda c: c["model"]["init_args"]["sampler"]["init_args"].update(eta="big"),
             ["model.sampler.eta", "a number"],

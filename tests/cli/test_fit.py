@@ -63,7 +63,10 @@ def test_it_says_the_doctors_warnings_that_take_no_time(run, workdir, capsys):
     sampler = {"class_path": "Ancestral", "init_args": {"variance": "beta_tilde"}}
     config = {**TINY, "samples": {"count": 0}, "trainer": {**TINY["trainer"], "max_images": 32}}
     backbone = TINY["model"]["init_args"]["backbone"]
-    config["model"] = {"class_path": "DDPM", "init_args": {"levels": 100, "backbone": backbone, "sampler": sampler}}
+    config["model"] = {
+        "class_path": "DDPM",
+        "init_args": {"num_timesteps": 100, "backbone": backbone, "sampler": sampler},
+    }
     (workdir / "short.yaml").write_text(yaml.safe_dump(config))
     run("fit", "--config", "short.yaml", "--run_dir", "short")
     lines = capsys.readouterr().out.splitlines()
@@ -130,7 +133,7 @@ def test_precedence_checkpoint_files_command_line(trained, run, workdir, capsys)
     config = yaml.safe_load((workdir / "next" / "config.yaml").read_text())
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.777  # command line over checkpoint
     assert config["data"]["flip"] is True  # file over checkpoint
-    assert config["model"]["init_args"]["levels"] == 3  # checkpoint over the default 10
+    assert config["model"]["init_args"]["num_levels"] == 3  # checkpoint over the default 10
     assert state(workdir / "next")["optimizer_states"][0]["param_groups"][0]["lr"] == 0.777
     said = capsys.readouterr().out
     assert "data.flip: False there, True now" in said
@@ -148,11 +151,11 @@ def test_precedence_holds_for_two_files_and_the_last_wins(run, workdir):
 
 def test_interpolations_follow_the_command_line(run, workdir):
     tiny = yaml.safe_load(yaml.safe_dump(TINY))
-    tiny["model"]["init_args"]["sampler"]["init_args"]["levels"] = "${model.init_args.levels}"
+    tiny["model"]["init_args"]["sampler"]["init_args"]["num_levels"] = "${model.init_args.num_levels}"
     (workdir / "interpolated.yaml").write_text(yaml.safe_dump(tiny))
-    run("fit", "--config", "interpolated.yaml", "--model.levels", 5, "--run_dir", "r", "--samples.count", 0)
+    run("fit", "--config", "interpolated.yaml", "--model.num_levels", 5, "--run_dir", "r", "--samples.count", 0)
     config = yaml.safe_load((workdir / "r" / "config.yaml").read_text())
-    assert config["model"]["init_args"]["sampler"]["init_args"]["levels"] == 5
+    assert config["model"]["init_args"]["sampler"]["init_args"]["num_levels"] == 5
 
 
 def test_user_callbacks_do_not_drop_the_required_ones(run, workdir):

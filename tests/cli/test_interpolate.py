@@ -13,7 +13,7 @@ DDPM = {
     **TINY,
     "model": {
         "class_path": "DDPM",
-        "init_args": {"levels": 20, "beta_T": 0.4, "backbone": TINY["model"]["init_args"]["backbone"]},
+        "init_args": {"num_timesteps": 20, "beta_T": 0.4, "backbone": TINY["model"]["init_args"]["backbone"]},
     },
 }
 

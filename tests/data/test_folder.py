@@ -62,7 +62,7 @@ def test_fifty_images_are_the_same_bytes_by_every_way(tmp_path, channels):
         got = values(source)
         assert got.dtype == np.uint8
         assert source.shape == (channels, 8, 8)
-        assert source.levels == 256
+        assert source.num_grey_levels == 256
         np.testing.assert_array_equal(got, expected)
 
 

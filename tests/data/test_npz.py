@@ -21,7 +21,7 @@ def message(*args, **kwargs) -> str:
 def test_images_and_labels(tmp_path, save):
     save(tmp_path / "batch.npz", IMAGES, labels=np.array([0, 2, 1, 3, 3, 0]))
     source = Npz(tmp_path / "batch.npz", label_key="labels")
-    assert (source.name, source.shape, source.levels, source.num_classes, len(source)) == (
+    assert (source.name, source.shape, source.num_grey_levels, source.num_classes, len(source)) == (
         "batch",
         (3, 5, 4),
         256,

@@ -23,7 +23,7 @@ def few(monkeypatch):
 
 def test_drawings_on_white(few, tmp_path):
     source = OpenMoji(size=32, root=tmp_path)
-    assert (len(source), source.shape, source.levels, source.num_classes) == (len(few), (3, 32, 32), 256, None)
+    assert (len(source), source.shape, source.num_grey_levels, source.num_classes) == (len(few), (3, 32, 32), 256, None)
     images = np.stack([source.value(i) for i in range(len(source))])
     assert images.dtype == np.uint8
     face = images[0]

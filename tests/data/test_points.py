@@ -16,7 +16,7 @@ def points(source):
 @pytest.mark.parametrize("toy", TOYS)
 def test_a_point_depends_on_seed_and_index_alone(toy):
     short, long, other = toy(size=200), toy(size=1000), toy(size=200, seed=1)
-    assert (short.shape, short.levels, len(long)) == ((2,), None, 1000)
+    assert (short.shape, short.num_grey_levels, len(long)) == ((2,), None, 1000)
     assert short.value(3).dtype == np.float32
     np.testing.assert_array_equal(points(short), points(long)[:200])
     assert [short.label(i) for i in range(200)] == [long.label(i) for i in range(200)]

@@ -50,7 +50,7 @@ def test_cifar10(tmp_path):
     files = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     written = write_cifar(tmp_path / "cifar-10-batches-py", files, "labels", "batches.meta", "label_names", 10)
     train, test = CIFAR10(root=tmp_path), CIFAR10(split="test", root=tmp_path)
-    assert (len(train), train.shape, train.levels, train.num_classes) == (20, (3, 32, 32), 256, 10)
+    assert (len(train), train.shape, train.num_grey_levels, train.num_classes) == (20, (3, 32, 32), 256, 10)
     assert (train.name, test.name) == ("cifar10-train", "cifar10-test")
     assert train.class_names == [str(i) for i in range(10)]  # as its file of names says
     np.testing.assert_array_equal(train.value(5), written["data_batch_2"][0][1])

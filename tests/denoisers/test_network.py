@@ -13,7 +13,7 @@ from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, cosine_betas, li
 
 PROCESSES = {
     "VE": VE(0.01, 50.0),
-    "VE10": VE(0.01, 1.0, levels=10),
+    "VE10": VE(0.01, 1.0, num_timesteps=10),
     "VP": VP(),
     "SubVP": SubVP(),
     "linear": Betas(linear_betas()),
@@ -65,7 +65,7 @@ CASES += [(name, Flow()) for name in ("x0", "v", "velocity", "edm")]  # At t = 1
 
 def situation(name, process):
     """Known data and noise at every level, the output F that means them, and the truth of each view, float64."""
-    if process.levels is None:
+    if process.num_timesteps is None:
         t = torch.cat(
             (tensor(process.t_min), torch.logspace(-4.9, -1, 30).double(), torch.linspace(0.11, 1, 60).double())
         )
@@ -196,7 +196,7 @@ def test_edm_and_unit_variance_give_the_network_unit_variance(process):
         assert prediction.x_t is x_t
     assert worst(prediction.eps, truth["eps"]) < 1e-5
     for name in PARAMETRIZATIONS:
-        if name != "edm" and not (name == "mean" and process.levels is None):
+        if name != "edm" and not (name == "mean" and process.num_timesteps is None):
             denoiser = denoiser_for(raw, process, name)
             denoiser(x_t, t)
             assert torch.equal(denoiser.backbone.x, x_t), name

@@ -34,7 +34,7 @@ def test_parallel_vectors_are_joined_by_a_straight_line():
 
 def test_the_ends_are_the_samples_themselves():
     torch.manual_seed(0)
-    method = DDIM(Convolutions(), levels=20, sampler=DDIMSampler(5))
+    method = DDIM(Convolutions(), num_timesteps=20, sampler=DDIMSampler(5))
     method.data_spec = digits_data().data_spec
     noise = SampleNoise(0, torch.arange(6), (1, 8, 8))
     both = noise.normal()
@@ -47,7 +47,7 @@ def test_the_ends_are_the_samples_themselves():
 
 def test_between_classes_each_point_has_that_of_the_nearer_end():
     torch.manual_seed(0)
-    method = DDIM(Convolutions(num_classes=10), levels=20, sampler=DDIMSampler(5))
+    method = DDIM(Convolutions(num_classes=10), num_timesteps=20, sampler=DDIMSampler(5))
     method.data_spec = digits_data().data_spec
     noise = SampleNoise(0, torch.arange(4), (1, 8, 8)).normal()
     told = []

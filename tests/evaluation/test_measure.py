@@ -19,7 +19,7 @@ REAL = GAUSSIAN.sample(NOISE.normal(), NOISE.uniform(())).float().numpy()
 
 
 def real(rows=REAL):
-    return RealData.of(InMemory(rows, levels=None), torch.arange(len(rows)), "all")
+    return RealData.of(InMemory(rows, num_grey_levels=None), torch.arange(len(rows)), "all")
 
 
 def evaluation(metrics=("fid", "precision"), **keys):

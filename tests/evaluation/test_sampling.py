@@ -121,7 +121,7 @@ def test_a_sampler_that_does_not_fit_is_refused_before_any_work(method):
 
 def amplifier():
     """An untrained network under a schedule with alpha(1) of 5e-5: its first x0 is thousands wide."""
-    made = ddpm(levels=50, schedule="cosine")
+    made = ddpm(num_timesteps=50, schedule="cosine")
     made.data_spec = digits_data(value_range=(-1.0, 1.0)).data_spec
     return made
 
@@ -157,7 +157,7 @@ def test_what_an_end_cuts_to_the_range_was_astray_before(capsys):
         def step(self, run, x, move):
             return torch.where(run.noise.indices.view(-1, 1, 1, 1) % 2 == 0, x, 1e4 * x)
 
-    method, sampler = amplifier(), Lost(levels=5, denoise=True)
+    method, sampler = amplifier(), Lost(num_levels=5, denoise=True)
     batches = list(generate_in_batches(method, torch.arange(6), 0, 4, sampler, show_progress=False, say=print))
     assert float(torch.cat([batch.x for batch in batches]).abs().max()) <= 1.0
     strays = sum((batch.strays for batch in batches), Strays())

@@ -39,7 +39,7 @@ class ExactModel:
         return self.scale == 1.0
 
     def require_data_spec(self):
-        return DataSpec("points", (2,), levels=None, value_range=None, num_classes=None)
+        return DataSpec("points", (2,), num_grey_levels=None, value_range=None, num_classes=None)
 
     def check_sampler(self, sampler):
         sampler.check(self.denoiser)

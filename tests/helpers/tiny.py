@@ -49,7 +49,7 @@ CONFIG: dict[str, Any] = {
     "model": {
         "class_path": "NCSN",
         "init_args": {
-            "levels": 3,
+            "num_levels": 3,
             "sigma_min": 0.1,
             "c_noise": "log_sigma",
             "backbone": {
@@ -61,7 +61,7 @@ CONFIG: dict[str, Any] = {
     "data": {"source": {"class_path": "Digits"}, "global_batch_size": 32, "held_out_fraction": 0.02},
     "trainer": {"max_images": 64, "accelerator": "cpu", "devices": 1},
     "samples": {"count": 0},
-    "noise_levels": {"levels": 0},
+    "noise_levels": {"num_levels": 0},
     "wandb": {"mode": "disabled"},
 }
 """For the command line; without pictures, of which that of the levels takes longer than the training."""
@@ -72,7 +72,7 @@ TINY = {
         "init_args": {
             "sigma_max": 2.0,
             "sigma_min": 0.1,
-            "levels": 3,
+            "num_levels": 3,
             "parametrization": "score",
             "c_noise": "log_sigma",
             "backbone": {
@@ -90,11 +90,11 @@ TINY = {
     "trainer": {"max_images": 128, "accelerator": "cpu", "devices": 1},
     "ema": {"half_lives_images": [500, 2000]},
     "samples": {"count": 4, "film_columns": 2},
-    "noise_levels": {"levels": 0},
+    "noise_levels": {"num_levels": 0},
     "wandb": {"mode": "disabled"},
 }
 """A run of seconds through the command line; without the picture of the levels, that takes longer than the rest."""
-LEVELS = {"noise_levels": {"levels": 2, "images": 8}}
+LEVELS = {"noise_levels": {"num_levels": 2, "images": 8}}
 """That picture."""
 
 WALKS: dict[str, Sampler] = {
@@ -108,7 +108,7 @@ WALKS: dict[str, Sampler] = {
     "reverse_diffusion": ReverseDiffusion(steps=2, large_steps="allow"),
     "predictor_corrector": PredictorCorrector(ReverseDiffusion(steps=2, large_steps="allow")),
     "ode": ProbabilityFlow(1e-2, 1e-2),
-    "annealed_langevin": AnnealedLangevin(2, eta=1e-3, levels=3),
+    "annealed_langevin": AnnealedLangevin(2, eta=1e-3, num_levels=3),
 }
 """All samplers of a model with several levels and a network that says no energy, in few steps."""
 
@@ -149,7 +149,7 @@ def ncsn(network: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> N
     keys = {
         "sigma_max": 2.0,
         "sigma_min": 0.1,
-        "levels": 3,
+        "num_levels": 3,
         "parametrization": "score",
         "c_noise": "log_sigma",
         "sampler": AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True),
@@ -164,7 +164,7 @@ def ddpm(network: dict[str, Any] | None = None, seed: int = 0, make: type[DDPM] 
     torch.manual_seed(seed)
     network = {"out_channels": 2 if keys.get("variance") == "learned" else 1, **(network or {})}
     keys = {
-        "levels": 8,
+        "num_timesteps": 8,
         "beta_1": 0.01,
         "beta_T": 0.6,
         "c_noise": "time",

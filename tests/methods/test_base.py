@@ -507,7 +507,7 @@ def test_generate_leaves_the_mode_as_it_was_and_needs_the_facts():
 
 
 def test_the_denoiser_knows_the_range_of_what_is_diffused():
-    method = ddpm(levels=8)
+    method = ddpm(num_timesteps=8)
     assert method.denoiser.data_range is None
     method.data_spec = digits_data(value_range=(-1.0, 1.0)).data_spec
     assert method.denoiser.data_range == (-1.0, 1.0)
@@ -521,7 +521,7 @@ def test_the_denoiser_knows_the_range_of_what_is_diffused():
         def encode(self, x, noise):
             return Encoded(3.0 * x, x.new_zeros(len(x)))
 
-    method = ddpm(make=Latent, levels=8)
+    method = ddpm(make=Latent, num_timesteps=8)
     method.data_spec = digits_data().data_spec
     assert method.denoiser.data_range is None
 
@@ -548,7 +548,7 @@ def labelled(count, num_classes, held_out=None):
     """Digits of as many classes in turn; none for None."""
     labels = None if num_classes is None else np.arange(count) % num_classes
     values = np.stack([digits().value(i) for i in range(count)])
-    return InMemory(values, labels, levels=17, num_classes=num_classes)
+    return InMemory(values, labels, num_grey_levels=17, num_classes=num_classes)
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_samples_have_classes_that_the_data_have():
     with pytest.raises(UserError, match="classes are 0 to 2"):
         method.condition(torch.arange(5), 3)
     values = np.stack([digits().value(i) for i in range(40)])
-    gaps = InMemory(values, np.array([1, 4] * 20), levels=17, num_classes=5)
+    gaps = InMemory(values, np.array([1, 4] * 20), num_grey_levels=17, num_classes=5)
     method.data_spec = DataModule(gaps, 32).data_spec
     assert method.condition(torch.arange(5)).label.tolist() == [1, 4, 1, 4, 1]
     assert method.condition_by_counts(torch.arange(99), 0, method.data_spec.class_counts).label.unique().tolist() == [

@@ -71,8 +71,8 @@ def test_the_papers_defaults():
 def test_the_loss_is_the_papers():
     """Algorithm 1: ``|eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t - 1)|^2``, by the network itself."""
     torch.manual_seed(0)
-    method = DDPM(MLP((3,), width=8, depth=1), levels=20).double()
-    method.data_spec = replace(centred().data_spec, levels=None, value_range=None)
+    method = DDPM(MLP((3,), width=8, depth=1), num_timesteps=20).double()
+    method.data_spec = replace(centred().data_spec, num_timesteps=None, value_range=None)
     x = torch.randn(64, 3, dtype=torch.float64)
     with torch.no_grad():
         loss = method.loss(Batch(x, torch.arange(64)), seed=4)
@@ -85,7 +85,7 @@ def test_the_loss_is_the_papers():
 
 
 def test_the_cosine_schedule_is_nichol_and_dhariwals():
-    method = ddpm(schedule="cosine", levels=50)
+    method = ddpm(schedule="cosine", num_timesteps=50)
     process = method.denoiser.process
     f = np.cos((np.arange(51) / 50 + 0.008) / 1.008 * np.pi / 2) ** 2
     abar = (process.alpha(process.grid()) ** 2).tolist()
@@ -151,7 +151,7 @@ def test_labels_reach_the_network():
 def test_points_have_a_bound_too():
     torch.manual_seed(0)
     method = DDPM(MLP((2,), width=8, depth=1, out_channels=4), 8, loss="hybrid", variance="learned")
-    method.data_spec = replace(centred().data_spec, levels=None, value_range=None, shape=(2,))
+    method.data_spec = replace(centred().data_spec, num_timesteps=None, value_range=None, shape=(2,))
     loss = method.loss(Batch(torch.randn(32, 2), torch.arange(32)), seed=0).per_sample
     assert bool(torch.isfinite(loss).all())
     assert bool(torch.isfinite(method.generate(torch.arange(3), 0).x).all())
@@ -199,7 +199,7 @@ def test_every_noise_input_and_schedule_trains(tmp_path, c_noise):
 
 def few():
     """Four digits again and again."""
-    return DataModule(InMemory(digits()._values[:4], levels=17), 32, (-1.0, 1.0), held_out_fraction=0.0)
+    return DataModule(InMemory(digits()._values[:4], num_grey_levels=17), 32, (-1.0, 1.0), held_out_fraction=0.0)
 
 
 def over_all_levels(method):
@@ -321,7 +321,9 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     """Weights, and what the law of the levels remembers; it is uneven from about the fifth step on."""
 
     def method(seed=0):
-        return ddpm({"dropout": 0.3}, seed, loss="hybrid", variance="learned", time_law="second_moment", levels=4)
+        return ddpm(
+            {"dropout": 0.3}, seed, loss="hybrid", variance="learned", time_law="second_moment", num_timesteps=4
+        )
 
     straight = method()
     fit(straight, centred(micro_batch_size=20), tmp_path, 480)
@@ -340,7 +342,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 20])
 def test_what_it_remembers_does_not_depend_on_micro_batches(tmp_path, micro_batch_size):
-    whole, parts = (ddpm(time_law="second_moment", levels=4) for _ in range(2))
+    whole, parts = (ddpm(time_law="second_moment", num_timesteps=4) for _ in range(2))
     fit(whole, centred(), tmp_path, 192)
     fit(parts, centred(micro_batch_size=micro_batch_size), tmp_path, 192)
     assert torch.equal(law(whole)["counts"], law(parts)["counts"])
@@ -350,7 +352,7 @@ def test_what_it_remembers_does_not_depend_on_micro_batches(tmp_path, micro_batc
 
 def test_it_remembers_the_losses_in_the_order_of_the_batch(tmp_path):
     """Of all processes: as if two had 16 images each, gathered as ``[processes, images]``."""
-    method, told = ddpm(time_law="second_moment", levels=4), []
+    method, told = ddpm(time_law="second_moment", num_timesteps=4), []
     remember = method.objective.time_law.remember
     method.objective.time_law.remember = lambda index, loss: (told.append((index, loss)), remember(index, loss))
     method.all_gather = lambda rows: rows.view(2, 16)
@@ -362,7 +364,7 @@ def test_it_remembers_the_losses_in_the_order_of_the_batch(tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_not_remembered(tmp_path):
-    method = ddpm(time_law="second_moment", levels=4)
+    method = ddpm(time_law="second_moment", num_timesteps=4)
     loss = method.loss
 
     def spoilt(batch, seed):
@@ -378,7 +380,7 @@ def test_a_step_that_is_not_finite_is_not_remembered(tmp_path):
 
 
 def test_held_out_images_teach_it_nothing(tmp_path):
-    method = ddpm(time_law="second_moment", levels=4)
+    method = ddpm(time_law="second_moment", num_timesteps=4)
     fit(method, centred(), tmp_path, 64, limit_val_batches=1.0, val_check_interval=1)
     assert int(law(method)["counts"].sum()) == 64
 
@@ -408,7 +410,7 @@ def test_ddim_is_ddpm_but_for_the_walk(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"levels": 1}, "levels is 1"),
+        ({"num_timesteps": 1}, "num_timesteps is 1"),
         ({"schedule": "quadratic"}, "schedule is 'quadratic'.*cosine"),
         ({"beta_T": 1.5}, "strictly between 0 and 1"),
         ({"beta_1": 0.0}, "strictly between 0 and 1"),
@@ -441,7 +443,7 @@ def run(tmp_path, monkeypatch):
         config = copy.deepcopy(CONFIG)
         unet = config["model"]["init_args"]["backbone"]
         unet["init_args"].update(backbone or {})
-        config["model"] = {"class_path": class_path, "init_args": {"levels": 4, "backbone": unet, **init_args}}
+        config["model"] = {"class_path": class_path, "init_args": {"num_timesteps": 4, "backbone": unet, **init_args}}
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
         dispatch(["fit", "--config", "tiny.yaml", "--run_dir", "run"])
         return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()), state(
@@ -475,7 +477,7 @@ def test_channels_that_are_given_are_left_as_they_are(run):
         ({"losss": "bound"}, "losss"),
         ({"loss": "vlb"}, "loss.*'vlb'"),
         ({"gradient_clips": 1.0}, "gradient_clips"),
-        ({"levels": 1}, "levels is 1"),
+        ({"num_timesteps": 1}, "num_timesteps is 1"),
         ({"class_path": "DDIM"}, "visits 50 noise levels and the model has 4"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,

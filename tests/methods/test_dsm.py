@@ -86,7 +86,7 @@ def test_a_linear_network_finds_the_score_of_a_gaussian(tmp_path):
     values = (normal @ factor.T + mean).astype(np.float32)
     torch.manual_seed(0)
     method = DSM(Linear(2), SIGMA, optimizer=lambda p: torch.optim.Adam(p, lr=2e-2))
-    data = DataModule(InMemory(values, levels=None), 512, held_out_fraction=0.0)
+    data = DataModule(InMemory(values, num_grey_levels=None), 512, held_out_fraction=0.0)
     fit(method, data, tmp_path, 512 * 400)
     covariance, centre = np.cov(values.T), values.mean(0)
     precision = np.linalg.inv(covariance + SIGMA**2 * np.eye(2))
@@ -108,7 +108,7 @@ def test_its_samples_have_the_smoothed_variance(tmp_path):
     variance = 1.0 + SIGMA**2
     method.denoiser.backbone.layer.weight.data.fill_(-SIGMA / variance)
     method.denoiser.backbone.layer.bias.data.zero_()
-    data = DataModule(InMemory(np.zeros((4, 1), np.float32), levels=None), 2)
+    data = DataModule(InMemory(np.zeros((4, 1), np.float32), num_grey_levels=None), 2)
     method.data_spec = data.data_spec
     x = method.generate(torch.arange(20_000), 0).x
     assert float(x.var()) == pytest.approx(variance / (1 - 0.3 / (4 * variance)), rel=0.04)

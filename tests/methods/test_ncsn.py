@@ -43,7 +43,7 @@ def test_the_loss_is_the_papers(parametrization, power):
 
 
 def test_all_levels_are_drawn_alike():
-    method = ncsn(levels=10)
+    method = ncsn(num_levels=10)
     x = torch.zeros(20_000, 1, 8, 8)
     t = method.loss(Batch(x, torch.arange(len(x))), seed=0).t
     counts = torch.bincount((t * 10).round().long() - 1, minlength=10)
@@ -69,7 +69,7 @@ def test_the_papers_defaults():
 
 
 def test_the_network_is_told_the_index_of_the_level():
-    method, told = NCSN(Convolutions(), levels=10), []
+    method, told = NCSN(Convolutions(), num_levels=10), []
     method.denoiser.backbone.register_forward_hook(lambda module, args, out: told.append(args[1]))
     method.loss(Batch(torch.zeros(500, 1, 8, 8), torch.arange(500)), seed=0)
     assert sorted(set(told[0].tolist())) == list(range(10))
@@ -106,6 +106,6 @@ def test_it_learns(tmp_path):
 
 
 def test_levels_that_are_none_are_refused():
-    for keys in ({"sigma_min": 3.0}, {"levels": 1}, {"parametrization": "epsilon"}, {"c_noise": "sigma"}):
+    for keys in ({"sigma_min": 3.0}, {"num_levels": 1}, {"parametrization": "epsilon"}, {"c_noise": "sigma"}):
         with pytest.raises(UserError):
             ncsn(**keys)

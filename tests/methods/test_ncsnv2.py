@@ -15,7 +15,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.methods import NCSNv2
 from lit_diffusion.methods.ncsnv2 import best_eta, level_count, level_ratio, variance_ratio
 
-AUTO = {"sigma_max": "auto", "sigma_min": 0.01, "levels": "auto", "steps_per_level": 5, "eta": "auto"}
+AUTO = {"sigma_max": "auto", "sigma_min": 0.01, "num_levels": "auto", "steps_per_level": 5, "eta": "auto"}
 
 
 # ---- technique 2 -------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_the_number_of_levels_is_about_the_papers():
 
 
 def test_few_dimensions_have_no_answer():
-    with pytest.raises(UserError, match="levels: auto has no solution in 2 dimensions") as caught:
+    with pytest.raises(UserError, match="num_levels: auto has no solution in 2 dimensions") as caught:
         level_count(20.0, 0.01, 2)
     assert "\n" not in str(caught.value)
 
@@ -123,19 +123,19 @@ def test_auto_values_come_from_the_training_data_and_are_said():
     values = np.stack([digits().value(int(i)) for i in data.train_indices]).reshape(1761, 64) / 16.0
     diameter = pdist(values).max()
     assert found["sigma_max"] == pytest.approx(diameter, rel=2e-4)
-    assert found["levels"] == level_count(found["sigma_max"], 0.01, 64)
-    assert found["eta"] == pytest.approx(best_eta(found["sigma_max"], 0.01, found["levels"], 5), rel=1e-3)
+    assert found["num_levels"] == level_count(found["sigma_max"], 0.01, 64)
+    assert found["eta"] == pytest.approx(best_eta(found["sigma_max"], 0.01, found["num_levels"], 5), rel=1e-3)
     assert {type(value) for value in found.values()} == {float, int}
     assert len(said) == 3
     assert all("\n" not in line for line in said)
     assert f"sigma_max {found['sigma_max']:g}" in said[0]
     assert "1761 training data, all pairs compared" in said[0]
-    assert f"levels {found['levels']}" in said[1]
+    assert f"num_levels {found['levels']}" in said[1]
     assert f"eta {found['eta']:g}" in said[2]
 
 
 def test_the_range_scales_sigma_max():
-    keys = {**AUTO, "levels": 3, "eta": 1e-5}
+    keys = {**AUTO, "num_levels": 3, "eta": 1e-5}
     unit = NCSNv2.resolve_auto(keys, digits_data(), lambda line: None)
     double = NCSNv2.resolve_auto(keys, digits_data(value_range=(-1.0, 1.0)), lambda line: None)
     assert unit.keys() == {"sigma_max"}
@@ -144,15 +144,17 @@ def test_the_range_scales_sigma_max():
 
 def test_given_numbers_stay_and_later_ones_follow_from_them():
     said = []
-    found = NCSNv2.resolve_auto({**AUTO, "sigma_max": 50.0, "levels": 232}, digits_data(), said.append)
+    found = NCSNv2.resolve_auto({**AUTO, "sigma_max": 50.0, "num_levels": 232}, digits_data(), said.append)
     assert found == {"eta": 1.237e-05}
     assert len(said) == 1
-    assert NCSNv2.resolve_auto({**AUTO, "sigma_max": 5.0, "levels": 9, "eta": 1e-5}, digits_data(), said.append) == {}
+    assert (
+        NCSNv2.resolve_auto({**AUTO, "sigma_max": 5.0, "num_levels": 9, "eta": 1e-5}, digits_data(), said.append) == {}
+    )
     assert len(said) == 1
 
 
 def test_auto_in_python_code_is_refused():
-    for keys in ({}, {"sigma_max": 5.0}, {"sigma_max": 5.0, "levels": 9}, {"levels": 9, "eta": 1e-5}):
+    for keys in ({}, {"sigma_max": 5.0}, {"sigma_max": 5.0, "num_levels": 9}, {"num_levels": 9, "eta": 1e-5}):
         with pytest.raises(UserError, match="in Python code give the numbers") as caught:
             NCSNv2(Convolutions(), **keys)
         assert "\n" not in str(caught.value)
@@ -162,7 +164,7 @@ def test_auto_in_python_code_is_refused():
 
 
 def test_its_defaults_are_the_papers():
-    method = NCSNv2(Convolutions(), sigma_max=50.0, levels=232, eta=1.24e-5)
+    method = NCSNv2(Convolutions(), sigma_max=50.0, num_levels=232, eta=1.24e-5)
     assert method.denoiser.parametrization == "score"
     sampler = method.sampler
     assert (sampler.steps_per_level, sampler.eta, sampler.denoise, sampler.initial) == (5, 1.24e-5, True, "uniform")
@@ -180,7 +182,7 @@ def test_the_network_is_blind_to_the_level():
     )
     for p in backbone.parameters():
         p.data.add_(0.1 * torch.randn_like(p))  # not zero at the start
-    method = NCSNv2(backbone, sigma_max=5.0, levels=6, eta=1e-5)
+    method = NCSNv2(backbone, sigma_max=5.0, num_levels=6, eta=1e-5)
     x = torch.rand(3, 1, 8, 8)
     process = method.denoiser.process
     low, high = process.grid()[[0, 4]]
@@ -193,6 +195,6 @@ def test_the_network_is_blind_to_the_level():
 
 def test_it_trains(tmp_path):
     torch.manual_seed(0)
-    method = NCSNv2(Convolutions(), sigma_max=5.0, sigma_min=0.1, levels=6, eta=1e-3)
+    method = NCSNv2(Convolutions(), sigma_max=5.0, sigma_min=0.1, num_levels=6, eta=1e-3)
     fit(method, digits_data(), tmp_path, 96)
     assert method.generate(torch.arange(2), 0).x.shape == (2, 1, 8, 8)

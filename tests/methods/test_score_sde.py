@@ -128,7 +128,7 @@ def test_every_process_and_choice_trains(tmp_path, name, choice):
 
 def few():
     """Four digits again and again."""
-    return DataModule(InMemory(digits()._values[:4], levels=17), 32, (-1.0, 1.0), held_out_fraction=0.0)
+    return DataModule(InMemory(digits()._values[:4], num_grey_levels=17), 32, (-1.0, 1.0), held_out_fraction=0.0)
 
 
 def over_all_times(method):
@@ -199,7 +199,7 @@ def test_samples_depend_on_seed_and_number_alone(trained, name):
 def test_it_is_sampled_by_every_walk(trained, name, walk):
     method, sampler = trained[name], WALKS[walk]
     if walk == "annealed_langevin":
-        sampler = AnnealedLangevin(2, eta=1e-9, levels=3)
+        sampler = AnnealedLangevin(2, eta=1e-9, num_levels=3)
     sampler.check(method.denoiser)
     images = method.generate(torch.arange(4), 0, sampler=sampler).x
     assert images.shape == (4, 1, 8, 8)
@@ -295,6 +295,6 @@ def test_the_command_line_refuses_in_one_line(run, tmp_path, process, keys, said
 
 
 def test_a_law_of_t_that_learns_does_so_in_every_method(tmp_path):
-    method = score_sde(VE(0.1, 5.0, levels=8), time_law=SecondMoments(8))
+    method = score_sde(VE(0.1, 5.0, num_timesteps=8), time_law=SecondMoments(8))
     fit(method, digits_data(), tmp_path, 64)
     assert int(method.objective.time_law.counts.sum()) == 64

@@ -100,7 +100,7 @@ def all_scores(name, rank, world_size, folder):
         source = InMemory(np.random.default_rng(0).integers(0, 256, (70, 1, 8, 8), dtype=np.uint8))
         samples, shape = 255 - np.random.default_rng(1).integers(0, 200, (COUNT, 8, 8, 1), dtype=np.uint8), (1, 8, 8)
     else:
-        source = InMemory(rows(70, 3, 2).numpy(), levels=None)
+        source = InMemory(rows(70, 3, 2).numpy(), num_grey_levels=None)
         samples, shape = rows(COUNT, 4, 2).numpy(), (2,)
     extractor = load_extractor(name, shape)
     reference = reference_of(RealData.of(source, torch.arange(70), "all"), extractor, folder, rank, world_size)
@@ -117,7 +117,7 @@ def all_scores(name, rank, world_size, folder):
 
 def a_reference(count, rank, world_size, folder):
     """Of a few data: 2 leave the third process nothing."""
-    source = InMemory(rows(7, 5, 2).numpy(), levels=None)
+    source = InMemory(rows(7, 5, 2).numpy(), num_grey_levels=None)
     data = RealData.of(source, torch.arange(count), "all")
     found = reference_of(data, load_extractor("points", (2,)), folder, rank, world_size)
     again = reference_of(data, load_extractor("points", (2,)), folder, rank, world_size)

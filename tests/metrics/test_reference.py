@@ -18,7 +18,7 @@ from lit_diffusion.metrics.reference import reference_of_moments
 
 def source_of(count=40, seed=0, **keys):
     values = np.random.default_rng(seed).integers(0, 17, (count, 1, 8, 8), dtype=np.uint8)
-    return InMemory(values, levels=17, **keys)
+    return InMemory(values, num_grey_levels=17, **keys)
 
 
 def real(source=None, count=40, split="train"):
@@ -67,7 +67,7 @@ def test_it_is_of_the_data_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("count", [249, 250, 251, 500])
 def test_every_datum_counts_once_whatever_the_batches(count, tmp_path):
-    source = InMemory(np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32), levels=None)
+    source = InMemory(np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32), num_grey_levels=None)
     found = reference_of(RealData.of(source, torch.arange(count), "all"), load_extractor("points", (2,)), tmp_path)
     x = torch.from_numpy(np.stack([source.value(k) for k in range(count)]))
     assert found.gaussian.count == count
@@ -122,7 +122,7 @@ CHANGES = {
     "split": lambda: (real(split="held_out"), extractor()),
     "choice": lambda: (RealData.of(source_of(), torch.arange(40).flip(0), "train"), extractor()),
     "fewer": lambda: (real(count=39), extractor()),
-    "levels": lambda: (real(InMemory(source_of()._values, levels=18)), extractor()),
+    "levels": lambda: (real(InMemory(source_of()._values, num_grey_levels=18)), extractor()),
     "weights": lambda: (real(), Named(extractor(), extractor_sha256="other")),
     "extractor": lambda: (real(), Named(extractor(), extractor="other")),
     "resize": lambda: (real(), Named(extractor(), resize="bicubic")),
@@ -156,7 +156,7 @@ def test_the_same_folder_read_otherwise_makes_another_file(change, inception_fil
     for other in (False, True):
         size = 9 if change == "size" and other else 8
         source = Unread(np.zeros((3, 3, size, size), np.uint8))
-        source.levels = 17 if change == "levels" and other else 256
+        source.num_grey_levels = 17 if change == "levels" and other else 256
         source.name = "b" if change == "name" and other else "a"
         data = RealData.of(source, torch.arange(3), "all")
         keys.add(reference.record_key(reference.reference_record(data, inception)))
@@ -165,7 +165,7 @@ def test_the_same_folder_read_otherwise_makes_another_file(change, inception_fil
 
 @pytest.fixture
 def small():
-    source = InMemory(np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32), levels=None)
+    source = InMemory(np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32), num_grey_levels=None)
     return RealData.of(source, torch.arange(9), "all"), load_extractor("points", (2,))
 
 
@@ -220,7 +220,7 @@ def test_a_changed_number_in_a_sound_archive_is_noticed(small, tmp_path):
 def test_statistics_under_a_false_name_are_not_taken(small, tmp_path):
     """A file that is whole, of other data."""
     first = reference_of(*small, tmp_path)
-    other = RealData.of(InMemory(np.ones((9, 2), np.float32), levels=None), torch.arange(9), "all")
+    other = RealData.of(InMemory(np.ones((9, 2), np.float32), num_grey_levels=None), torch.arange(9), "all")
     second = reference_of(other, small[1], tmp_path)
     (tmp_path / f"{second.key}.npz").rename(tmp_path / f"{first.key}.npz")
     lines = []
@@ -233,7 +233,7 @@ import sys, pathlib, numpy as np, torch
 from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.metrics import RealData, load_extractor, reference, reference_of
 folder = pathlib.Path(sys.argv[1])
-source = InMemory(np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32), levels=None)
+source = InMemory(np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32), num_grey_levels=None)
 data, extractor = RealData.of(source, torch.arange(9), "all"), load_extractor("points", (2,))
 for _ in range(60):
     found = reference_of(data, extractor, folder, say=sys.exit)

@@ -203,17 +203,17 @@ def times_of(law, process, count):
     return DenoisingScoreMatching(law)(denoiser, torch.zeros(count, 1), 3, torch.arange(count)).t
 
 
-@pytest.mark.parametrize("process", [VE(0.01, 1.0, levels=10), Betas(linear_betas(37))], ids=["VE", "Betas"])
+@pytest.mark.parametrize("process", [VE(0.01, 1.0, num_timesteps=10), Betas(linear_betas(37))], ids=["VE", "Betas"])
 def test_levels_are_drawn_alike(process):
     t = times_of("levels", process, 100_000)
     index = process.level_index(t)
     assert torch.equal(t, process.grid()[index])
-    counts = torch.bincount(index, minlength=process.levels)
-    assert len(counts) == process.levels
+    counts = torch.bincount(index, minlength=process.num_timesteps)
+    assert len(counts) == process.num_timesteps
     assert stats.chisquare(counts.numpy()).pvalue > 0.01
 
 
-@pytest.mark.parametrize("process", [VP(), VE(0.01, 50.0, t_min=0.2), VE(0.01, 50.0, levels=4)])
+@pytest.mark.parametrize("process", [VP(), VE(0.01, 50.0, t_min=0.2), VE(0.01, 50.0, num_timesteps=4)])
 def test_times_are_uniform_from_t_min_to_1(process):
     t = times_of("uniform", process, 100_000)
     assert t.dtype == torch.float64
@@ -223,7 +223,7 @@ def test_times_are_uniform_from_t_min_to_1(process):
 
 
 def test_the_loss_of_an_image_is_the_same_in_any_batch():
-    process = VE(0.01, 1.0, levels=10)
+    process = VE(0.01, 1.0, num_timesteps=10)
     objective = DenoisingScoreMatching("levels")
     x0 = keyed_normal(0, "x", torch.arange(16), (3, 4, 4))
     index = torch.arange(100, 116)
@@ -393,7 +393,7 @@ def test_no_time_is_outside_of_the_process(law, process):
         (lambda: LogNormal(std=0.0), "std is 0"),
         (lambda: LogitNormal(std=-1.0), "std is -1"),
         (lambda: DenoisingScoreMatching("importance").check(Flow()), "infinite at the end of time of Flow"),
-        (lambda: DenoisingScoreMatching("importance").check(VE(1.0, 1.0, levels=1)), "one noise level"),
+        (lambda: DenoisingScoreMatching("importance").check(VE(1.0, 1.0, num_timesteps=1)), "one noise level"),
         (lambda: DenoisingScoreMatching("levels").check(VP()), "continuous time"),
     ],
 )

@@ -197,7 +197,7 @@ def test_a_variance_that_nothing_trains_is_refused():
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(key, value, known):
     with pytest.raises(UserError) as caught:
-        DiffusionObjective(**{"levels": T, "loss": "bound", "variance": "beta", key: value})
+        DiffusionObjective(**{"num_timesteps": T, "loss": "bound", "variance": "beta", key: value})
     assert str(caught.value).startswith(f"{key} is {value!r}")
     assert known in str(caught.value)
 

@@ -13,8 +13,8 @@ from lit_diffusion.processes import VE, VP, Betas, Flow, SubVP, cosine_betas, ex
 
 PROCESSES = {
     "VE": VE(0.01, 50.0),
-    "VE10": VE(0.01, 1.0, levels=10),
-    "VE232": VE(0.01, 50.0, levels=232),
+    "VE10": VE(0.01, 1.0, num_timesteps=10),
+    "VE232": VE(0.01, 50.0, num_timesteps=232),
     "VP": VP(),
     "SubVP": SubVP(),
     "Flow": Flow(),
@@ -31,9 +31,9 @@ def tensor(*values):
 
 def inside_times(process):
     """Times off the grid: a process given by betas has a kink at each of its points."""
-    if process.levels is None:
+    if process.num_timesteps is None:
         return torch.cat((torch.logspace(-5, -1, 20, dtype=torch.float64), torch.linspace(0.11, 0.999, 40).double()))
-    return (torch.arange(process.levels, dtype=torch.float64) + 0.37) / process.levels
+    return (torch.arange(process.num_timesteps, dtype=torch.float64) + 0.37) / process.num_timesteps
 
 
 @every_process
@@ -65,7 +65,7 @@ def test_derivatives_against_autograd(process):
 @pytest.mark.parametrize("process", [*map(PROCESSES.get, ("linear", "cosine", "few")), Betas(linear_betas(41))])
 def test_at_a_grid_point_of_betas_the_derivative_is_that_of_the_cell_which_ends_there(process):
     t = process.grid()
-    inside = t - 0.3 / process.levels
+    inside = t - 0.3 / process.num_timesteps
     assert torch.allclose(process.dlog_alpha(t), process.dlog_alpha(inside), rtol=1e-12, atol=0)
     slope = (process.log_alpha(t) - process.log_alpha(inside)) / (t - inside)
     torch.testing.assert_close(process.dlog_alpha(t), slope, rtol=1e-9, atol=1e-12)
@@ -85,8 +85,8 @@ def test_drift_and_diffusion_reproduce_the_moments(process):
     variance = float(process.sigma(tensor(start))) ** 2 if isinstance(process, VE) else 0.0
     state = [1.0, variance]
     if isinstance(process, Betas):  # Smooth within a cell only.
-        knots = [0.0, *process.grid().tolist()][: 1 + min(40, process.levels)]
-        start = 1e-8 / process.levels  # A time nearer to a grid point than that is the grid point.
+        knots = [0.0, *process.grid().tolist()][: 1 + min(40, process.num_timesteps)]
+        start = 1e-8 / process.num_timesteps  # A time nearer to a grid point than that is the grid point.
     else:
         # f and g of a flow are infinite at 1, where alpha is 0.
         knots = [0.0, 1e-4, 0.01, 0.2, 0.5, 0.9, 0.999 if isinstance(process, Flow) else 1.0]
@@ -125,7 +125,7 @@ def test_the_inverse_of_the_log_snr(process):
     torch.testing.assert_close(log_snr, torch.log(process.alpha(t) ** 2 / process.sigma(t) ** 2), rtol=1e-6, atol=1e-6)
     assert bool((log_snr.diff() < 0).all())
     assert float((process.t_at_log_snr(log_snr) - t).abs().max()) < 1e-9
-    grid = process.grid() if process.levels else inside_times(process)
+    grid = process.grid() if process.num_timesteps else inside_times(process)
     assert float((process.t_at_log_snr(process.log_snr(grid)) - grid).abs().max()) < 1e-9
 
 
@@ -156,7 +156,7 @@ def test_t_at_sigma_at_the_ends_of_variance_exploding():
         assert float(process.sigma(tensor(t))) == pytest.approx(low, rel=1e-9)
         with pytest.raises(UserError, match="outside this process"):
             process.t_at_sigma(0.9 * low)
-    single = VE(0.3, 0.3, levels=1)
+    single = VE(0.3, 0.3, num_timesteps=1)
     assert single.t_at_sigma(0.3) == 1.0
     with pytest.raises(UserError, match=r"noise level 0\.5 is outside"):
         single.t_at_sigma(0.5)
@@ -182,7 +182,7 @@ def test_continuous_variance_exploding():
     process = VE(0.01, 50.0)
     t = tensor(1e-9, 0.25, 0.5, 1.0)
     torch.testing.assert_close(process.sigma(t), 0.01 * 5000.0**t, rtol=1e-13, atol=0)
-    assert float(VE(0.2, 0.2, levels=1).sigma(tensor(1.0))) == 0.2
+    assert float(VE(0.2, 0.2, num_timesteps=1).sigma(tensor(1.0))) == 0.2
 
 
 def alpha_bar_of_numpy(name, levels):
@@ -296,7 +296,7 @@ def test_transitions_between_neighbours_are_ddpms_tables(betas):
 
 def three_times(process):
     """Times ``r < s < t``, near to each other and far."""
-    if process.levels is None:
+    if process.num_timesteps is None:
         return tensor(1e-4, 0.01, 0.3, 0.3, 0.9), tensor(0.01, 0.02, 0.3001, 0.6, 0.99), tensor(0.4, 0.9, 0.302, 0.9, 1)
     return tensor(1, 1, 7, 2, 18) / 20, tensor(2, 10, 8, 12, 19) / 20, tensor(3, 20, 9, 20, 20) / 20
 
@@ -349,7 +349,7 @@ def test_a_transition_from_0_starts_at_the_data(process):
 
 
 def test_a_grid_begins_at_its_first_point():
-    for process in (Betas(linear_betas(50)), VE(0.1, 1.0, levels=50, t_min=1e-3, t_min_sampling=1e-4)):
+    for process in (Betas(linear_betas(50)), VE(0.1, 1.0, num_timesteps=50, t_min=1e-3, t_min_sampling=1e-4)):
         assert process.t_min == process.t_min_sampling == 1 / 50
     process = VP(t_min=1e-4, t_min_sampling=0.01)
     assert (process.t_min, process.t_min_sampling) == (1e-4, 0.01)
@@ -396,7 +396,7 @@ def test_perturb_broadcasts_over_images():
 
 @every_process
 def test_level_index(process):
-    if process.levels is None:
+    if process.num_timesteps is None:
         with pytest.raises(UserError, match="'index' needs a process with levels"):
             process.level_index(tensor(0.5))
         with pytest.raises(UserError, match="give the number of levels"):
@@ -404,15 +404,15 @@ def test_level_index(process):
         return
     grid = process.grid()
     assert grid.dtype == torch.float64
-    assert (len(grid), float(grid[-1])) == (process.levels, 1.0)
+    assert (len(grid), float(grid[-1])) == (process.num_timesteps, 1.0)
     assert bool((grid.diff() > 0).all())
-    index = torch.arange(process.levels)
+    index = torch.arange(process.num_timesteps)
     for shift in (0.0, 0.4, -0.4):
-        inside = (grid + shift / process.levels).clamp(max=1.0)
+        inside = (grid + shift / process.num_timesteps).clamp(max=1.0)
         assert torch.equal(process.level_index(inside), index)
     assert torch.equal(process.level_index(grid.float()), index)
     # Below the first point there is no index -1.
-    assert process.level_index(tensor(1e-9, 0.3 / process.levels)).tolist() == [0, 0]
+    assert process.level_index(tensor(1e-9, 0.3 / process.num_timesteps)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -422,10 +422,10 @@ def test_level_index(process):
         (lambda: VE(-1.0, 1.0), ["sigma_min -1", "sigma_max 1"]),
         (lambda: VE(2.0, 1.0), ["sigma_min 2", "sigma_max 1"]),
         (lambda: VE(1.0, 1.0), ["sigma_min 1", "sigma_max 1"]),
-        (lambda: VE(1.0, 1.0, levels=10), ["sigma_min 1", "sigma_max 1"]),
+        (lambda: VE(1.0, 1.0, num_timesteps=10), ["sigma_min 1", "sigma_max 1"]),
         (lambda: VE(0.01, float("nan")), ["sigma_max nan"]),
-        (lambda: VE(0.1, 1.0, levels=1), ["one level", "sigma_min", "sigma_max"]),
-        (lambda: VE(0.1, 1.0, levels=0), ["levels is 0"]),
+        (lambda: VE(0.1, 1.0, num_timesteps=1), ["one level", "sigma_min", "sigma_max"]),
+        (lambda: VE(0.1, 1.0, num_timesteps=0), ["num_timesteps is 0"]),
         (lambda: VE(0.1, 1.0, t_min=0.0), ["t_min is 0"]),
         (lambda: VP(t_min=-0.1), ["t_min is -0.1"]),
         (lambda: VE(0.1, 1.0, t_min_sampling=0.0), ["t_min_sampling is 0"]),
@@ -442,7 +442,7 @@ def test_level_index(process):
         (lambda: Betas(tensor(0.1, 1.0)), ["every beta", "between 0 and 1"]),
         (lambda: Betas(tensor(0.0, 0.1)), ["every beta", "between 0 and 1"]),
         (lambda: Betas(tensor(float("nan"))), ["every beta"]),
-        (lambda: Betas(tensor()), ["levels is 0"]),
+        (lambda: Betas(tensor()), ["num_timesteps is 0"]),
     ],
 )
 def test_what_is_no_process_is_refused_in_one_line(make, words):

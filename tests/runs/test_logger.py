@@ -471,7 +471,7 @@ def documented_panels():
 def test_what_the_documentation_says_is_what_a_run_logs(wandb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone = CONFIG["model"]["init_args"]["backbone"]
-    method = {"class_path": "DDPM", "init_args": {"levels": 20, "beta_T": 0.4, "backbone": backbone}}
+    method = {"class_path": "DDPM", "init_args": {"num_timesteps": 20, "beta_T": 0.4, "backbone": backbone}}
     config = {**CONFIG, **LEVELS, "model": method, "samples": {"count": 4}, "telemetry": {"every_n_steps": 1}}
     config["wandb"] = {"mode": "offline"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))

@@ -48,7 +48,7 @@ def one_step(sampler, process, x, move):
 
 @pytest.mark.parametrize("i", [2, 5, 10])
 def test_a_step_on_ncsns_levels_is_equation_47_of_song_et_al(i):
-    process = VE(0.01, 1.0, levels=10)
+    process = VE(0.01, 1.0, num_timesteps=10)
     sigma = [0.0, *(0.01 * 100 ** (k / 9) for k in range(10))]
     x = noise_of(6, dtype=torch.float64).normal()
     z = noise_of(6, 9, dtype=torch.float64).normal()

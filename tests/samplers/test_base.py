@@ -42,7 +42,7 @@ EVERY = {
     "ancestral, beta_tilde": (Ancestral(4, "beta_tilde", "quadratic", (-1.0, 1.0)), 4, 4),
     "ancestral, learned": (Ancestral(variance="learned"), 8, 8),
     "annealed_langevin": (AnnealedLangevin(3, eta=1e-3), 24, 24),
-    "annealed_langevin, denoised": (AnnealedLangevin(3, eta=1e-3, denoise=True, levels=4), 12, 13),
+    "annealed_langevin, denoised": (AnnealedLangevin(3, eta=1e-3, denoise=True, num_levels=4), 12, 13),
     "ddim": (DDIM(5), 5, 5),
     "ddim, noisy": (DDIM(None, eta=0.7), 8, 8),
     "euler": (Euler(), 7, 7),
@@ -197,7 +197,7 @@ def test_evaluations_and_steps_are_counted_exactly(name):
 @each_sampler
 def test_where_a_walk_starts(name):
     sampler = EVERY[name][0]
-    for process in (GRID, VE(0.3, 7.0, levels=8)):
+    for process in (GRID, VE(0.3, 7.0, num_timesteps=8)):
         first = sampler.start(process, noise_of(1000))
         if "langevin" in name:
             assert torch.equal(first, noise_of(1000).uniform())
@@ -229,7 +229,7 @@ def with_clip(sampler, clip):
 
 @pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("langevin")])
 def test_a_predicted_datum_is_kept_in_the_range_of_the_data(name):
-    denoiser, clip, sampler = Observed(VE(0.3, 3.0, levels=8)), (-0.1, 0.1), EVERY[name][0]
+    denoiser, clip, sampler = Observed(VE(0.3, 3.0, num_timesteps=8)), (-0.1, 0.1), EVERY[name][0]
     free, within = (with_clip(sampler, each).sample(denoiser, noise_of(20)).x for each in (None, clip))
     assert torch.equal(with_clip(sampler, "data").sample(denoiser, noise_of(20)).x, free)  # Which here have none.
     denoiser.data_range = clip
@@ -266,7 +266,7 @@ def test_a_protocol_says_the_range_that_was_used():
 @each_sampler
 def test_a_sample_is_the_same_in_any_batch(name):
     sampler, _, _ = EVERY[name]
-    for process in (GRID, VE(0.3, 3.0, levels=8)):
+    for process in (GRID, VE(0.3, 3.0, num_timesteps=8)):
         denoiser = Observed(process)
         together = sampler.sample(denoiser, noise_of(16)).x
         parts = [sampler.sample(denoiser, noise_of(min(7, 16 - first), first=first)).x for first in range(0, 16, 7)]
@@ -357,14 +357,14 @@ def test_a_state_in_float64_stays_so(name):
 
 @pytest.mark.parametrize("name", [name for name in EVERY if "langevin" not in name])
 def test_a_model_of_one_level_is_refused(name):
-    denoiser = Observed(VE(0.3, 0.3, levels=1))
+    denoiser = Observed(VE(0.3, 0.3, num_timesteps=1))
     with pytest.raises(UserError, match=r"one noise level.*; choose langevin"):
         EVERY[name][0].sample(denoiser, noise_of(2))
     assert denoiser.calls == 0
 
 
 @pytest.mark.parametrize("name", WALKERS)
-@pytest.mark.parametrize("process", [GRID, VE(0.3, 3.0, levels=8)], ids=["Betas", "VE"])
+@pytest.mark.parametrize("process", [GRID, VE(0.3, 3.0, num_timesteps=8)], ids=["Betas", "VE"])
 def test_a_network_that_knows_only_levels_is_asked_at_levels(name, process):
     denoiser = Observed(process, on_grid_only=True)
     EVERY[name][0].sample(denoiser, noise_of(2))

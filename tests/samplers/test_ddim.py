@@ -55,7 +55,11 @@ def test_a_step_is_equation_12_of_song_meng_and_ermon(eta, i, j):
 
 @pytest.mark.parametrize(
     ("process", "steps"),
-    [(Betas(linear_betas(50)), None), (VE(0.01, 1.0, levels=10), None), *((process, 7) for process in PAPERS.values())],
+    [
+        (Betas(linear_betas(50)), None),
+        (VE(0.01, 1.0, num_timesteps=10), None),
+        *((process, 7) for process in PAPERS.values()),
+    ],
     ids=["Betas", "NCSN", *PAPERS],
 )
 def test_with_eta_1_it_is_ancestral_sampling_with_the_posteriors_variance(process, steps):

@@ -67,7 +67,7 @@ class Imperfect(ExactDenoiser):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_stay_near_the_data_or_the_sampler_is_refused_before_any_work(process, name):
     for steps in (1, 4, 20):
-        if process.levels is not None and steps > process.levels - 1:
+        if process.num_timesteps is not None and steps > process.num_timesteps - 1:
             break
         denoiser, sampler, refused = Imperfect(GAUSSIAN, process), SAMPLERS[name](steps), False
         try:
@@ -136,8 +136,8 @@ def test_the_steps_of_the_papers_and_of_the_tables_are_allowed():
         (Betas(linear_betas()), Euler()),
         (VP(), EulerMaruyama(20)),
         (VE(0.01, 50.0), ReverseDiffusion()),
-        (VE(0.03, 3.0, levels=12), Heun()),
-        (VE(0.01, 1.0, levels=10), Euler()),
+        (VE(0.03, 3.0, num_timesteps=12), Heun()),
+        (VE(0.01, 1.0, num_timesteps=10), Euler()),
         (Betas(cosine_betas()), ReverseDiffusion(50)),
     ):
         sampler.check(ExactDenoiser(GAUSSIAN, process))
@@ -158,7 +158,7 @@ def test_no_time_is_told_as_an_index_outside_of_the_levels():
     assert C_NOISE["index"](process, level).tolist() == pytest.approx([0.0, 0.0, 0.0, 4.5, 9.0])
 
 
-@pytest.mark.parametrize("process", [Betas(linear_betas(10)), VE(0.01, 1.0, levels=10), VP(t_min=1e-3)])
+@pytest.mark.parametrize("process", [Betas(linear_betas(10)), VE(0.01, 1.0, num_timesteps=10), VP(t_min=1e-3)])
 def test_times_that_the_model_does_not_know_are_refused(process):
     denoiser, first = Imperfect(GAUSSIAN, process), process.t_min
     for t in (1e-9, 0.9 * first):
@@ -185,7 +185,7 @@ def test_times_that_the_model_does_not_know_are_refused(process):
 
 def test_a_recipe_is_refused_by_doctor_and_by_fit_alike(tmp_path, capsys):
     backbone = CONFIG["model"]["init_args"]["backbone"]
-    model = {"class_path": "DDPM", "init_args": {"levels": 20, "schedule": "cosine", "backbone": backbone}}
+    model = {"class_path": "DDPM", "init_args": {"num_timesteps": 20, "schedule": "cosine", "backbone": backbone}}
     evaluation = {"every_n_images": 64, "sampler": {"class_path": "EulerMaruyama", "init_args": {"steps": 10}}}
     likelihood = {"t_min": 0.001}
     config = {**CONFIG, "model": model, "eval": evaluation, "likelihood": likelihood}

@@ -37,7 +37,7 @@ def ncsn_toy():
 
 @pytest.mark.parametrize(("s", "eta"), [(1.0, 1.0), (0.3, 0.18), (2.0, 12.0)])
 def test_the_variance_of_the_chain_is_that_of_the_discretisation(s, eta):
-    denoiser = ExactDenoiser(POINT, VE(s, s, levels=1))
+    denoiser = ExactDenoiser(POINT, VE(s, s, num_timesteps=1))
     x = Langevin(steps=25, eta=eta, uniform_range=(-s, s)).sample(denoiser, noise_of()).x
     variance = float(x.double().var())
     expected = s**2 / (1 - eta / (4 * s**2))
@@ -50,7 +50,7 @@ def test_the_variance_of_the_chain_is_that_of_the_discretisation(s, eta):
 
 @pytest.mark.parametrize(("s", "eta"), [(1.0, 1.0), (0.3, 0.18), (2.0, 8.0)])
 def test_the_metropolis_correction_removes_the_bias(s, eta):
-    denoiser = ExactDenoiser(POINT, VE(s, s, levels=1))
+    denoiser = ExactDenoiser(POINT, VE(s, s, num_timesteps=1))
     sampler = Langevin(steps=60, eta=eta, uniform_range=(-s, s), metropolis=True)
     x = sampler.sample(denoiser, noise_of()).x.double()
     error = s**2 * math.sqrt(2 / x.numel())
@@ -64,7 +64,7 @@ def test_the_metropolis_correction_removes_the_bias(s, eta):
 def test_metropolis_accepts_as_often_as_it_should():
     """The ratio in closed form for a Gaussian: the quadratic terms cancel but for eta (|x|^2 - |x'|^2) / (8 s^4)."""
     s, eta = 1.0, 1.5
-    denoiser = ExactDenoiser(POINT, VE(s, s, levels=1))
+    denoiser = ExactDenoiser(POINT, VE(s, s, num_timesteps=1))
     x = noise_of(seed=5).normal()
     sampler = Langevin(steps=1, eta=eta, metropolis=True)
     noise = noise_of(seed=6)
@@ -81,7 +81,7 @@ def test_metropolis_accepts_as_often_as_it_should():
 def test_langevin_finds_the_weights_of_overlapping_modes():
     separation = 1.5
     distribution = mixture([0.3, 0.7], [[-separation], [separation]], 0.9)
-    denoiser = ExactDenoiser(distribution, VE(0.3, 0.3, levels=1))
+    denoiser = ExactDenoiser(distribution, VE(0.3, 0.3, num_timesteps=1))
     sampler = Langevin(steps=500, eta=0.2, uniform_range=(-3.0, 3.0))
     x = sampler.sample(denoiser, noise_of(10_000, shape=(1,))).x
     # The mean is separation (w_2 - w_1).
@@ -90,7 +90,7 @@ def test_langevin_finds_the_weights_of_overlapping_modes():
 
 def test_plain_langevin_loses_the_weights_of_separated_modes_and_annealed_keeps_them():
     distribution, count = ncsn_toy(), 4000
-    process = VE(1.0, 20.0, levels=10)
+    process = VE(1.0, 20.0, num_timesteps=10)
     annealed = AnnealedLangevin(steps_per_level=50, eta=0.2, uniform_range=(-8.0, 8.0))
     plain = Langevin(steps=500, eta=0.2, uniform_range=(-8.0, 8.0))
     denoiser = ExactDenoiser(distribution, process)
@@ -105,7 +105,7 @@ def test_plain_langevin_loses_the_weights_of_separated_modes_and_annealed_keeps_
 
 
 def test_annealed_langevin_ends_in_the_smoothed_density():
-    distribution, process = ncsn_toy(), VE(0.5, 20.0, levels=12)
+    distribution, process = ncsn_toy(), VE(0.5, 20.0, num_timesteps=12)
     sampler = AnnealedLangevin(steps_per_level=40, eta=0.1, uniform_range=(-8.0, 8.0))
     x = sampler.sample(ExactDenoiser(distribution, process), noise_of(4000)).x.double()
     right = x[distribution.component_of(x) == 1]
@@ -119,7 +119,9 @@ def test_annealed_langevin_ends_in_the_smoothed_density():
 
 
 @pytest.mark.parametrize(
-    "process", [VE(0.01, 1.0, levels=10), VE(0.01, 50.0, levels=232), Betas(linear_betas(50))], ids=["10", "232", "b"]
+    "process",
+    [VE(0.01, 1.0, num_timesteps=10), VE(0.01, 50.0, num_timesteps=232), Betas(linear_betas(50))],
+    ids=["10", "232", "b"],
 )
 def test_the_step_is_in_proportion_to_the_variance_of_the_level(process):
     eta, count = 4e-5, 3
@@ -130,11 +132,11 @@ def test_the_step_is_in_proportion_to_the_variance_of_the_level(process):
     for n, move in enumerate(plan):
         assert move.eta == pytest.approx(eta * float(sigma[n // count] / sigma[-1]) ** 2, rel=1e-12)
     assert plan[-1].eta == eta
-    assert len(plan) == count * process.levels
+    assert len(plan) == count * process.num_timesteps
 
 
 def test_one_step_is_the_formula():
-    process = VE(0.5, 2.0, levels=3)
+    process = VE(0.5, 2.0, num_timesteps=3)
     denoiser = ExactDenoiser(ncsn_toy(), process)
     x = noise_of(10).normal()
     for sampler in (Langevin(steps=1, eta=0.3, sigma=1.0), AnnealedLangevin(steps_per_level=1, eta=0.3)):
@@ -149,7 +151,7 @@ def test_one_step_is_the_formula():
 
 
 def test_langevin_follows_the_smallest_level_unless_told():
-    for process in (VE(0.1, 10.0, levels=5), VP()):
+    for process in (VE(0.1, 10.0, num_timesteps=5), VP()):
         assert {move.t for move in Langevin(steps=3).plan(process)} == {process.t_min}
     process = VE(0.1, 10.0)
     (move,) = set(Langevin(steps=3, eta=0.5, sigma=1.0).plan(process))
@@ -158,7 +160,9 @@ def test_langevin_follows_the_smallest_level_unless_told():
         Langevin(sigma=11.0).sample(ExactDenoiser(POINT, process), noise_of(2))
 
 
-@pytest.mark.parametrize("process", [VE(0.3, 3.0, levels=4), Betas(linear_betas(30, 0.01, 0.3))], ids=["VE", "Betas"])
+@pytest.mark.parametrize(
+    "process", [VE(0.3, 3.0, num_timesteps=4), Betas(linear_betas(30, 0.01, 0.3))], ids=["VE", "Betas"]
+)
 def test_the_last_step_is_tweedies(process):
     distribution = GaussianMixture(
         torch.ones(1), torch.tensor([[1.0, -2.0]]), torch.diag(torch.tensor([0.5, 2.0]))[None]
@@ -178,7 +182,7 @@ def test_the_last_step_is_tweedies(process):
 @pytest.mark.parametrize("levels", [None, 7])
 def test_annealed_langevin_needs_levels(levels):
     process = VE(0.1, 10.0, t_min_sampling=1e-3)
-    sampler = AnnealedLangevin(steps_per_level=2, eta=0.01, levels=levels)
+    sampler = AnnealedLangevin(steps_per_level=2, eta=0.01, num_levels=levels)
     denoiser = ExactDenoiser(POINT, process)
     if levels is None:
         with pytest.raises(UserError, match="continuous time: give the number of levels"):
@@ -223,7 +227,7 @@ def samplers():
 @pytest.mark.parametrize("name", samplers())
 def test_evaluations_and_steps_are_counted_exactly(name):
     sampler, total, evaluations = samplers()[name]
-    process = VE(0.3, 3.0, levels=4)
+    process = VE(0.3, 3.0, num_timesteps=4)
     denoiser, seen, condition = Counting(ExactDenoiser(ncsn_toy(), process)), [], object()
     for _ in range(2):  # The second call counts anew.
         denoiser.calls = 0
@@ -245,7 +249,7 @@ def test_evaluations_and_steps_are_counted_exactly(name):
 @pytest.mark.parametrize("name", samplers())
 def test_a_sample_is_the_same_in_any_batch(name):
     sampler, _, _ = samplers()[name]
-    denoiser = ExactDenoiser(ncsn_toy(), VE(0.3, 3.0, levels=4))
+    denoiser = ExactDenoiser(ncsn_toy(), VE(0.3, 3.0, num_timesteps=4))
     together = sampler.sample(denoiser, noise_of(16)).x
     sevens = [sampler.sample(denoiser, noise_of(min(7, 16 - first), first=first)).x for first in range(0, 16, 7)]
     torch.testing.assert_close(torch.cat(sevens), together, rtol=1e-5, atol=1e-6)
@@ -273,7 +277,7 @@ class Smooth(Backbone):
 @pytest.mark.parametrize("name", ["langevin", "annealed", "denoised"])
 def test_the_state_is_float32_while_the_backbone_is_not(name):
     sampler, _, _ = samplers()[name]
-    denoiser = NetworkDenoiser(Smooth(), VE(0.3, 3.0, levels=4), "score", "log_sigma")
+    denoiser = NetworkDenoiser(Smooth(), VE(0.3, 3.0, num_timesteps=4), "score", "log_sigma")
     full = sampler.sample(denoiser, noise_of(20)).x
     denoiser.backbone.autocast_dtype = torch.bfloat16
     states = []
@@ -288,7 +292,7 @@ def test_the_state_is_float32_while_the_backbone_is_not(name):
 
 
 def test_where_chains_start():
-    process, noise = VE(0.3, 3.0, levels=4), noise_of()
+    process, noise = VE(0.3, 3.0, num_timesteps=4), noise_of()
     uniform = AnnealedLangevin(uniform_range=(-2.0, 6.0)).start(process, noise)
     assert (uniform.shape, uniform.dtype) == ((CHAINS, 2), torch.float32)
     assert -2.0 <= float(uniform.min()) < -1.99
@@ -307,7 +311,7 @@ def test_where_chains_start():
 @pytest.mark.parametrize("sigma", [None, 0.5, 3.0])
 @pytest.mark.parametrize("metropolis", [False, True])
 def test_a_step_at_which_the_chain_diverges_is_refused(sigma, metropolis):
-    denoiser = Counting(ExactDenoiser(POINT, VE(0.1, 5.0, levels=20)))
+    denoiser = Counting(ExactDenoiser(POINT, VE(0.1, 5.0, num_timesteps=20)))
     bound = 4 * (sigma or 0.1) ** 2
     for eta in (bound * (1 + 1e-9), 2 * bound):
         with pytest.raises(UserError, match=r"Langevin step eta .* is not below 4 sigma\^2") as caught:
@@ -320,13 +324,13 @@ def test_a_step_at_which_the_chain_diverges_is_refused(sigma, metropolis):
 
 def test_the_bound_itself_is_refused():
     with pytest.raises(UserError, match="is not below"):
-        Langevin(eta=4.0).check(ExactDenoiser(POINT, VE(1.0, 1.0, levels=1)))
-    Langevin(eta=3.999).check(ExactDenoiser(POINT, VE(1.0, 1.0, levels=1)))
+        Langevin(eta=4.0).check(ExactDenoiser(POINT, VE(1.0, 1.0, num_timesteps=1)))
+    Langevin(eta=3.999).check(ExactDenoiser(POINT, VE(1.0, 1.0, num_timesteps=1)))
 
 
 def test_the_refusal_is_right():
     """Just below the bound the chain stays, just above it would not."""
-    denoiser = ExactDenoiser(POINT, VE(1.0, 1.0, levels=1))
+    denoiser = ExactDenoiser(POINT, VE(1.0, 1.0, num_timesteps=1))
     allowed = Langevin(steps=400, eta=3.9).sample(denoiser, noise_of(1000)).x
     assert float(allowed.double().var()) == pytest.approx(1 / (1 - 3.9 / 4), rel=0.1)
     beyond = Langevin(steps=400, eta=4.1)
@@ -334,7 +338,9 @@ def test_the_refusal_is_right():
     assert float(beyond.sample(denoiser, noise_of(10)).x.abs().max()) > 1e4
 
 
-@pytest.mark.parametrize("process", [VE(0.1, 5.0, levels=20), Betas(linear_betas(20, 0.01, 0.3))], ids=["VE", "Betas"])
+@pytest.mark.parametrize(
+    "process", [VE(0.1, 5.0, num_timesteps=20), Betas(linear_betas(20, 0.01, 0.3))], ids=["VE", "Betas"]
+)
 def test_annealed_langevin_refuses_it_at_the_smallest_level(process):
     denoiser = Counting(ExactDenoiser(POINT, process))
     bound = 0.04
@@ -357,7 +363,7 @@ class OnlyScore(Denoiser):
 
 
 def test_metropolis_needs_an_energy():
-    denoiser = OnlyScore(ExactDenoiser(POINT, VE(1.0, 1.0, levels=1)))
+    denoiser = OnlyScore(ExactDenoiser(POINT, VE(1.0, 1.0, num_timesteps=1)))
     with pytest.raises(UserError, match=r"metropolis needs a model with an energy.*metropolis: false"):
         Langevin(steps=2, eta=0.1, metropolis=True).check(denoiser)  # Before any work.
     Langevin(steps=2, eta=0.1).sample(denoiser, noise_of(2))
@@ -368,8 +374,8 @@ def test_metropolis_needs_an_energy():
     [
         (lambda: Langevin(steps=0), ["steps is 0"]),
         (lambda: AnnealedLangevin(steps_per_level=0), ["steps_per_level is 0"]),
-        (lambda: AnnealedLangevin(levels=0), ["levels is 0"]),
-        (lambda: AnnealedLangevin(levels=1), ["levels is 1"]),
+        (lambda: AnnealedLangevin(num_levels=0), ["num_levels is 0"]),
+        (lambda: AnnealedLangevin(num_levels=1), ["num_levels is 1"]),
         (lambda: Langevin(initial="normal"), ["initial is 'normal'", "gaussian"]),
         (lambda: AnnealedLangevin(initial="zeros"), ["initial is 'zeros'", "uniform"]),
         (lambda: Langevin(uniform_range=(1.0, 0.0)), ["uniform_range is [1, 0]"]),
@@ -402,7 +408,7 @@ def test_a_network_of_known_levels_is_asked_at_one_of_them():
     class OnItsLevels(OnlyScore):
         on_grid_only = True
 
-    process = VE(0.3, 3.0, levels=8)
+    process = VE(0.3, 3.0, num_timesteps=8)
     denoiser = OnItsLevels(ExactDenoiser(POINT, process))
     with pytest.raises(UserError, match=r"sigma 0.7 lies between the levels .* 0.3, 0.4168"):
         Langevin(steps=1, eta=0.1, sigma=0.7).check(denoiser)

@@ -74,7 +74,10 @@ def test_the_adaptive_solver_integrates_from_the_end_of_time(process):
 
 @each_process
 def test_langevin_dynamics_are_finite_from_the_end_of_time(process):
-    for sampler in (AnnealedLangevin(5, eta=1e-9, denoise=True, levels=8, initial="gaussian"), Langevin(5, eta=1e-9)):
+    for sampler in (
+        AnnealedLangevin(5, eta=1e-9, denoise=True, num_levels=8, initial="gaussian"),
+        Langevin(5, eta=1e-9),
+    ):
         assert bool(sampler.sample(ExactDenoiser(GAUSSIAN, process), noise_of(4)).x.isfinite().all())
 
 

@@ -136,7 +136,9 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("process", [VE(0.3, 3.0, levels=8), Betas(linear_betas(8, 0.01, 0.4))], ids=["VE", "Betas"])
+@pytest.mark.parametrize(
+    "process", [VE(0.3, 3.0, num_timesteps=8), Betas(linear_betas(8, 0.01, 0.4))], ids=["VE", "Betas"]
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_each_row_may_have_times_of_its_own(name, process):
     sampler, denoiser, x = STEPS[name], ExactDenoiser(MIXTURE, process), noise_of(3, seed=4).normal()
@@ -150,7 +152,7 @@ def test_each_row_may_have_times_of_its_own(name, process):
 
 
 def test_each_row_of_langevin_dynamics_may_have_a_level_of_its_own():
-    process = VE(0.3, 3.0, levels=8)
+    process = VE(0.3, 3.0, num_timesteps=8)
     denoiser, x = ExactDenoiser(MIXTURE, process), noise_of(2, seed=4).normal()
     for sampler in (AnnealedLangevin(eta=1e-3), Langevin(eta=1e-3, metropolis=True)):
         move = sampler.plan(process)[0]
@@ -194,7 +196,7 @@ class Constrained(Sampler):
 
 @pytest.mark.parametrize("inner", [*STEPS.values(), AdamsBashforth(denoise=False), AnnealedLangevin(2, eta=1e-6)])
 def test_any_sampler_of_fixed_steps_can_be_constrained(inner):
-    process = VE(0.001, 3.0, levels=40)
+    process = VE(0.001, 3.0, num_timesteps=40)
     sampler = Constrained(inner, torch.tensor([True, False, False]), 0.7)
     made = sampler.sample(ExactDenoiser(GAUSSIAN, process), noise_of(30))
     assert float((made.x[:, 0] - 0.7).abs().max()) < 0.01

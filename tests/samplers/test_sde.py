@@ -75,7 +75,7 @@ def test_euler_maruyama_is_a_step_of_equation_6_of_song_et_al(t, s):
 
 @pytest.mark.parametrize("i", [2, 5, 10])
 def test_reverse_diffusion_is_equation_46_of_song_et_al_where_the_variance_explodes(i):
-    process = VE(0.01, 1.0, levels=10)
+    process = VE(0.01, 1.0, num_timesteps=10)
     new = (0.01 * 100 ** ((i - 1) / 9)) ** 2 - (0.01 * 100 ** ((i - 2) / 9)) ** 2
     expected = X + new * score_of(X, process, i / 10) + math.sqrt(new) * Z
     moved = one_step(ReverseDiffusion(), process, X, Move(i / 10, (i - 1) / 10))
@@ -91,7 +91,7 @@ def test_reverse_diffusion_is_that_of_song_et_al_where_the_variance_is_preserved
     torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("process", [VE(0.01, 50.0, levels=100), Betas(linear_betas(100))], ids=["VE", "Betas"])
+@pytest.mark.parametrize("process", [VE(0.01, 50.0, num_timesteps=100), Betas(linear_betas(100))], ids=["VE", "Betas"])
 @pytest.mark.parametrize("predictor", [None, Ancestral(variance="beta_tilde"), Heun()])
 def test_the_corrector_is_algorithms_4_and_5_after_the_predictor(process, predictor):
     """Of Song et al., with the norms that are expected at the level."""
@@ -251,7 +251,7 @@ def test_annealed_langevin_on_ddpms_levels():
     """S10: a score model of one kind serves the sampler of the other."""
     process = PAPERS["DDPM"]
     first = 1 / 1000
-    sampler = AnnealedLangevin(20, eta=0.2 * float(process.sigma(wide(first))) ** 2, levels=40, initial="gaussian")
+    sampler = AnnealedLangevin(20, eta=0.2 * float(process.sigma(wide(first))) ** 2, num_levels=40, initial="gaussian")
     start = (torch.zeros(3).double(), torch.eye(3).double())
     law = law_of(sampler, process, start)
     goal = GAUSSIAN.marginal(process, first)

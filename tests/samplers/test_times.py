@@ -53,8 +53,8 @@ def test_times_fall_from_the_end_of_time_by_as_many_as_are_asked_for(process, ti
         most = 1000 + (times_of is timesteps_to_t_min)
         assert len(times) == (
             most
-            if steps is None and process.levels is None
-            else process.levels
+            if steps is None and process.num_timesteps is None
+            else process.num_timesteps
             if steps is None
             else steps + (times_of is timesteps_to_t_min)
         )
@@ -63,8 +63,10 @@ def test_times_fall_from_the_end_of_time_by_as_many_as_are_asked_for(process, ti
         assert times[-1] >= process.t_min_sampling * (1 - 1e-9)
         if times_of is timesteps_to_t_min or spacing not in ("uniform", "quadratic"):
             assert times[-1] == pytest.approx(process.t_min_sampling)
-        if process.levels is not None:
-            assert np.array(times) * process.levels == pytest.approx(np.round(np.array(times) * process.levels))
+        if process.num_timesteps is not None:
+            assert np.array(times) * process.num_timesteps == pytest.approx(
+                np.round(np.array(times) * process.num_timesteps)
+            )
 
 
 @pytest.mark.parametrize("spacing", ["uniform", "karras"])
@@ -95,7 +97,7 @@ def test_times_may_be_given():
         (lambda: timesteps_to_zero(VP(), None, [0.9, 0.2]), ["begins at time 0.9", "end of time, 1"]),
         (lambda: timesteps_to_zero(VP(), None, [1.0, 1e-7]), ["spacing is 1e-07", "knows the times from"]),
         (lambda: timesteps_to_zero(Betas(linear_betas(8)), None, [1.0, 0.3]), ["the time 0.3", "i / 8"]),
-        (lambda: timesteps_to_zero(VE(1.0, 1.0, levels=1), None), ["one noise level", "choose langevin"]),
+        (lambda: timesteps_to_zero(VE(1.0, 1.0, num_timesteps=1), None), ["one noise level", "choose langevin"]),
     ],
 )
 def test_what_is_no_spacing_is_refused_in_one_line(ask, words):

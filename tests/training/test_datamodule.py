@@ -34,7 +34,7 @@ def on(data: DataModule, rank: int = 0, world_size: int = 1, images: int = 0, tr
 def ramp(count: int, levels: int = 256, size: int = 2, **keys) -> InMemory:
     """Images that say which they are: all pixels of number k are k."""
     values = np.repeat(np.arange(count, dtype=np.uint8), size * size).reshape(count, 1, size, size)
-    return InMemory(values, levels=levels, **keys)
+    return InMemory(values, num_grey_levels=levels, **keys)
 
 
 # ---- order -------------------------------------------------------------------------------------------------------
@@ -266,12 +266,12 @@ def refusal(make) -> str:
         (ramp(9), {"micro_batch_size": 0}, "micro_batch_size is 0"),
         (ramp(9), {"value_range": (1.0, 1.0)}, "value_range"),
         (ramp(9), {"held_out": ramp(9, size=3)}, "shape"),
-        (ramp(9, levels=17), {"held_out": ramp(9)}, "256 levels, data.source 17"),
+        (ramp(9, num_grey_levels=17), {"held_out": ramp(9)}, "256 levels, data.source 17"),
         (ramp(9), {"held_out_fraction": 1.0}, "held_out_fraction"),
         (ramp(2), {"held_out_fraction": 0.9}, "leaves nothing"),
-        (InMemory(np.zeros((9, 2), np.float32), levels=None), {"flip": True}, "flip"),
+        (InMemory(np.zeros((9, 2), np.float32), num_grey_levels=None), {"flip": True}, "flip"),
         (InMemory(np.zeros((9, 2), np.float32)), {}, "levels 256"),
-        (InMemory(np.zeros((9, 1, 2, 2), np.float32), levels=None), {}, "levels None"),
+        (InMemory(np.zeros((9, 1, 2, 2), np.float32), num_grey_levels=None), {}, "levels None"),
     ],
 )
 def test_a_wrong_configuration(source, keys, said):
@@ -286,7 +286,7 @@ def test_data_that_were_normalised_already_are_refused_at_the_first_batch():
 
 
 def test_grey_levels_beyond_the_declared_ones_are_refused():
-    data = DataModule(ramp(30, levels=17), 4)
+    data = DataModule(ramp(30, num_grey_levels=17), 4)
     value = torch.full((4, 1, 2, 2), 29, dtype=torch.uint8)
     line = refusal(lambda: data.prepare(value, torch.zeros(4), torch.arange(4), True))
     assert "grey level 29" in line

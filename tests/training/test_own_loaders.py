@@ -245,7 +245,7 @@ def test_our_callbacks_and_lightnings_beside_each_other(tmp_path):
         EMA([64]),
         Samples(every_n_steps=2, count=4, film_columns=0),
         Telemetry(every_n_steps=2),
-        NoiseLevels(levels=2, images=8),
+        NoiseLevels(num_levels=2, images=8),
         Evaluator(),
         Checkpoint(),
         best,
