@@ -154,9 +154,8 @@ class NCSNv2(NCSN):
             say(f"sigma_max {sigma_max:g}: {diameter.statement}")
         if num_levels == "auto":
             num_levels = found["num_levels"] = level_count(sigma_max, sigma_min, dimension)
-            say(
-                f"num_levels {num_levels}: ratio {level_ratio(dimension):.4g} at most in {dimension} dimensions (technique 2)"
-            )
+            ratio = level_ratio(dimension)
+            say(f"num_levels {num_levels}: ratio {ratio:.4g} at most in {dimension} dimensions (technique 2)")
         if init_args["eta"] == "auto":
             steps = init_args["steps_per_level"]
             eta = found["eta"] = float(f"{best_eta(sigma_max, sigma_min, num_levels, steps):.4g}")

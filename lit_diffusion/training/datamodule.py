@@ -445,7 +445,8 @@ class DataModule(pl.LightningDataModule):
         if value.dtype != torch.uint8:
             raise UserError(
                 f"data source {name} yields {value.dtype}, not uint8 grey levels 0..{num_grey_levels - 1}: it was "
-                f"normalized already; the DataModule does that once, to value_range {list(self.data_spec.value_range or ())}"
+                f"normalized already; the DataModule does that once, to value_range "
+                f"{list(self.data_spec.value_range or ())}"
             )
         if int(value.max()) > num_grey_levels - 1:
             raise UserError(
