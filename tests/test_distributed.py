@@ -36,7 +36,7 @@ from lit_diffusion.methods import NCSN
 from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
 from lit_diffusion.training.datamodule import DataModule
-from lit_diffusion.training.sharding import whole
+from lit_diffusion.training.sharding import full_tensor
 
 NAMES = ("plain", "micro", "nan", "clipped", "second_moment", "two_networks")
 
@@ -205,8 +205,8 @@ def of_a_unet(folder: Path, name: str, many: dict, images: int = 96, ckpt_path=N
         **many,
     )
     return {
-        "weights": {key: whole(value.detach()).clone() for key, value in method.named_parameters()},
-        "average": {key: whole(value).clone() for key, value in ema.shadows[0].items()},
+        "weights": {key: full_tensor(value.detach()).clone() for key, value in method.named_parameters()},
+        "average": {key: full_tensor(value).clone() for key, value in ema.shadows[0].items()},
         "own": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in method.parameters()),
         "loss": float(made.callback_metrics["val/loss"]),
         "run_dir": str(logger.run_dir),
@@ -330,7 +330,7 @@ def failing(folder: Path, many: dict, name: str, target: str, rank: int, after: 
     callbacks = [EMA([64]), Samples(every_n_steps=1, count=4), evaluator, Telemetry(every_n_steps=1), Checkpoint()]
     with patch.object(owner, attribute, fails) if int(os.environ["RANK"]) == rank else nullcontext():
         fit(method, digits_data(), folder, 64, callbacks=callbacks, logger=logger, **many)
-    whole_weights = {key: whole(value).clone() for key, value in weights(method).items()}
+    whole_weights = {key: full_tensor(value).clone() for key, value in weights(method).items()}
     return {"failed": dict(logger.failed), "weights": whole_weights, "run_dir": str(logger.run_dir)}
 
 

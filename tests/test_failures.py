@@ -276,7 +276,7 @@ def test_the_events_of_what_ismade_again_move_aside(tmp_path):
     lines = [{"event": "start", "format_version": 1, "images": 0}]
     lines += [{"event": "failed", "name": name, "images": 64} for name in ("samples", "evaluation/fid", "telemetry")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    state = {"lit_diffusion": {"images_seen": 64}, "callbacks": {"Samples": {"drawn_at": 32}}}
+    state = {"lit_diffusion": {"images_seen": 64}, "callbacks": {"Samples": {"done_at": 32}}}
     assert drop_lost_events(tmp_path, *made_again(state)) == 2
     assert [event.get("name") for event in events(tmp_path)] == [None, "telemetry"]
 

@@ -83,9 +83,9 @@ class MLP(Backbone):
         self.embedding: NoiseEmbedding | None = None
         if time_embedding != "none" or num_classes is not None:
             self.embedding = NoiseEmbedding(width, width, time_embedding, fourier_scale, num_classes)
-        told = None if self.embedding is None else width
+        embedding_width = None if self.embedding is None else width
         self.stem = dense(self.data_shape[0], width)
-        self.blocks = nn.ModuleList(MLPBlock(width, told, self.activation) for _ in range(depth))
+        self.blocks = nn.ModuleList(MLPBlock(width, embedding_width, self.activation) for _ in range(depth))
         self.head = dense(width, self.out_channels)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:

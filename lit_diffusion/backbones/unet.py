@@ -82,14 +82,14 @@ class ResidualBlock(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
-        told = None if self.project is None else self.project(embedding)[:, :, None, None]
-        if told is None:
+        modulation = None if self.project is None else self.project(embedding)[:, :, None, None]
+        if modulation is None:
             h = self.norm2(h, level)
         elif self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = modulation.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h, level), 1.0 + scale)
         else:
-            h = self.norm2(h + told, level)
+            h = self.norm2(h + modulation, level)
         h = self.conv2(self.dropout(F.silu(h)))
         return add_residual(x if self.skip is None else self.skip(x), h, self.rescale)
 
@@ -216,9 +216,9 @@ class UNet(Backbone):
         for width in [widths[n] for n in attending] + ([widths[-1]] if middle_attention else []):
             if width % heads:
                 raise UserError(f"UNet: heads {heads} does not divide the {width} channels that attend; change either")
-        told = time_embedding != "none" or num_classes is not None
-        if scale_shift and not told:
-            raise UserError("UNet: scale_shift needs something to tell; set time_embedding or num_classes")
+        conditional = time_embedding != "none" or num_classes is not None
+        if scale_shift and not conditional:
+            raise UserError("UNet: scale_shift has nothing to modulate by; set time_embedding or num_classes")
         if resample_in_block and resampling == "conv":
             raise UserError("UNet: resample_in_block with resampling conv; choose resampling nearest or fir")
 
@@ -230,7 +230,7 @@ class UNet(Backbone):
         block = partial(
             ResidualBlock,
             norm=norm,
-            embedding=4 * channels if told else None,
+            embedding=4 * channels if conditional else None,
             dropout=dropout,
             rescale=rescale_residual,
             scale_shift=scale_shift,
@@ -252,7 +252,7 @@ class UNet(Backbone):
         self.rescale = rescale_residual
         self.level_indexed = normalization == "conditional_instance"
         self.embedding: NoiseEmbedding | None = None
-        if told:
+        if conditional:
             self.embedding = NoiseEmbedding(channels, 4 * channels, time_embedding, fourier_scale, num_classes)
 
         width = channels

@@ -20,7 +20,7 @@ from lit_diffusion.runs.clock import Cadence
 from lit_diffusion.runs.logger import run_logger_of
 from lit_diffusion.training.lightning_internals import checkpoint_of
 from lit_diffusion.training.module import TrainedModule
-from lit_diffusion.training.sharding import local
+from lit_diffusion.training.sharding import to_local
 from lit_diffusion.training.trainer import callbacks_of
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -109,22 +109,22 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.saved_at, self.outdated = module.clock.images, False
 
 
-def save_before_drawing(trainer: pl.Trainer, module: TrainedModule, drawn_too: bool = False) -> None:
+def save_before(trainer: pl.Trainer, module: TrainedModule, again: bool = False) -> None:
     """Save the run's state, unless that is done; all processes come. What is drawn then can cost nothing but itself.
 
     Args:
         trainer: of the run.
         module: that is trained.
-        drawn_too: save it again where something was drawn since.
+        again: save it again where something was drawn since.
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoint):
-            if callback.saved_at != module.clock.images or (drawn_too and callback.outdated):
+            if callback.saved_at != module.clock.images or (again and callback.outdated):
                 callback.save(trainer, module)
             callback.outdated = True
 
 
-def save_after_drawing(trainer: pl.Trainer, module: TrainedModule) -> None:
+def save_after(trainer: pl.Trainer, module: TrainedModule) -> None:
     """Save what was drawn, too, where the state was saved before it; all processes come."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoint) and callback.outdated:
@@ -159,7 +159,7 @@ def write_checkpoint(trainer: pl.Trainer, module: TrainedModule, path: Path, pre
             run taken over by another process; what was there before is untouched.
     """
     # A finite gradient can still throw the weights out of range: at a learning rate far too large.
-    mine = [local(p.detach()) for p in module.averaged().values()]
+    mine = [to_local(p.detach()) for p in module.averaged().values()]
     largest = torch._foreach_norm([p for p in mine if p.numel() > 0], float("inf"))  # A share may be empty.
     broken = torch.stack(largest).isfinite().logical_not().sum().double()
     if float(sum_over_ranks(broken)) > 0.0:

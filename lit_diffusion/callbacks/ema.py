@@ -22,7 +22,7 @@ from lit_diffusion.runs.clock import in_images
 from lit_diffusion.runs.console import print_note
 from lit_diffusion.training.callback import Callback
 from lit_diffusion.training.module import TrainedModule
-from lit_diffusion.training.sharding import distribute_like, local, whole
+from lit_diffusion.training.sharding import distribute_like, full_tensor, to_local
 from lit_diffusion.training.trainer import callbacks_of
 
 
@@ -94,16 +94,21 @@ class EMA(Callback):
             self.half_lives = [in_images("ema", "half_life", None, n, batch) for n in steps]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start, unless a callback that needs the averages came first and did."""
+        assert isinstance(pl_module, TrainedModule)
+        self.start(pl_module)
+
+    def start(self, module: TrainedModule) -> None:
         """Start each average at the weights, on their own device, unless a checkpoint brought it.
 
-        Not earlier: sharded weights take a checkpoint's values only after ``on_fit_start``.
+        Called when the training starts, not earlier: sharded weights take a checkpoint's values only after
+        ``on_fit_start``. A second call changes nothing.
         """
-        assert isinstance(pl_module, TrainedModule)
-        parameters = pl_module.averaged()
+        parameters = module.averaged()
         if not self.shadows:
             self.shadows = [{} for _ in self.half_lives]
         missing = [half_life for half_life, shadow in zip(self.half_lives, self.shadows, strict=True) if not shadow]
-        if missing and pl_module.clock.images > 0:
+        if missing and module.clock.images > 0:
             print_note(
                 f"ema: the checkpoint has no average of half-life {missing} images; it starts at its raw weights"
             )
@@ -118,11 +123,11 @@ class EMA(Callback):
 
     def after_step(self, module: TrainedModule) -> None:
         """Average in the step that was just made."""
-        parameters = [local(p.detach()) for p in module.averaged().values()]
+        parameters = [to_local(p.detach()) for p in module.averaged().values()]
         for half_life, shadow in zip(self.half_lives, self.shadows, strict=True):
             length = min(half_life, self.ramp * module.clock.images)
             decay = 0.5 ** (module.clock.batch / length)
-            torch._foreach_lerp_([local(value) for value in shadow.values()], parameters, 1.0 - decay)
+            torch._foreach_lerp_([to_local(value) for value in shadow.values()], parameters, 1.0 - decay)
         self.updates += 1
 
     @contextmanager
@@ -137,13 +142,13 @@ class EMA(Callback):
             return
         if position is not None and (not self.shadows or not self.shadows[position]):
             raise UserError(f"weights {weights!r} are not in this checkpoint; choose raw")
-        parameters = [local(p.detach()) for p in module.averaged().values()]
+        parameters = [to_local(p.detach()) for p in module.averaged().values()]
         before, outer = [p.clone() for p in parameters], self._raw
         self._raw = before if outer is None else outer
         given = self._raw
         if position is not None:
             shadow = self.shadows[position]
-            given = [local(distribute_like(shadow[name], p)) for name, p in module.averaged().items()]
+            given = [to_local(distribute_like(shadow[name], p)) for name, p in module.averaged().items()]
         torch._foreach_copy_(parameters, given)
         try:
             yield
@@ -157,7 +162,7 @@ class EMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, for a checkpoint; of sharded weights all processes come."""
-        shadows = [{name: whole(value) for name, value in shadow.items()} for shadow in self.shadows]
+        shadows = [{name: full_tensor(value) for name, value in shadow.items()} for shadow in self.shadows]
         return {"half_lives": list(self.half_lives), "updates": self.updates, "shadows": shadows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

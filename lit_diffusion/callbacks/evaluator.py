@@ -13,8 +13,8 @@ import torch
 
 from lit_diffusion.callbacks.checkpoint import (
     checkpoint_folder,
-    save_after_drawing,
-    save_before_drawing,
+    save_after,
+    save_before,
     write_checkpoint,
 )
 from lit_diffusion.callbacks.ema import EMA, averages_of, choose_average
@@ -175,11 +175,11 @@ class Evaluator(PeriodicCallback):
     @classmethod
     def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
         """An evaluation that had not ended when the checkpoint was written."""
-        return set() if images in (state.get("last", {}).get("images"), state.get("drawn_at")) else set(cls.makes)
+        return set() if images in (state.get("last", {}).get("images"), state.get("done_at")) else set(cls.makes)
 
     def _is_missing(self, method: Method) -> bool:
         # With its count not chosen yet it was never begun; the speed that a choice needs is not known yet either.
-        made = method.clock.images in (self.last.get("images"), self._drawn_at)
+        made = method.clock.images in (self.last.get("images"), self._done_at)
         missing = self._on and self._count is not None and not made
         if missing:
             print_note(f"the evaluation at {method.clock.images} images is missing: made now")
@@ -197,13 +197,13 @@ class Evaluator(PeriodicCallback):
         """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
         count = self._choose_count(trainer, method)
         # An evaluation takes long: a kill in it shall cost no picture of the same moment.
-        save_before_drawing(trainer, method, drawn_too=True)
+        save_before(trainer, method, again=True)
         result = self._evaluate(trainer, method, count, self.seed, "fit")
         if result is None:
             return
         self._keep_the_best(trainer, method, result)
-        self._drawn_at = method.clock.images
-        save_after_drawing(trainer, method)
+        self._done_at = method.clock.images
+        save_after(trainer, method)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out what would fail, before the likelihoods take their minutes."""
@@ -234,7 +234,7 @@ class Evaluator(PeriodicCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the count that the run was started with, so that its figures stay comparable."""
         self._chosen, self.last = state_dict["samples"], state_dict["last"]
-        self._drawn_at = state_dict.get("drawn_at", -1)
+        self._done_at = state_dict.get("done_at", -1)
 
     # ---- what can be measured ----------------------------------------------------------------------------------
 

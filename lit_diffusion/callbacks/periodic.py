@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lit_diffusion.callbacks.checkpoint import save_before_drawing
+from lit_diffusion.callbacks.checkpoint import save_before
 from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods.base import Method
@@ -39,7 +39,7 @@ class PeriodicCallback(Callback, ABC):
 
     def __init__(self, cadence: Cadence) -> None:
         self.cadence = cadence
-        self._drawn_at = -1
+        self._done_at = -1
         """Images seen when it last drew; every checkpoint carries it."""
         self._knows_its_past = False
 
@@ -50,11 +50,11 @@ class PeriodicCallback(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """When it last drew, for a checkpoint."""
-        return {"drawn_at": self._drawn_at}
+        return {"done_at": self._done_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know what was drawn before the run stopped."""
-        self._drawn_at = state_dict["drawn_at"]
+        self._done_at = state_dict["done_at"]
         self._knows_its_past = True
 
     makes: frozenset[str] = frozenset()
@@ -63,19 +63,19 @@ class PeriodicCallback(Callback, ABC):
     @classmethod
     def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
         """What it makes, where that was due and not yet done when the checkpoint was written."""
-        return set(cls.makes) if state.get("drawn_at", images) != images else set()
+        return set(cls.makes) if state.get("done_at", images) != images else set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make up for what a stop cut off."""
         assert isinstance(pl_module, Method)
         clock = pl_module.clock
-        averages_of(trainer).on_train_start(trainer, pl_module)  # Whichever of the two comes first in the list.
+        averages_of(trainer).start(pl_module)  # Whichever of the two comes first in the list.
         if clock.images > 0 and self.cadence.due(clock) and self._is_missing(pl_module):
             self._draw_now(trainer, pl_module)
 
     def _is_missing(self, method: Method) -> bool:
         """Whether what was due at this moment was not drawn before the run stopped here."""
-        return self._knows_its_past and self._drawn_at < method.clock.images
+        return self._knows_its_past and self._done_at < method.clock.images
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,7 +92,7 @@ class PeriodicCallback(Callback, ABC):
         try:
             with survived(trainer, self.name):
                 self.draw(trainer, method)
-            self._drawn_at = method.clock.images
+            self._done_at = method.clock.images
         except Interrupted as stop:
             print_note(f"{stop}: it is made when the run is continued")
             method.interrupted = True
@@ -104,9 +104,9 @@ class PeriodicCallback(Callback, ABC):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the end."""
         assert isinstance(pl_module, Method)
-        if self._drawn_at == pl_module.clock.images or pl_module.interrupted or not self.wanted(trainer, pl_module):
+        if self._done_at == pl_module.clock.images or pl_module.interrupted or not self.wanted(trainer, pl_module):
             return
-        save_before_drawing(trainer, pl_module)
+        save_before(trainer, pl_module)
         self._draw_now(trainer, pl_module)
 
     def wanted(self, trainer: pl.Trainer, method: Method) -> bool:

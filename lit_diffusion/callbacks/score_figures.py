@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_diffusion.callbacks.checkpoint import save_before_drawing
+from lit_diffusion.callbacks.checkpoint import save_before
 from lit_diffusion.callbacks.ema import averages_of
 from lit_diffusion.callbacks.noise_levels import known_mixture, score_error
 from lit_diffusion.denoisers import Denoiser
@@ -57,7 +57,7 @@ class _AtEnd(pl.Callback, ABC):
         assert isinstance(pl_module, Method)
         if run_logger_of(trainer) is None or pl_module.interrupted:
             return
-        save_before_drawing(trainer, pl_module)
+        save_before(trainer, pl_module)
         averages = averages_of(trainer)
         weights = averages.kept("ema")
         with survived(trainer, type(self).__name__):

@@ -184,21 +184,21 @@ def data_found(recipe: Recipe) -> Iterator[Finding]:
 
 def classes(recipe: Recipe) -> Iterator[Finding]:
     """The backbone's classes against the data's, which ``fit`` refuses where the backbone has too few."""
-    told, data_spec = recipe.method.denoiser.backbone.num_classes, recipe.data.data_spec
-    if told is None or data_spec.num_classes is None or data_spec.class_counts is None:
+    classes, data_spec = recipe.method.denoiser.backbone.num_classes, recipe.data.data_spec
+    if classes is None or data_spec.num_classes is None or data_spec.class_counts is None:
         return
     names = data_spec.class_names or range(data_spec.num_classes)
     empty = [str(name) for name, count in zip(names, data_spec.class_counts, strict=True) if count == 0]
     if empty:
         yield warning(f"no training data of the classes {in_brief(empty)}", "number the classes without gaps")
-    if told > data_spec.num_classes:
+    if classes > data_spec.num_classes:
         yield note(
-            f"the backbone has {told} classes, the data {data_spec.num_classes}: the others are not trained",
+            f"the backbone has {classes} classes, the data {data_spec.num_classes}: the others are not trained",
             f"set model.init_args.backbone.init_args.num_classes {data_spec.num_classes}",
         )
     elif not empty:
         least, most = min(data_spec.class_counts), max(data_spec.class_counts)
-        yield ok(f"the model is told {told} classes, of {least} to {most} training data each")
+        yield ok(f"the model is told {classes} classes, of {least} to {most} training data each")
 
 
 def data_range(recipe: Recipe) -> Iterator[Finding]:

@@ -188,10 +188,10 @@ class SecondMoments(TimeLaw):
 
     def learn(self, t: Tensor, loss: Tensor) -> None:
         """Remember the losses at their levels."""
-        self.remember((t * len(self.counts)).round().long() - 1, loss)
+        self.update((t * len(self.counts)).round().long() - 1, loss)
 
     @torch.no_grad()
-    def remember(self, index: Tensor, loss: Tensor) -> None:
+    def update(self, index: Tensor, loss: Tensor) -> None:
         """Take in the losses ``[B]`` of level indices ``[B]``, in their order; the oldest of a level goes first."""
         num_timesteps, remembered = self.history.shape
         order = torch.argsort(index, stable=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_diffusion.distributed import many_processes
-from lit_diffusion.training.sharding import local, whole
+from lit_diffusion.training.sharding import full_tensor, to_local
 
 
 @torch.no_grad()
@@ -51,9 +51,9 @@ def clip(parameters: Sequence[nn.Parameter], largest: float | None) -> Tensor:
     if not gradients:
         return torch.zeros((), device=parameters[0].device)
     kinds = [[g for g in gradients if isinstance(g, DTensor) == sharded] for sharded in (False, True)]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    norms = [full_tensor(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if largest is not None:
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        torch._foreach_mul_([to_local(gradient) for gradient in gradients], factor)
     return norm

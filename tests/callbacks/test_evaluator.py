@@ -628,7 +628,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, 
         "generating": (measure, "generate_in_batches"),
         "recorded": (Evaluator, "_keep_the_best"),
         "best saved": (best, "atomic_write"),
-        "best listed": (module, "save_after_drawing"),
+        "best listed": (module, "save_after"),
     }[moment]
     whole, calls = getattr(target, name), []
 

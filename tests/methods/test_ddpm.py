@@ -353,8 +353,8 @@ def test_what_it_remembers_does_not_depend_on_micro_batches(tmp_path, micro_batc
 def test_it_remembers_the_losses_in_the_order_of_the_batch(tmp_path):
     """Of all processes: as if two had 16 images each, gathered as ``[processes, images]``."""
     method, told = ddpm(time_law="second_moment", num_timesteps=4), []
-    remember = method.objective.time_law.remember
-    method.objective.time_law.remember = lambda index, loss: (told.append((index, loss)), remember(index, loss))
+    update = method.objective.time_law.update
+    method.objective.time_law.update = lambda index, loss: (told.append((index, loss)), update(index, loss))
     method.all_gather = lambda rows: rows.view(2, 16)
     fit(method, centred(), tmp_path, 32)
     ((level, loss),) = told

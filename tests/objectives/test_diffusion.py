@@ -122,7 +122,7 @@ def test_a_drawn_level_gives_all_of_them_on_average(loss, time_law):
         DiffusionObjective(T, loss, "learned" if loss != "simple" else "beta", time_law),
     )
     if time_law == "second_moment":
-        objective.time_law.remember(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
+        objective.time_law.update(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
     drawn = objective(denoiser, x0, 3, torch.arange(count), None, GREY)
     eps = keyed_normal(9, "others", torch.arange(count), (1, 2, 2), dtype=torch.float64)
     everything = sum(objective.at(denoiser, x0, times_of(count, k), eps, None, GREY).per_sample for k in range(T)) / T
@@ -264,7 +264,7 @@ def filled(levels=4, remembered=10, seed=0):
     sizes = torch.tensor([0.1, 5.0, 1.0, 0.02], dtype=torch.float64)[:levels]
     losses = sizes[:, None] * (0.5 + torch.rand(levels, remembered, generator=torch.Generator().manual_seed(seed)))
     moments = SecondMoments(levels)
-    moments.remember(torch.arange(levels).repeat(remembered), losses.T.flatten())
+    moments.update(torch.arange(levels).repeat(remembered), losses.T.flatten())
     return losses, moments
 
 
@@ -279,12 +279,12 @@ def test_it_is_uniform_until_every_level_has_ten_losses():
     moments = SecondMoments(3)
     for _ in range(10):
         assert moments.probabilities().tolist() == pytest.approx([1 / 3] * 3)
-        moments.remember(torch.tensor([0, 1]), torch.tensor([4.0, 1.0]))
-    moments.remember(torch.tensor([0] * 7 + [2] * 9), torch.full((16,), 2.0))
+        moments.update(torch.tensor([0, 1]), torch.tensor([4.0, 1.0]))
+    moments.update(torch.tensor([0] * 7 + [2] * 9), torch.full((16,), 2.0))
     assert moments.probabilities().tolist() == pytest.approx([1 / 3] * 3)
     index, weight = drawn_levels(moments, torch.tensor([0.1, 0.5, 0.9]))
     assert (index.tolist(), weight.tolist()) == ([0, 1, 2], pytest.approx([1.0] * 3))
-    moments.remember(torch.tensor([2]), torch.tensor([2.0]))
+    moments.update(torch.tensor([2]), torch.tensor([2.0]))
     assert moments.probabilities().tolist() != pytest.approx([1 / 3] * 3, rel=0.1)
 
 
@@ -298,7 +298,7 @@ def test_it_is_the_root_of_the_second_moment_with_a_little_of_the_uniform():
 def test_it_forgets_all_but_the_last_ten():
     losses, moments = filled()
     later = wide(3.0, 2.5, 9.0)
-    moments.remember(torch.tensor([1, 1, 3, 1, 3]), wide(3.0, 2.5, 0.7, 9.0, 0.1))
+    moments.update(torch.tensor([1, 1, 3, 1, 3]), wide(3.0, 2.5, 0.7, 9.0, 0.1))
     kept = {
         0: losses[0],
         1: torch.cat((losses[1, 3:], later)),
@@ -308,7 +308,7 @@ def test_it_forgets_all_but_the_last_ten():
     root = torch.stack([kept[k].square().mean().sqrt() for k in range(4)])
     torch.testing.assert_close(moments.probabilities(), 0.999 * root / root.sum() + 0.001 / 4, rtol=1e-12, atol=0)
     # A hundred at once: the last ten in their order.
-    moments.remember(torch.zeros(100, dtype=torch.int64), torch.arange(100.0))
+    moments.update(torch.zeros(100, dtype=torch.int64), torch.arange(100.0))
     assert sorted(moments.history[0].tolist()) == list(range(90, 100))
 
 
@@ -342,7 +342,7 @@ def test_the_ends_of_the_draw_are_levels(u):
 
 def test_levels_whose_losses_are_all_0_are_drawn_still():
     moments = SecondMoments(3)
-    moments.remember(torch.arange(3).repeat(10), wide(1.0, 0.0, 2.0).repeat(10))
+    moments.update(torch.arange(3).repeat(10), wide(1.0, 0.0, 2.0).repeat(10))
     p = moments.probabilities()
     assert float(p[1]) == pytest.approx(0.001 / 3)
     assert float(p.sum()) == pytest.approx(1.0)
@@ -350,12 +350,12 @@ def test_levels_whose_losses_are_all_0_are_drawn_still():
 
 def test_what_it_remembers_is_in_the_state():
     _, moments = filled()
-    moments.remember(torch.tensor([2, 2]), torch.tensor([8.0, 9.0]))
+    moments.update(torch.tensor([2, 2]), torch.tensor([8.0, 9.0]))
     copy = SecondMoments(4)
     copy.load_state_dict(moments.state_dict())
     assert torch.equal(copy.probabilities(), moments.probabilities())
     for each in (moments, copy):
-        each.remember(torch.tensor([2, 0]), torch.tensor([1.0, 50.0]))  # the oldest goes first in both
+        each.update(torch.tensor([2, 0]), torch.tensor([1.0, 50.0]))  # the oldest goes first in both
     assert torch.equal(copy.history, moments.history)
     objective = DiffusionObjective(4, "bound", "beta", "second_moment")
     assert set(objective.state_dict()) == {"time_law.history", "time_law.counts"}
@@ -376,7 +376,7 @@ def test_it_is_told_the_losses_by_their_times():
 def test_it_is_told_the_loss_of_the_level_without_its_weight():
     x0, _ = images(64)
     objective = DiffusionObjective(T, "simple", "beta", "second_moment")
-    objective.time_law.remember(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
+    objective.time_law.update(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))
     loss = objective(Told(wavy), x0, 0, torch.arange(64), None, GREY)
     level = (loss.t * T).round().long() - 1
     weight = (1.0 / (T * objective.time_law.probabilities()))[level]
