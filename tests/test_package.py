@@ -114,3 +114,13 @@ def test_the_readmes_commands_and_files_exist():
     readme = (PACKAGE.parent / "README.md").read_text()
     for name in re.findall(r"(?:experiments|docs)/[\w/]+\.(?:yaml|md|png)", readme):
         assert (PACKAGE.parent / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "adding_a_method.md"])
+def test_the_files_that_the_pages_for_developers_name_exist(page):
+    root = PACKAGE.parent
+    text = (root / "docs" / page).read_text()
+    named = set(re.findall(r"`((?:lit_diffusion|experiments|tests|benchmarks)/[\w/.]*)", text))
+    assert named
+    for name in sorted(named):
+        assert (root / name).exists(), name
