@@ -9,6 +9,7 @@ from lit_diffusion.denoisers.base import (
     WrappedDenoiser,
 )
 from lit_diffusion.denoisers.clipping import ClipX0, clip_range, clipped, describe_clip, require_clip
+from lit_diffusion.denoisers.guidance import Guidance
 from lit_diffusion.denoisers.network import CIn, NetworkDenoiser
 from lit_diffusion.denoisers.parametrizations import C_NOISE, PARAMETRIZATIONS, CNoise, Parametrization
 
@@ -20,6 +21,7 @@ __all__ = [
     "ClipX0",
     "Denoiser",
     "EndPoint",
+    "Guidance",
     "InterpolatedVariance",
     "NetworkDenoiser",
     "Parametrization",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_diffusion.denoisers import Guidance
 from lit_diffusion.distributed import rank_and_world_size
 from lit_diffusion.evaluation.model import GenerativeModel
 from lit_diffusion.evaluation.sampling import Shard, generate_in_batches
@@ -196,6 +197,7 @@ class Evaluation:
         keep: int = 0,
         survives: bool = False,
         show_progress: bool = False,
+        guidance: Guidance | None = None,
     ) -> Evaluated:
         """Draw samples ``0 .. count - 1`` of a seed and measure them; all processes come, each draws its share.
 
@@ -208,6 +210,7 @@ class Evaluation:
             keep: so many of the first samples are kept.
             survives: whether the other metrics are to be had where the computation of one fails.
             show_progress: draw bars.
+            guidance: of the samples; the protocol says it.
 
         Raises:
             DivergedError: if the sampler ended in NaN.
@@ -220,7 +223,15 @@ class Evaluation:
             nonlocal evaluations, strays
             counts = self.data.class_counts
             for made in generate_in_batches(
-                model, mine, seed, batch_size, sampler, show_progress=show_progress, class_counts=counts, say=self.say
+                model,
+                mine,
+                seed,
+                batch_size,
+                sampler,
+                show_progress=show_progress,
+                class_counts=counts,
+                say=self.say,
+                guidance=guidance,
             ):
                 evaluations, strays = max(evaluations, made.evaluations), strays + made.strays
                 if len(made.indices) == 0:  # A batch for the others' sake.
@@ -231,6 +242,8 @@ class Evaluation:
 
         result = self.of_batches(drawn(), count, model.device, survives, show_progress=show_progress)
         result.protocol.update(seed=seed, sampler=describe(sampler, model.denoiser), network_evaluations=evaluations)
+        if guidance is not None:
+            result.protocol["guidance"] = describe(guidance, model.denoiser)
         return Evaluated(result, kept, strays)
 
     def nearest_training_data(self, pairs: Sequence[Pair]) -> np.ndarray:

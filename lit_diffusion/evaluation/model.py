@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data_spec import DataSpec
-from lit_diffusion.denoisers import Denoiser
+from lit_diffusion.denoisers import Denoiser, Guidance
 from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.samplers.base import OnStep, Sampler, Samples
 
@@ -59,5 +59,6 @@ class GenerativeModel(Protocol):
         cond: Condition | None = None,
         sampler: Sampler | None = None,
         on_step: OnStep | None = None,
+        guidance: Guidance | None = None,
     ) -> Samples:
         """Samples number ``indices`` of a seed, in data space."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_diffusion import interrupts
+from lit_diffusion.denoisers import Guidance
 from lit_diffusion.distributed import all_gather_objects, many_processes
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.model import GenerativeModel
@@ -71,6 +72,7 @@ def generate_in_batches(
     on_step: OnStep | None = None,
     class_counts: Sequence[int] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    guidance: Guidance | None = None,
 ) -> Iterator[Drawn]:
     """Samples of a seed, in order, batch by batch.
 
@@ -91,6 +93,7 @@ def generate_in_batches(
         class_counts: of the data whose classes the samples are to have as often, see
             :meth:`~lit_diffusion.methods.base.Method.condition_by_counts`; None: all classes in turn.
         say: prints one line.
+        guidance: see :meth:`~lit_diffusion.methods.base.Method.generate`.
 
     Raises:
         DivergedError: if a sampler ended in NaN.
@@ -127,7 +130,7 @@ def generate_in_batches(
             strays = Strays()
             try:
                 cond = method.condition_by_counts(filled, seed, class_counts, label)
-                made = method.generate(filled, seed, cond, sampler, stepped)
+                made = method.generate(filled, seed, cond, sampler, stepped, guidance)
                 x, strays = made.x[: len(part)].cpu(), Strays.among(made.farthest[: len(part)])
                 if not torch.isfinite(x).all():
                     trouble = DivergedError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data_spec import GreyLevels, class_number
-from lit_diffusion.denoisers import NetworkDenoiser
+from lit_diffusion.denoisers import Guidance, NetworkDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import Loss, Objective
 from lit_diffusion.randomness import SampleNoise, keyed_choice
@@ -163,6 +163,7 @@ class Method(TrainedModule):
         cond: Condition | None = None,
         sampler: Sampler | None = None,
         on_step: OnStep | None = None,
+        guidance: Guidance | None = None,
     ) -> Samples:
         """Samples number ``indices`` ``[B]`` of a seed, in data space and on this module's device.
 
@@ -174,6 +175,7 @@ class Method(TrainedModule):
             cond: the condition, ``[B]`` rows.
             sampler: any that fits; None for the method's own.
             on_step: called after every sampler step.
+            guidance: makes the denoiser that is sampled of the method's own; None for that itself.
 
         Returns:
             ``x`` is ``[B, *shape]``, in ``data_spec.value_range`` up to overshoot.
@@ -182,7 +184,8 @@ class Method(TrainedModule):
         self.eval()
         try:
             noise = SampleNoise(seed, indices.to(self.device), self.sample_shape)
-            made = (sampler or self.sampler).sample(self.denoiser, noise, cond, on_step)
+            denoiser = self.denoiser if guidance is None else guidance(self.denoiser)
+            made = (sampler or self.sampler).sample(denoiser, noise, cond, on_step)
             with torch.no_grad():
                 return replace(made, x=self.decode(made.x, noise.stream("decode"), cond))
         finally:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.conditions import Condition
-from lit_diffusion.denoisers import ClipX0, Denoiser, Prediction, clipped, describe_clip, require_clip
+from lit_diffusion.denoisers import ClipX0, Denoiser, Guidance, Prediction, clipped, describe_clip, require_clip
 from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process
 from lit_diffusion.randomness import SampleNoise
@@ -172,13 +172,25 @@ class Sampler(ABC):
     adaptive: bool = False
     """Whether the number of steps follows from the samples, so that two batches may need different numbers of them."""
 
+    takes_end_points: bool = False
+    """Whether its steps ask a prediction for x0 alone, which is all that a model of end points says."""
+
     def check(self, denoiser: Denoiser) -> None:
         """Refuse, before any work, a denoiser that this sampler does not fit.
 
         Raises:
             UserError: with the reason.
         """
-        self.require_fit(denoiser, self.plan(denoiser.process))
+        plan = self.plan(denoiser.process)
+        self._require_means(denoiser)
+        self.require_fit(denoiser, plan)
+
+    def _require_means(self, denoiser: Denoiser) -> None:
+        if denoiser.predicts == "end_point" and not self.takes_end_points:
+            raise UserError(
+                f"{type(self).__name__} needs posterior means, and this model predicts end points: choose a sampler "
+                f"for those"
+            )
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:  # noqa: B027 (most fit any denoiser)
         """Refuse a denoiser that the planned moves cannot be made with.
@@ -236,6 +248,7 @@ class Sampler(ABC):
             UserError: where the sampler does not fit the denoiser.
         """
         plan = self.plan(denoiser.process)
+        self._require_means(denoiser)
         self.require_fit(denoiser, plan)
         run = Run(denoiser, noise, cond, plan, on_step)
         x = self.start(denoiser.process, noise) if start is None else start
@@ -319,14 +332,16 @@ def with_noise(x: Tensor, std: Tensor, s: Tensor, noise: SampleNoise) -> Tensor:
     return x + torch.where(rows, std, 0.0).to(x.dtype) * noise.normal()
 
 
-def described(sampler: Sampler) -> dict[str, Any]:
+def described(sampler: Sampler | Guidance) -> dict[str, Any]:
     """A sampler as its class path and arguments, which it keeps as attributes of the same names."""
     arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
-    plain = {key: described(value) if isinstance(value, Sampler) else value for key, value in arguments.items()}
+    plain = {
+        key: described(value) if isinstance(value, Sampler | Guidance) else value for key, value in arguments.items()
+    }
     return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
 
 
-def describe(sampler: Sampler, denoiser: Denoiser) -> str:
+def describe(sampler: Sampler | Guidance, denoiser: Denoiser) -> str:
     """A sampler as a protocol says it: ``Ancestral(steps=null, variance=beta, clip_x0=data [-1, 1])``."""
 
     def word(key: str, value: Any) -> str:

@@ -7,6 +7,8 @@ import torch
 from helpers.exact_model import GAUSSIAN, ExactModel
 
 from lit_diffusion.data.in_memory import InMemory
+from lit_diffusion.denoisers import Guidance, Prediction, WrappedDenoiser
+from lit_diffusion.denoisers.analytic import ExactDenoiser, GaussianMixture
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation import Evaluation, RealSets
 from lit_diffusion.metrics import RealData, Scores, load_extractor
@@ -53,6 +55,40 @@ def test_one_evaluation_serves_several_samplers_and_numbers():
     assert (ancestral.protocol["network_evaluations"], ddim.protocol["network_evaluations"]) == (20, 5)
     again = made.of_model(model, model.sampler, COUNT, seed=0).result
     assert (again.values, again.protocol) == (ancestral.values, ancestral.protocol)
+
+
+class Towards(Guidance):
+    """Autoguidance (Karras et al. 2024): x0 + (scale - 1) (x0 - that of a worse model)."""
+
+    def __init__(self, worse, scale):
+        self.worse, self.scale = worse, scale
+
+    def __call__(self, denoiser):
+        return Away(denoiser, self.worse, self.scale)
+
+
+class Away(WrappedDenoiser):
+    def __init__(self, denoiser, worse, scale):
+        super().__init__(denoiser)
+        self.worse, self.scale = worse, scale
+
+    def forward(self, x_t, t, cond=None, began=None):
+        good, bad = self.denoiser(x_t, t, cond, began), self.worse(x_t, t, cond, began)
+        return Prediction.from_x0(x_t, good.coefficients, bad.x0 + self.scale * (good.x0 - bad.x0))
+
+
+def test_guidance_is_measured_and_said():
+    """Away from a Gaussian of twice the covariance: the product of densities that it amounts to is narrower."""
+    model, made = ExactModel(), evaluation()
+    (covariance,), (mean,) = GAUSSIAN.covariances, GAUSSIAN.means
+    worse = ExactDenoiser(GaussianMixture(torch.ones(1), mean[None], 2.0 * covariance[None]), model.denoiser.process)
+    plain = made.of_model(model, model.sampler, COUNT, seed=0).result
+    guided = made.of_model(model, model.sampler, COUNT, seed=0, guidance=Towards(worse, 2.0)).result
+    none = made.of_model(model, model.sampler, COUNT, seed=0, guidance=Towards(worse, 1.0)).result
+    assert none.values == pytest.approx(plain.values, rel=1e-3)
+    assert guided.values["fd/points-400"] > 2.0 * plain.values["fd/points-400"]
+    assert "guidance" not in plain.protocol
+    assert guided.protocol["guidance"].startswith("Towards(worse=")
 
 
 def test_copies_are_looked_for_among_the_training_data():

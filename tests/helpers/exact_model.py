@@ -53,8 +53,10 @@ class ExactModel:
     def decode(self, z, noise, cond):
         return z * self.scale
 
-    def generate(self, indices, seed, cond=None, sampler=None, on_step=None):
+    def generate(self, indices, seed, cond=None, sampler=None, on_step=None, guidance=None):
         self.drawn += indices.tolist()
         noise = SampleNoise(seed, indices, (2,))
-        made = (sampler or self.sampler).sample(self.denoiser, noise, cond, on_step)
+        made = (sampler or self.sampler).sample(
+            guidance(self.denoiser) if guidance else self.denoiser, noise, cond, on_step
+        )
         return replace(made, x=made.x * self.scale)

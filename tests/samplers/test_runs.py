@@ -7,6 +7,7 @@ import torch
 from helpers.laws import GAUSSIAN, GENTLE, MIXTURE, noise_of, order, wide
 
 from lit_diffusion.denoisers.analytic import ExactDenoiser
+from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, expand_like, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
@@ -119,6 +120,20 @@ def test_an_adaptive_solver_tells_each_evaluations_own_time():
     denoiser = Told(VP())
     ProbabilityFlow(1e-2, 1e-2).sample(denoiser, noise_of(2))
     assert all(t == began for t, began in denoiser.asked)
+
+
+class Ends(ExactDenoiser):
+    """As a consistency model's."""
+
+    predicts = "end_point"
+
+
+@pytest.mark.parametrize("sampler", [DDIM(4), Ancestral(4), Heun(4), ProbabilityFlow(), PredictorCorrector()])
+def test_a_model_of_end_points_is_refused_before_its_first_evaluation(sampler):
+    denoiser = Ends(MIXTURE, VP())
+    for ask in (lambda: sampler.check(denoiser), lambda: sampler.sample(denoiser, noise_of(2))):
+        with pytest.raises(UserError, match="needs posterior means, and this model predicts end points"):
+            ask()
 
 
 # Times of each row's own
