@@ -40,17 +40,15 @@ class Encoded(NamedTuple):
 class Method(TrainedModule):
     """One paper: a denoiser, an objective, a default sampler and the optimizer.
 
-    A subclass builds those in its constructor; the loss is the objective's. One that diffuses something else than the
+    A subclass builds the first three in its constructor. One that diffuses something else than the
     data overrides :meth:`encode` and :meth:`decode`, and :meth:`losses` if the encoder learns.
 
     Args:
         denoiser: the model.
+        objective: what is minimized.
         sampler: the paper's own, used where none is asked for.
         **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
-
-    objective: Objective
-    """What is minimized; every method sets its own, or overrides :meth:`loss`."""
 
     reverse_variance: ReverseVariance | None = None
     """Of the reverse chain that the method trains; None: it trains none, and the chain has the papers' own variance."""
@@ -59,9 +57,11 @@ class Method(TrainedModule):
     """Whether :meth:`encode` takes grey levels as they are and counts their probability in its nats (a variational
     encoder whose decoder is a law of grey levels); otherwise it takes values, and what it costs is a density's."""
 
-    def __init__(self, denoiser: NetworkDenoiser, sampler: Sampler, **training: Any) -> None:
+    def __init__(self, denoiser: NetworkDenoiser, objective: Objective, sampler: Sampler, **training: Any) -> None:
         super().__init__(**training)
+        objective.check(denoiser.process)
         self.denoiser = denoiser
+        self.objective = objective
         self.sampler = sampler
 
     # ---- what a paper says -------------------------------------------------------------------------------------

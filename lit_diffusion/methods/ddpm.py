@@ -70,13 +70,12 @@ class DDPM(Method):
         if num_timesteps < 2:
             raise UserError(f"num_timesteps is {num_timesteps}; a diffusion needs at least 2, the paper's has 1000")
         betas = linear_betas(num_timesteps, beta_1, beta_T) if schedule == "linear" else cosine_betas(num_timesteps)
-        objective = DiffusionObjective(num_timesteps, loss, variance, time_law)
         super().__init__(
             NetworkDenoiser(backbone, Betas(betas), parametrization, c_noise, learned_variance=variance == "learned"),
+            DiffusionObjective(num_timesteps, loss, variance, time_law),
             sampler or Ancestral(variance=variance),
             **training,
         )
-        self.objective = objective
         self.reverse_variance = variance
 
     @classmethod

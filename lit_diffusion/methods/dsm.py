@@ -41,7 +41,7 @@ class DSM(Method):
     ) -> None:
         super().__init__(
             NetworkDenoiser(backbone, VE(sigma, sigma, num_timesteps=1), parametrization, "log_sigma"),
+            DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum"),
             sampler or Langevin(steps=1000, eta=0.1 * sigma**2),
             **training,
         )
-        self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")

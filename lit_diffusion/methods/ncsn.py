@@ -54,7 +54,7 @@ class NCSN(Method):
         process = VE(sigma_min, sigma_max, num_levels)
         super().__init__(
             NetworkDenoiser(backbone, process, parametrization, c_noise, c_in, sigma_data),
+            DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum"),
             sampler or AnnealedLangevin(),
             **training,
         )
-        self.objective = DenoisingScoreMatching(time_law="levels", weight="sigma2", reduction="half_sum")

@@ -58,8 +58,7 @@ class ScoreSDE(Method):
     ) -> None:
         super().__init__(
             NetworkDenoiser(backbone, process, parametrization, c_noise, c_in, sigma_data),
+            DenoisingScoreMatching(time_law, weight, reduction),
             sampler or PredictorCorrector(),
             **training,
         )
-        self.objective = DenoisingScoreMatching(time_law, weight, reduction)
-        self.objective.check(process)

@@ -205,8 +205,8 @@ class TwoNetworks(Method):
 
     def __init__(self, **training: Any) -> None:
         denoiser = NetworkDenoiser(Convolutions(), VE(0.1, 2.0, 3), "score", "log_sigma")
-        super().__init__(denoiser, AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True), **training)
-        self.objective = DenoisingScoreMatching(time_law="levels")
+        sampler = AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True)
+        super().__init__(denoiser, DenoisingScoreMatching(time_law="levels"), sampler, **training)
         self.autoencoder = nn.ModuleDict({"encoder": nn.Conv2d(1, 1, 3, padding=1), "decoder": nn.Conv2d(1, 1, 1)})
         self.register_buffer("remembered", torch.zeros(32))
 
