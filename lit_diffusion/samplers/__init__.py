@@ -2,6 +2,7 @@
 
 from lit_diffusion.samplers.ancestral import Ancestral
 from lit_diffusion.samplers.base import Move, Predictor, Progress, Run, Sampler, Samples
+from lit_diffusion.samplers.churn import ChurnedHeun
 from lit_diffusion.samplers.ddim import DDIM
 from lit_diffusion.samplers.langevin import AnnealedLangevin, Langevin
 from lit_diffusion.samplers.ode import Euler, Heun, ProbabilityFlow
@@ -10,6 +11,7 @@ from lit_diffusion.samplers.sde import EulerMaruyama, PredictorCorrector, Revers
 SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": Ancestral,
     "annealed_langevin": AnnealedLangevin,
+    "churned_heun": ChurnedHeun,
     "ddim": DDIM,
     "euler": Euler,
     "euler_maruyama": EulerMaruyama,
@@ -26,6 +28,7 @@ __all__ = [
     "SAMPLERS",
     "Ancestral",
     "AnnealedLangevin",
+    "ChurnedHeun",
     "Euler",
     "EulerMaruyama",
     "Heun",
