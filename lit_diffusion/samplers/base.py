@@ -249,7 +249,7 @@ class Sampler(ABC):
                 on_step(Progress(total * done // len(plan), total, t, x))
         # Before the end, which may cut to the range what went astray on the way.
         end = plan[-1].s if plan else denoiser.process.t_max
-        sigma = float(denoiser.process.sigma(torch.tensor(end, dtype=torch.float64)))
+        sigma = float(run.process.sigma(torch.tensor(end, dtype=torch.float64)))
         farthest = far_outside(x, denoiser.data_range, sigma)
         run.began = None
         x = self.finish(run, x)
@@ -319,10 +319,10 @@ def with_noise(x: Tensor, std: Tensor, s: Tensor, noise: SampleNoise) -> Tensor:
     return x + torch.where(rows, std, 0.0).to(x.dtype) * noise.normal()
 
 
-def described(sampler: Sampler) -> dict[str, Any]:
-    """A sampler as its class path and arguments, which it keeps as attributes of the same names."""
+def described(sampler: Sampler | Process) -> dict[str, Any]:
+    """A sampler, or a process in one, as its class path and arguments, which it keeps as attributes of the same names."""
     arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
-    plain = {key: described(value) if isinstance(value, Sampler) else value for key, value in arguments.items()}
+    plain = {k: described(value) if isinstance(value, Sampler | Process) else value for k, value in arguments.items()}
     return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
 
 
