@@ -10,6 +10,7 @@ from lit_diffusion.denoisers.base import (
 )
 from lit_diffusion.denoisers.clipping import ClipX0, clip_in_words, clip_range, clipped, require_clip
 from lit_diffusion.denoisers.network import InputScale, NetworkDenoiser
+from lit_diffusion.denoisers.other_process import OtherProcess
 from lit_diffusion.denoisers.parametrizations import NOISE_INPUTS, PARAMETRIZATIONS, NoiseInput, Parametrization
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "InterpolatedVariance",
     "NetworkDenoiser",
     "NoiseInput",
+    "OtherProcess",
     "Parametrization",
     "Prediction",
     "ReverseLogVariance",

@@ -21,7 +21,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Level, Process
 
 Parametrization = Literal["eps", "score", "raw_score", "x0", "v", "velocity", "edm", "mean"]
-NoiseInput = Literal["index", "log_sigma", "quarter_log_sigma", "time", "time_999"]
+NoiseInput = Literal["index", "log_sigma", "log_half_sigma", "quarter_log_sigma", "time", "time_999"]
 
 
 def _edm(level: Level, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
@@ -61,9 +61,11 @@ def _index(process: Process, level: Level) -> Tensor:
 NOISE_INPUTS: dict[str, Callable[[Process, Level], Tensor]] = {
     "index": _index,
     "log_sigma": lambda process, level: torch.log(level.sigma / level.alpha),
+    "log_half_sigma": lambda process, level: torch.log(0.5 * level.sigma / level.alpha),
     "quarter_log_sigma": lambda process, level: 0.25 * torch.log(level.sigma / level.alpha),
     "time": lambda process, level: level.t,
     "time_999": lambda process, level: 999.0 * level.t,
 }
 """``c_noise`` by name: what the backbone is told of the noise level. ``index`` is DDPM's t - 1, 0 .. levels - 1 on the
-grid and interpolated between its points; no time is told as another than these."""
+grid and interpolated between its points; no time is told as another than these. ``log_half_sigma`` is the VE SDE's and
+``quarter_log_sigma`` EDM's in table 1 of Karras et al. 2022."""

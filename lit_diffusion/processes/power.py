@@ -14,10 +14,10 @@ from lit_diffusion.processes.base import Process
 class PowerVE(Process):
     r"""Variance exploding by a power of time: ``alpha = 1``, ``sigma(t) = sigma_max t^power``.
 
-    ``power: 1`` is EDM's schedule, in whose time the trajectories of the probability-flow ODE are as straight as can be,
-    ``dx/dsigma = (x - D(x; sigma)) / sigma``; 1/2 is that of the variance-exploding SDE, whose time is the variance
-    (Karras et al. 2022, arXiv 2206.00364, table 1 and section 3). The paper's time is this one times
-    ``sigma_max^(1 / power)``.
+    With the power 1 time is the noise level, and the probability-flow ODE is ``dx/dsigma = (x - D(x; sigma)) / sigma``,
+    a step of which straight to 0 is the denoised datum: EDM's schedule. With 1/2 time is the variance, as of the
+    variance-exploding SDE (Karras et al. 2022, arXiv 2206.00364, table 1 and section 3). The paper's time is this one
+    times ``sigma_max^(1 / power)``.
 
     Args:
         sigma_min: the smallest noise level of training and of sampling, in units of the normalised data.

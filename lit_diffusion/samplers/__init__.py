@@ -6,6 +6,7 @@ from lit_diffusion.samplers.churn import ChurnedHeun
 from lit_diffusion.samplers.ddim import DDIM
 from lit_diffusion.samplers.langevin import AnnealedLangevin, Langevin
 from lit_diffusion.samplers.ode import Euler, Heun, ProbabilityFlow
+from lit_diffusion.samplers.on_process import OnProcess
 from lit_diffusion.samplers.sde import EulerMaruyama, PredictorCorrector, ReverseDiffusion
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -21,7 +22,8 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "predictor_corrector": PredictorCorrector,
     "reverse_diffusion": ReverseDiffusion,
 }
-"""Short names for the command line: ``sample --sampler ddim --sampler.steps 20``."""
+"""Short names for the command line: ``sample --sampler ddim --sampler.steps 20``. :class:`OnProcess`, made of a
+sampler and a process, is given by its class."""
 
 __all__ = [
     "DDIM",
@@ -34,6 +36,7 @@ __all__ = [
     "Heun",
     "Langevin",
     "Move",
+    "OnProcess",
     "Predictor",
     "PredictorCorrector",
     "ProbabilityFlow",

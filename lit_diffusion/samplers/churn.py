@@ -24,8 +24,8 @@ class ChurnedHeun(Heun):
     r"""EDM's stochastic sampler: before each step of Heun's method, the noise level is raised by fresh noise.
 
     .. math::
-        \hat r &= (1 + \gamma)\, r_t, \qquad
-        \gamma = \min\big(S_{churn} / N, \sqrt2 - 1\big) \text{ where } S_{tmin} \le r_t \le S_{tmax}, \text{ else } 0 \\
+        \hat r &= (1 + \gamma)\, r_t, \qquad \gamma = \min\big(S_{churn} / N, \sqrt2 - 1\big)
+                  \text{ where } S_{tmin} \le r_t \le S_{tmax}, \text{ else } 0 \\
         x_{\hat t} &= \frac{\alpha_{\hat t}}{\alpha_t} x_t
                       + \alpha_{\hat t}\, S_{noise} \sqrt{\hat r^2 - r_t^2}\; z, \qquad r = \sigma / \alpha
 
