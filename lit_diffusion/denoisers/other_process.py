@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,11 +26,11 @@ class OtherProcess(WrappedDenoiser):
         process: on which it is read.
     """
 
-    process: Process  # type: ignore[assignment]
+    process: Any = property(lambda wrapped: wrapped.read_on)
 
     def __init__(self, denoiser: Denoiser, process: Process) -> None:
         super().__init__(denoiser)
-        self.process = process
+        self.read_on = process
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
         """See :meth:`Denoiser.forward`."""

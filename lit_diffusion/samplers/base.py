@@ -320,7 +320,7 @@ def with_noise(x: Tensor, std: Tensor, s: Tensor, noise: SampleNoise) -> Tensor:
 
 
 def described(sampler: Sampler | Process) -> dict[str, Any]:
-    """A sampler, or a process in one, as its class path and arguments, which it keeps as attributes of the same names."""
+    """A sampler, or a process in one, as its class path and arguments, kept as attributes of the same names."""
     arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
     plain = {k: described(value) if isinstance(value, Sampler | Process) else value for k, value in arguments.items()}
     return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}

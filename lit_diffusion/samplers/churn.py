@@ -34,12 +34,13 @@ class ChurnedHeun(Heun):
     :class:`Heun`. No level is raised above the largest of the process, of which the network knows none.
 
     Args:
-        steps: number of steps of two evaluations each; null: every level of the model, or 1000 in continuous time.
+        steps: number of steps of two evaluations each, the paper's 255 for ImageNet-64; null: every level of the model,
+            or 1000 in continuous time.
         s_churn: how much noise is added in all, as a sum of ``gamma``; 0 for none.
         s_tmin: the smallest noise level ``sigma / alpha`` at which noise is added.
         s_tmax: the largest noise level at which noise is added.
         s_noise: standard deviation of the noise that is added; a little more than 1 makes up for a network that takes
-            off too much. The defaults of these four are the paper's for ImageNet-64 (table 5).
+            off too much. The defaults of these four are the paper's for ImageNet-64, too (table 5).
         denoise: end with the posterior mean at the smallest time, one more evaluation.
         clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
             leave it.
@@ -53,7 +54,7 @@ class ChurnedHeun(Heun):
 
     def __init__(
         self,
-        steps: int | None = 17,
+        steps: int | None = 255,
         s_churn: float = 40.0,
         s_tmin: float = 0.05,
         s_tmax: float = 50.0,
@@ -108,7 +109,8 @@ class ChurnedHeun(Heun):
         t = at_time(x, t)
         if self.s_churn == 0.0:
             return x, t
-        higher = self.raised(run.process, t, len(run.plan))
+        higher = self.raised(run.process, t, self.steps or len(self.plan(run.process)))
         step = run.process.transition(t, higher)
-        added = self.s_noise * step.beta.sqrt()
-        return expand_like(step.scale, x) * x + expand_like(added, x) * run.noise.normal(), higher
+        # Where no signal is left, at which no level is raised, the step has no scale.
+        scale, added = torch.where(higher > t, step.scale, 1.0), torch.where(higher > t, step.beta.sqrt(), 0.0)
+        return expand_like(scale, x) * x + expand_like(self.s_noise * added, x) * run.noise.normal(), higher

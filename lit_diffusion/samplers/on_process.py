@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -44,11 +43,11 @@ class OnProcess(Sampler):
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
         """Refuse a network that does not know the noise levels of the process, and what the sampler refuses."""
         refuse_grid_only(denoiser, "a sampler on a process of its own")
-        for move in plan:
-            for t in (move.t, move.s):
-                log_snr = self.process.log_snr(torch.as_tensor(t, dtype=torch.float64))
-                if bool(log_snr < math.inf):  # The data themselves are asked of no network.
-                    denoiser.process.t_at_sigma(math.exp(-0.5 * float(log_snr)))
+        times = torch.tensor([float(t) for move in plan for t in (move.t, move.s)], dtype=torch.float64)
+        # No network is asked at time 0, of the data themselves.
+        ratio = torch.exp(-0.5 * self.process.log_snr(times[times > 0.0]))
+        for end in (ratio.min(), ratio.max()):
+            denoiser.process.t_at_sigma(float(end))
         self.sampler.require_fit(OtherProcess(denoiser, self.process), plan)
 
     def start(self, process: Process, noise: SampleNoise) -> Tensor:
