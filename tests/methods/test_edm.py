@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from laws import MIXTURE, noise_of, wide
+from laws import GAUSSIAN, MIXTURE, noise_of, order, wide
 from tiny import Convolutions, digits, digits_data, fit, weights
 from torch import nn
 
@@ -269,6 +269,19 @@ def algorithm_1(denoise, x, levels):
             moved = x + (following - t) * 0.5 * (slope + (moved - denoise(moved, following)) / following)
         x = moved
     return x
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("spacing", ["karras:7", "log_snr"])
+def test_heuns_error_in_its_schedule_is_of_order_2_and_eulers_of_order_1(power, spacing):
+    process, x = PowerVE(0.1, 5.0, power), 5.0 * noise_of(40, dtype=torch.float64).normal()
+    exact = GAUSSIAN.flow(process, x, 1.0, process.t_min)
+    for make, expected in ((Euler, 1.0), (Heun, 2.0)):
+        errors = []
+        for steps in (60, 120):
+            found = make(steps, spacing=spacing).sample(ExactDenoiser(GAUSSIAN, process), None, start=x).x
+            errors.append(float((found - exact).norm(dim=1).max()))
+        assert order(*errors) == pytest.approx(expected, abs=0.15)
 
 
 def test_its_sampler_is_algorithm_1_at_35_evaluations():

@@ -114,7 +114,7 @@ def test_noise_corrects_a_wrong_start_where_the_ode_keeps_it():
 @pytest.mark.parametrize("process", [EDM, VP(), Flow(1e-4, 1e-4)], ids=["EDM", "VP", "Flow"])
 def test_samples_have_the_law_of_their_steps(process):
     sampler = ChurnedHeun(60, 20.0, s_tmax=3.0)
-    if isinstance(process, Flow):  # Whose prior is N(0, I), and its first step to first order.
+    if isinstance(process, Flow):  # Where the prior is the law of pure noise: the data's own law is found.
         x = sampler.sample(ExactDenoiser(GAUSSIAN, process), noise_of(4000)).x.double()
         assert float((x.mean(0) - GAUSSIAN.m).norm()) < 0.1
         assert float((torch.cov(x.T) - GAUSSIAN.C).norm()) < 0.1

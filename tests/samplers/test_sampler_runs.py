@@ -12,6 +12,7 @@ from lit_diffusion.samplers import (
     DDIM,
     Ancestral,
     AnnealedLangevin,
+    ChurnedHeun,
     Euler,
     EulerMaruyama,
     Heun,
@@ -125,6 +126,7 @@ def test_an_adaptive_solver_tells_each_evaluations_own_time():
 
 STEPS = {
     "ancestral": Ancestral(),
+    "churned_heun": ChurnedHeun(None, spacing="uniform", large_steps="allow"),
     "ddim": DDIM(None),
     "ddim, noisy": DDIM(None, eta=0.6),
     "euler": Euler(),
