@@ -92,7 +92,8 @@ class ChurnedHeun(Heun):
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
         """Refuse what Heun's method refuses, and a network that knows no time between its levels."""
-        refuse_grid_only(denoiser, "adding noise on the way")
+        if self.s_churn > 0.0:
+            refuse_grid_only(denoiser, "adding noise on the way")
         super().require_fit(denoiser, plan)
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:

@@ -150,6 +150,7 @@ def test_a_network_that_knows_its_levels_alone_is_refused():
     denoiser.on_grid_only = True
     with pytest.raises(UserError, match="adding noise on the way asks the network at times between its 40 levels"):
         ChurnedHeun(8, large_steps="allow").check(denoiser)
+    ChurnedHeun(8, 0.0, large_steps="allow").check(denoiser)
 
 
 @pytest.mark.parametrize(

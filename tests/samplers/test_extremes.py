@@ -1,5 +1,7 @@
 """No sampler amplifies the errors of a network without bound: it is bounded, or refused before any work."""
 
+import math
+
 import pytest
 import torch
 import yaml
@@ -12,10 +14,11 @@ from lit_diffusion.denoisers import NOISE_INPUTS, Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import flow_log_prob
-from lit_diffusion.processes import VE, VP, Betas, SubVP, cosine_betas, expand_like, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, PowerVE, SubVP, cosine_betas, expand_like, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
     Ancestral,
+    ChurnedHeun,
     Euler,
     EulerMaruyama,
     Heun,
@@ -29,6 +32,7 @@ PROCESSES = {
     "VE": VE(0.01, 50.0),
     "VE, huge": VE(0.01, 1e4),
     "VE, narrow": VE(0.001, 0.5),
+    "EDM": PowerVE(),
     "VP": VP(),
     "VP, fast": VP(0.1, 40.0),
     "sub-VP": SubVP(),
@@ -38,7 +42,13 @@ PROCESSES = {
 }
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
-EXPLICIT = {"euler": Euler, "heun": Heun, "euler_maruyama": EulerMaruyama, "reverse_diffusion": ReverseDiffusion}
+EXPLICIT = {
+    "euler": Euler,
+    "heun": Heun,
+    "churned_heun": lambda steps: ChurnedHeun(steps, 40.0, 0.0, math.inf, spacing="karras:3"),
+    "euler_maruyama": EulerMaruyama,
+    "reverse_diffusion": ReverseDiffusion,
+}
 SAMPLERS = {
     **EXPLICIT,
     "ancestral": lambda steps: Ancestral(steps, clip_x0=(-1.0, 1.0)),
