@@ -11,6 +11,7 @@ from lit_diffusion.denoisers.base import (
 from lit_diffusion.denoisers.clipping import ClipX0, clip_range, clipped, describe_clip, require_clip
 from lit_diffusion.denoisers.guidance import Guidance
 from lit_diffusion.denoisers.network import CIn, NetworkDenoiser
+from lit_diffusion.denoisers.other_process import OtherProcess
 from lit_diffusion.denoisers.parametrizations import C_NOISE, PARAMETRIZATIONS, CNoise, Parametrization
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Guidance",
     "InterpolatedVariance",
     "NetworkDenoiser",
+    "OtherProcess",
     "Parametrization",
     "Prediction",
     "ReverseLogVariance",

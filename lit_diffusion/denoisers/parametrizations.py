@@ -21,7 +21,7 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Coefficients, Process
 
 Parametrization = Literal["eps", "score", "raw_score", "x0", "v", "velocity", "edm", "mean"]
-CNoise = Literal["index", "log_sigma", "quarter_log_sigma", "time", "time_999"]
+CNoise = Literal["index", "log_sigma", "log_half_sigma", "quarter_log_sigma", "time", "time_999"]
 
 
 def _edm(coefficients: Coefficients, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
@@ -61,9 +61,11 @@ def _index(process: Process, coefficients: Coefficients) -> Tensor:
 C_NOISE: dict[str, Callable[[Process, Coefficients], Tensor]] = {
     "index": _index,
     "log_sigma": lambda process, coefficients: torch.log(coefficients.sigma / coefficients.alpha),
+    "log_half_sigma": lambda process, coefficients: torch.log(0.5 * coefficients.sigma / coefficients.alpha),
     "quarter_log_sigma": lambda process, coefficients: 0.25 * torch.log(coefficients.sigma / coefficients.alpha),
     "time": lambda process, coefficients: coefficients.t,
     "time_999": lambda process, coefficients: 999.0 * coefficients.t,
 }
 """``c_noise`` by name: what the backbone is told of the noise level. ``index`` is DDPM's t - 1, 0 .. levels - 1 on the
-grid and interpolated between its points; no time is told as another than these."""
+grid and interpolated between its points; no time is told as another than these. ``log_half_sigma`` is the VE SDE's and
+``quarter_log_sigma`` EDM's in table 1 of Karras et al. 2022."""

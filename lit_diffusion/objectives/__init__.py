@@ -3,7 +3,16 @@
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.objectives.denoising import DenoisingScoreMatching
 from lit_diffusion.objectives.diffusion import DiffusionObjective
-from lit_diffusion.objectives.laws import Importance, Levels, LogitNormal, LogNormal, SecondMoments, TimeLaw, Uniform
+from lit_diffusion.objectives.laws import (
+    Importance,
+    Levels,
+    LogitNormal,
+    LogNormal,
+    LogUniform,
+    SecondMoments,
+    TimeLaw,
+    Uniform,
+)
 from lit_diffusion.objectives.objective import Objective
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "Importance",
     "Levels",
     "LogNormal",
+    "LogUniform",
     "LogitNormal",
     "Loss",
     "Objective",

@@ -25,7 +25,7 @@ from lit_diffusion.objectives.laws import TimeLaw, law_of
 from lit_diffusion.objectives.objective import Objective
 from lit_diffusion.processes import Coefficients, Process, expand_like
 
-TimeLawName = Literal["levels", "uniform", "importance", "log_normal", "logit_normal"]
+TimeLawName = Literal["levels", "uniform", "importance", "log_uniform", "log_normal", "logit_normal"]
 Weight = Literal["sigma2", "one", "g2", "raw"]
 Reduction = Literal["half_sum", "mean"]
 

@@ -99,6 +99,28 @@ def _log_snr_ends(process: Process, device: torch.device) -> tuple[Tensor, Tenso
     return ends[0], ends[1]
 
 
+class LogUniform(TimeLaw):
+    r"""A uniform law of the logarithm of the noise level, :math:`\log(\sigma / \alpha)`, over all of the process.
+
+    (The VE column of Karras et al. 2022, arXiv 2206.00364, table 1; in the time of :class:`~lit_diffusion.processes.VE`
+    it is :class:`Uniform`.) :class:`Importance` draws the same times, and makes up for it.
+    """
+
+    def check(self, process: Process) -> None:
+        """Refuse an infinite log-SNR, over which nothing is uniform."""
+        if not bool(torch.stack(_log_snr_ends(process, torch.device("cpu"))).isfinite().all()):
+            raise UserError(
+                f"time_law: log_uniform is uniform in the log-SNR, which is infinite at the end of time of "
+                f"{type(process).__name__}: set its t_max below 1, or choose uniform or logit_normal"
+            )
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Times that are uniform in the log-SNR."""
+        start, end = _log_snr_ends(process, u.device)
+        t = process.t_at_log_snr(start + (end - start) * u.to(torch.float64))
+        return t.clamp(process.t_min, process.t_max), None
+
+
 class LogNormal(TimeLaw):
     r"""A normal law of the logarithm of the noise level, :math:`\log(\sigma / \alpha) \sim N(mean, std^2)`.
 
@@ -214,6 +236,7 @@ LAWS: dict[str, type[TimeLaw]] = {
     "levels": Levels,
     "uniform": Uniform,
     "importance": Importance,
+    "log_uniform": LogUniform,
     "log_normal": LogNormal,
     "logit_normal": LogitNormal,
 }

@@ -3,6 +3,7 @@
 from lit_diffusion.processes.base import LOG_2PI, Coefficients, LogProcess, Process, Transition, expand_like
 from lit_diffusion.processes.discrete import Betas, cosine_betas, linear_betas
 from lit_diffusion.processes.flow import Flow
+from lit_diffusion.processes.power import PowerVE
 from lit_diffusion.processes.ve import VE
 from lit_diffusion.processes.vp import VP, SubVP
 
@@ -14,6 +15,7 @@ __all__ = [
     "Coefficients",
     "Flow",
     "LogProcess",
+    "PowerVE",
     "Process",
     "SubVP",
     "Transition",

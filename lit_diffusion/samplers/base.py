@@ -262,7 +262,7 @@ class Sampler(ABC):
                 on_step(Progress(total * done // len(plan), total, t, x))
         # Before the end, which may cut to the range what went astray on the way.
         end = plan[-1].s if plan else denoiser.process.t_max
-        sigma = float(denoiser.process.sigma(torch.tensor(end, dtype=torch.float64)))
+        sigma = float(run.process.sigma(torch.tensor(end, dtype=torch.float64)))
         farthest = far_outside(x, denoiser.data_range, sigma)
         run.began = None
         x = self.finish(run, x)
@@ -332,13 +332,12 @@ def with_noise(x: Tensor, std: Tensor, s: Tensor, noise: SampleNoise) -> Tensor:
     return x + torch.where(rows, std, 0.0).to(x.dtype) * noise.normal()
 
 
-def described(sampler: Sampler | Guidance) -> dict[str, Any]:
-    """A sampler as its class path and arguments, which it keeps as attributes of the same names."""
-    arguments = {key: getattr(sampler, key) for key in inspect.signature(type(sampler)).parameters}
-    plain = {
-        key: described(value) if isinstance(value, Sampler | Guidance) else value for key, value in arguments.items()
-    }
-    return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": plain}
+def described(configured: Sampler | Guidance | Process) -> dict[str, Any]:
+    """A sampler, guidance or process as its class path and arguments, which it keeps as attributes of their names."""
+    kinds = Sampler | Guidance | Process
+    arguments = {key: getattr(configured, key) for key in inspect.signature(type(configured)).parameters}
+    plain = {key: described(value) if isinstance(value, kinds) else value for key, value in arguments.items()}
+    return {"class_path": f"{type(configured).__module__}.{type(configured).__qualname__}", "init_args": plain}
 
 
 def describe(sampler: Sampler | Guidance, denoiser: Denoiser) -> str:

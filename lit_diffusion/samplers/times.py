@@ -7,10 +7,12 @@ and the smallest one,
     \text{uniform:}\quad   & t_i = (1 - w_i)\, t_{max} + w_i\, t_{min} \\
     \text{quadratic:}\quad & t_i = t_{min} + (1 - w_i)^2 (t_{max} - t_{min}) \\
     \text{log\_snr:}\quad  & \log r_i = (1 - w_i) \log r_{max} + w_i \log r_{min} \\
-    \text{karras:}\quad    & r_i = \big((1 - w_i)\, r_{max}^{1/\rho} + w_i\, r_{min}^{1/\rho}\big)^\rho
+    \text{karras:}\quad    & r_i = \big((1 - w_i)\, r_{max}^{1/\rho} + w_i\, r_{min}^{1/\rho}\big)^\rho \\
+    \text{iddpm:}\quad     & r_i = u_{j_i}, \quad j_i = \lfloor (1 - w_i)\, j_{max} + w_i\, j_{min} + \tfrac12 \rfloor
 
 (quadratic: Song, Meng and Ermon 2021, arXiv 2010.02502, appendix D.2; log_snr: Lu et al. 2022, arXiv 2206.00927,
-section 3.2; karras: Karras et al. 2022, arXiv 2206.00364, eq. 5). On a grid each time is the nearest grid point, moved
+section 3.2; karras: Karras et al. 2022, arXiv 2206.00364, eq. 5; iddpm: its table 1, with ``u_j`` the ratios of
+the cosine betas of Nichol and Dhariwal 2021, arXiv 2102.09672). On a grid each time is the nearest grid point, moved
 where two would coincide. Where alpha is 0 at the end of time r is infinite: the first step goes from there to 0.999 of
 it, and the others are spaced from that.
 """
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lit_diffusion.errors import UserError, require_choice
-from lit_diffusion.processes import Process
+from lit_diffusion.processes import Betas, Process, cosine_betas
 
 Spacing = list[float] | str
 """A row of :data:`SPACINGS` by name, ``karras:RHO`` for another rho than 7, or the times themselves, falling."""
@@ -59,6 +61,25 @@ def karras(process: Process, count: int, rho: float = 7.0) -> Tensor:
     return _spaced_by_ratio(process, count, lambda ratio: ratio ** (1.0 / rho), lambda root: root**rho)
 
 
+def iddpm(process: Process, count: int) -> Tensor:
+    """Equal steps through the 1000 levels of iDDPM's cosine betas, by their sigma / alpha: like :func:`uniform`.
+
+    Each is the nearest of the levels; their times are those in between where there are not so many of them. The paper's
+    ``j_0`` is the level of the end of time.
+    """
+    cosine = Betas(cosine_betas())
+
+    def level_of(ratio: Tensor) -> Tensor:
+        return cosine.t_at_log_snr(-2.0 * ratio.log())
+
+    def ratio_of(t: Tensor) -> Tensor:
+        # Half a level away from two is nearer to the smaller ratio: floor(j + 1/2), with j counted from the noise.
+        nearest = (t * 1000 - 0.5 - 1e-6).ceil() / 1000
+        return torch.exp(-0.5 * cosine.log_snr(nearest if bool((nearest.diff() != 0).all()) else t))
+
+    return _spaced_by_ratio(process, count, level_of, ratio_of)
+
+
 def _spaced_by_ratio(
     process: Process, count: int, to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -83,6 +104,7 @@ SPACINGS: dict[str, Callable[..., Tensor]] = {
     "quadratic": quadratic,
     "log_snr": log_snr,
     "karras": karras,
+    "iddpm": iddpm,
 }
 """Spacings by name."""
 

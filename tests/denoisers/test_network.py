@@ -216,13 +216,15 @@ def test_what_the_network_is_told_of_the_level():
     log_sigma = math.log(0.01) + t * math.log(5000)
     torch.testing.assert_close(told(PROCESSES["VE"], "log_sigma", t), log_sigma, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(told(PROCESSES["VE"], "quarter_log_sigma", t), log_sigma / 4, rtol=1e-6, atol=1e-6)
+    halved = log_sigma - math.log(2.0)
+    torch.testing.assert_close(told(PROCESSES["VE"], "log_half_sigma", t), halved, rtol=1e-6, atol=1e-6)
     # EDM's sigma is the ratio of noise to signal, whatever the scale.
     kept = torch.exp(-(0.1 * t + 19.9 * t**2 / 2))
     ratio = ((1 - kept) / kept).sqrt().log()
     torch.testing.assert_close(told(PROCESSES["VP"], "quarter_log_sigma", t), ratio / 4, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(told(PROCESSES["VP"], "time", t), t, rtol=1e-6, atol=0)
     torch.testing.assert_close(told(PROCESSES["VP"], "time_999", t), 999 * t, rtol=1e-6, atol=0)
-    assert set(C_NOISE) == {"index", "log_sigma", "quarter_log_sigma", "time", "time_999"}
+    assert set(C_NOISE) == {"index", "log_sigma", "log_half_sigma", "quarter_log_sigma", "time", "time_999"}
 
 
 def test_the_condition_reaches_the_network():

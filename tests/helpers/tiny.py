@@ -28,6 +28,7 @@ from lit_diffusion.samplers import (
     DDIM,
     Ancestral,
     AnnealedLangevin,
+    ChurnedHeun,
     Euler,
     EulerMaruyama,
     Heun,
@@ -100,6 +101,7 @@ LEVELS = {"noise_levels": {"num_levels": 2, "images": 8}}
 WALKS: dict[str, Sampler] = {
     "ancestral": Ancestral(steps=3),
     "ancestral, beta_tilde": Ancestral(steps=3, variance="beta_tilde", spacing="quadratic"),
+    "churned_heun": ChurnedHeun(steps=2, large_steps="allow"),
     "ddim": DDIM(steps=3),
     "ddim, noisy": DDIM(steps=3, eta=1.0),
     "euler": Euler(steps=2, large_steps="allow"),

@@ -22,6 +22,7 @@ from lit_diffusion.samplers import (
     SAMPLERS,
     Ancestral,
     AnnealedLangevin,
+    ChurnedHeun,
     Euler,
     EulerMaruyama,
     Heun,
@@ -43,6 +44,8 @@ EVERY = {
     "ancestral, learned": (Ancestral(variance="learned"), 8, 8),
     "annealed_langevin": (AnnealedLangevin(3, eta=1e-3), 24, 24),
     "annealed_langevin, denoised": (AnnealedLangevin(3, eta=1e-3, denoise=True, num_levels=4), 12, 13),
+    "churned_heun": (ChurnedHeun(3, large_steps="allow"), 3, 7),
+    "churned_heun, noisy": (ChurnedHeun(None, denoise=False, spacing="uniform", large_steps="allow"), 7, 14),
     "ddim": (DDIM(5), 5, 5),
     "ddim, noisy": (DDIM(None, eta=0.7), 8, 8),
     "euler": (Euler(), 7, 7),
@@ -62,7 +65,7 @@ EVERY = {
     "ode, denoised": (ProbabilityFlow(denoise=True), None, None),
 }
 each_sampler = pytest.mark.parametrize("name", EVERY)
-WALKERS = [name for name in EVERY if not name.startswith("ode")]
+WALKERS = [name for name in EVERY if not name.startswith(("ode", "churned_heun"))]
 
 
 def test_every_sampler_is_among_them():

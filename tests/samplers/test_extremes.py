@@ -1,5 +1,7 @@
 """No sampler amplifies the errors of a network without bound: it is bounded, or refused before any work."""
 
+import math
+
 import pytest
 import torch
 import yaml
@@ -12,10 +14,11 @@ from lit_diffusion.denoisers import C_NOISE, Prediction
 from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
 from lit_diffusion.likelihood import flow_log_prob
-from lit_diffusion.processes import VE, VP, Betas, SubVP, cosine_betas, expand_like, linear_betas
+from lit_diffusion.processes import VE, VP, Betas, PowerVE, SubVP, cosine_betas, expand_like, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
     Ancestral,
+    ChurnedHeun,
     Euler,
     EulerMaruyama,
     Heun,
@@ -29,6 +32,7 @@ PROCESSES = {
     "VE": VE(0.01, 50.0),
     "VE, huge": VE(0.01, 1e4),
     "VE, narrow": VE(0.001, 0.5),
+    "EDM": PowerVE(),
     "VP": VP(),
     "VP, fast": VP(0.1, 40.0),
     "sub-VP": SubVP(),
@@ -38,7 +42,13 @@ PROCESSES = {
 }
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
-EXPLICIT = {"euler": Euler, "heun": Heun, "euler_maruyama": EulerMaruyama, "reverse_diffusion": ReverseDiffusion}
+EXPLICIT = {
+    "euler": Euler,
+    "heun": Heun,
+    "churned_heun": lambda steps: ChurnedHeun(steps, 40.0, 0.0, math.inf, spacing="karras:3"),
+    "euler_maruyama": EulerMaruyama,
+    "reverse_diffusion": ReverseDiffusion,
+}
 SAMPLERS = {
     **EXPLICIT,
     "ancestral": lambda steps: Ancestral(steps, clip_x0=(-1.0, 1.0)),
@@ -154,8 +164,8 @@ def test_reverse_diffusion_is_bounded_where_the_variance_is_preserved():
 
 def test_no_time_is_told_as_an_index_outside_of_the_levels():
     process = Betas(linear_betas(10))
-    level = process.coefficients(torch.tensor([1e-6, 0.05, 0.1, 0.55, 1.0], dtype=torch.float64))
-    assert C_NOISE["index"](process, level).tolist() == pytest.approx([0.0, 0.0, 0.0, 4.5, 9.0])
+    coefficients = process.coefficients(torch.tensor([1e-6, 0.05, 0.1, 0.55, 1.0], dtype=torch.float64))
+    assert C_NOISE["index"](process, coefficients).tolist() == pytest.approx([0.0, 0.0, 0.0, 4.5, 9.0])
 
 
 @pytest.mark.parametrize("process", [Betas(linear_betas(10)), VE(0.01, 1.0, num_timesteps=10), VP(t_min=1e-3)])

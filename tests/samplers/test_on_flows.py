@@ -12,6 +12,7 @@ from lit_diffusion.samplers import (
     SAMPLERS,
     Ancestral,
     AnnealedLangevin,
+    ChurnedHeun,
     Euler,
     EulerMaruyama,
     Heun,
@@ -25,6 +26,7 @@ from lit_diffusion.samplers.times import timesteps_to_t_min
 KEYS = {"large_steps": "allow", "spacing": "log_snr"}
 LINEAR = {
     "ancestral": (Ancestral(400, "beta_tilde"), 0.05),
+    "churned_heun": (ChurnedHeun(60, 10.0, s_noise=1.0), 0.05),
     "ddim": (DDIM(100), 0.05),
     "ddim, log_snr": (DDIM(300, spacing="log_snr"), 0.05),
     "euler": (Euler(100), 0.05),

@@ -13,6 +13,7 @@ from lit_diffusion.samplers import (
     DDIM,
     Ancestral,
     AnnealedLangevin,
+    ChurnedHeun,
     Euler,
     EulerMaruyama,
     Heun,
@@ -140,6 +141,7 @@ def test_a_model_of_end_points_is_refused_before_its_first_evaluation(sampler):
 
 STEPS = {
     "ancestral": Ancestral(),
+    "churned_heun": ChurnedHeun(None, spacing="uniform", large_steps="allow"),
     "ddim": DDIM(None),
     "ddim, noisy": DDIM(None, eta=0.6),
     "euler": Euler(),
