@@ -1,0 +1,51 @@
+r"""Flow matching on straight lines (Lipman, Chen, Ben-Hamu, Nickel and Le 2023, "Flow matching for generative modeling",
+arXiv 2210.02747; Liu, Gong and Liu 2023, "Flow straight and fast", arXiv 2209.03003).
+
+.. math::  x_t = (1 - t)\, x_0 + t\, \epsilon, \qquad
+           L = E_t\, E_{(x_0, \epsilon) \sim \pi} \big\| v_\theta(x_t, t) - (\epsilon - x_0) \big\|^2
+
+The minimiser is :math:`v(x, t) = E[\epsilon - x_0 \mid x_t = x]`, and the ODE :math:`\dot x = v(x, t)` takes noise at
+t = 1 to data at t = 0 (Lipman's time runs the other way). The noise is drawn on its own, or paired with the data of its
+batch by optimal transport (Tong et al. 2024, arXiv 2302.00482; Pooladian et al. 2023, arXiv 2304.14772).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_diffusion.backbones.base import Backbone
+from lit_diffusion.denoisers import NetworkDenoiser, NoiseInput
+from lit_diffusion.methods.base import Method
+from lit_diffusion.objectives import DenoisingScoreMatching
+from lit_diffusion.objectives.denoising import TimeLawName
+from lit_diffusion.objectives.laws import TimeLaw
+from lit_diffusion.processes import Flow
+from lit_diffusion.samplers import Heun, Sampler
+
+
+class FlowMatching(Method):
+    """Flow matching: a network that predicts the velocity of straight lines, sampled by its ODE.
+
+    Args:
+        backbone: the network.
+        noise_input: what it is told of the time: ``time_999``, which positional features suit, or ``time``.
+        time_law: of the training times: ``uniform``; ``logit_normal``, more of them in the middle, where the velocity
+            is hardest to tell (Esser et al. 2024, arXiv 2403.03206); or a law with parameters, by its class.
+        sampler: default sampler, null for Heun's method in 25 steps, 50 evaluations.
+        **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        noise_input: NoiseInput = "time_999",
+        time_law: TimeLawName | TimeLaw = "uniform",
+        sampler: Sampler | None = None,
+        **training: Any,
+    ) -> None:
+        process = Flow()
+        super().__init__(
+            NetworkDenoiser(backbone, process, "velocity", noise_input), sampler or Heun(steps=25), **training
+        )
+        self.objective = DenoisingScoreMatching(time_law, weight="raw", reduction="mean")
+        self.objective.check(process)
