@@ -9,11 +9,25 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from tiny import ddpm, digits, digits_data, events, fit, ncsn, points_data, run_logger, same, toy_dsm, trainer, weights
+from tiny import (
+    ddpm,
+    digits,
+    digits_data,
+    events,
+    fit,
+    flow_matching,
+    ncsn,
+    points_data,
+    run_logger,
+    same,
+    toy_dsm,
+    trainer,
+    weights,
+)
 
 from lit_diffusion.callbacks import EMA, Checkpoint
 from lit_diffusion.data.in_memory import InMemory
-from lit_diffusion.datamodule import DataModule
+from lit_diffusion.datamodule import Batch, DataModule
 from lit_diffusion.errors import UserError
 from lit_diffusion.methods import DDPM, NCSN
 from lit_diffusion.methods.base import Encoded
@@ -431,6 +445,16 @@ def test_the_noise_of_image_n_is_keyed_by_n(tmp_path):
 
 
 # ---- held-out loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [ncsn, ddpm, flow_matching])
+def test_the_loss_is_of_the_noise_that_a_batch_brings(make):
+    method, index = make(), torch.arange(6)
+    method.facts = digits_data().facts
+    x, eps = torch.zeros(6, 1, 8, 8), torch.randn(6, 1, 8, 8)
+    found = method.loss(Batch(x, index, eps=eps), 0)
+    assert torch.equal(found.per_sample, method.loss_at(Batch(x, index), found.t, eps).per_sample)
+    assert not torch.equal(found.per_sample, method.loss(Batch(x, index), 0).per_sample)
 
 
 def test_the_held_out_loss_is_an_average_over_images_with_noise_of_their_own(tmp_path):
