@@ -1,5 +1,5 @@
-r"""Flow matching on straight lines (Lipman, Chen, Ben-Hamu, Nickel and Le 2023, "Flow matching for generative modeling",
-arXiv 2210.02747; Liu, Gong and Liu 2023, "Flow straight and fast", arXiv 2209.03003).
+r"""Flow matching on straight lines (Lipman et al. 2023, "Flow matching for generative modeling", arXiv 2210.02747; Liu
+et al. 2023, "Flow straight and fast", arXiv 2209.03003).
 
 .. math::  x_t = (1 - t)\, x_0 + t\, \epsilon, \qquad
            L = E_t\, E_{(x_0, \epsilon) \sim \pi} \big\| v_\theta(x_t, t) - (\epsilon - x_0) \big\|^2
@@ -15,8 +15,9 @@ from typing import Any
 
 from lit_diffusion.backbones.base import Backbone
 from lit_diffusion.denoisers import NetworkDenoiser, NoiseInput
+from lit_diffusion.errors import require_choice
 from lit_diffusion.methods.base import Method
-from lit_diffusion.objectives import DenoisingScoreMatching
+from lit_diffusion.objectives.coupling import COUPLINGS, CouplingName
 from lit_diffusion.objectives.denoising import TimeLawName
 from lit_diffusion.objectives.laws import TimeLaw
 from lit_diffusion.processes import Flow
@@ -31,6 +32,9 @@ class FlowMatching(Method):
         noise_input: what it is told of the time: ``time_999``, which positional features suit, or ``time``.
         time_law: of the training times: ``uniform``; ``logit_normal``, more of them in the middle, where the velocity
             is hardest to tell (Esser et al. 2024, arXiv 2403.03206); or a law with parameters, by its class.
+        coupling: ``none``, or ``optimal_transport`` to pair noise with the data of each global batch by least squared
+            distance, inside a class where the backbone is told classes; held-out data have their own noise. Such a
+            model is sampled by its ODE: ``heun``, ``euler``, ``ode``, ``ddim``.
         sampler: default sampler, null for Heun's method in 25 steps, 50 evaluations.
         **training: optimiser, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
@@ -40,12 +44,14 @@ class FlowMatching(Method):
         backbone: Backbone,
         noise_input: NoiseInput = "time_999",
         time_law: TimeLawName | TimeLaw = "uniform",
+        coupling: CouplingName = "none",
         sampler: Sampler | None = None,
         **training: Any,
     ) -> None:
+        require_choice("", "coupling", coupling, COUPLINGS)
         process = Flow()
         super().__init__(
             NetworkDenoiser(backbone, process, "velocity", noise_input), sampler or Heun(steps=25), **training
         )
-        self.objective = DenoisingScoreMatching(time_law, weight="raw", reduction="mean")
+        self.objective = COUPLINGS[coupling](time_law, weight="raw", reduction="mean")
         self.objective.check(process)

@@ -1,6 +1,7 @@
 """What training minimises."""
 
 from lit_diffusion.objectives.base import Loss
+from lit_diffusion.objectives.coupling import OptimalTransport
 from lit_diffusion.objectives.denoising import DenoisingScoreMatching
 from lit_diffusion.objectives.diffusion import DiffusionObjective
 from lit_diffusion.objectives.laws import Importance, Levels, LogitNormal, LogNormal, SecondMoments, TimeLaw, Uniform
@@ -15,6 +16,7 @@ __all__ = [
     "LogitNormal",
     "Loss",
     "Objective",
+    "OptimalTransport",
     "SecondMoments",
     "TimeLaw",
     "Uniform",
