@@ -32,6 +32,7 @@ METHODS = {
     "score_sde_ve": "Score-SDE, VE",
     "score_sde_vp": "Score-SDE, VP",
     "score_sde_subvp": "Score-SDE, sub-VP",
+    "flow_matching": "Flow matching, 50 evaluations",
 }
 """Runs by their name, which is their experiment's file unless :data:`CHANGED` says otherwise, and what the table calls
 them."""
