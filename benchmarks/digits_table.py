@@ -33,6 +33,7 @@ METHODS = {
     "score_sde_vp": "Score-SDE, VP",
     "score_sde_subvp": "Score-SDE, sub-VP",
     "edm": "EDM, 35 evaluations",
+    "flow_matching": "Flow matching, 50 evaluations",
 }
 """Runs by their name, which is their experiment's file unless :data:`CHANGED` says otherwise, and what the table calls
 them."""

@@ -59,3 +59,8 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
+
+
+def global_batch(rows: Tensor) -> Tensor:
+    """The rows ``[n, ...]`` of all processes, at least one of each, as :func:`gathered`."""
+    return gather_rows(rows.reshape(len(rows), -1)).view(-1, *rows.shape[1:])

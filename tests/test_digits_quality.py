@@ -31,6 +31,7 @@ LIMITS = {
     "score_sde_ve": (0.12, 0.50, 0.75),
     "score_sde_vp": (0.10, 0.40, 0.75),
     "score_sde_subvp": (0.12, 0.50, 0.75),
+    "flow_matching": (0.075, 0.35, 0.75),
 }
 """At most, of the Frechet distances in pixels and in the classifier's hidden units; at least, of confident samples."""
 

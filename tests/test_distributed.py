@@ -20,10 +20,24 @@ import pytest
 import torch
 import yaml
 from helpers.forked import command_line, group, start
-from helpers.tiny import CONFIG, LEVELS, ddpm, digits, digits_data, events, fit, ncsn, trainer, two_networks, weights
+from helpers.tiny import (
+    CONFIG,
+    LEVELS,
+    ddpm,
+    digits,
+    digits_data,
+    events,
+    fit,
+    flow_matching,
+    ncsn,
+    pairs_noted,
+    trainer,
+    two_networks,
+    weights,
+)
+from lit_diffusion.training.interrupts import Interrupted
 
 import lit_diffusion
-from lit_diffusion import interrupts
 from lit_diffusion.backbones import UNet
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
 from lit_diffusion.checkpoints import read_checkpoint
@@ -31,14 +45,16 @@ from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.measure import Evaluation
 from lit_diffusion.evaluation.sampling import DivergedError, Shard, generate_in_batches
-from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
+from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
+from lit_diffusion.training import interrupts
 from lit_diffusion.training.datamodule import DataModule
 from lit_diffusion.training.sharding import full_tensor
 
-NAMES = ("plain", "micro", "nan", "clipped", "second_moment", "two_networks")
+NAMES = ("plain", "micro", "nan", "clipped", "second_moment", "two_networks", "coupled")
+MADE_BY = {"second_moment": ddpm, "two_networks": two_networks, "coupled": flow_matching}
 
 
 def run(folder: Path, name: str, many: dict, data: dict | None = None, images: int = 96, **keys):
@@ -86,6 +102,13 @@ def nan_on_the_last_process(method):
         return replace(result, per_sample=torch.where(batch.index == 63, math.nan, result.per_sample))
 
     return spoilt
+
+
+def coupled(folder: Path, many: dict) -> dict:
+    """A training whose noise is paired with the data of the global batch, in parts on two processes; the pairs."""
+    method = pairs_noted(flow_matching(coupling="optimal_transport"))
+    found = run(folder, "coupled", many, {"micro_batch_size": 5} if many else None, make=lambda: method)
+    return {**found, "pairs": method.pairs}
 
 
 def unequal_shards(folder: Path, many: dict) -> dict:
@@ -358,6 +381,7 @@ def everything(folder: Path, many: dict) -> dict:
         ),
         # Gradients of two losses, averaged by the step itself; twenty steps, in parts.
         "two_networks": run(folder, "two_networks", many, {"micro_batch_size": 6}, images=640, make=two_networks),
+        "coupled": coupled(folder, many),
         "unequal": unequal_shards(folder, many),
     }
     # What one process began the other number of processes goes on with.
@@ -429,9 +453,7 @@ def test_the_weights_and_averages_are_those_of_one_process(one, two, name):
     assert close(single["average"], first["average"])
     for kind in ("weights", "average"):
         assert all(torch.equal(first[kind][key], second[kind][key]) for key in first[kind])
-    assert not close(
-        single["weights"], weights({"second_moment": ddpm, "two_networks": two_networks}.get(name, ncsn)()), 1e-3
-    )  # it moved
+    assert not close(single["weights"], weights(MADE_BY.get(name, ncsn)()), 1e-3)  # it moved
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -466,6 +488,19 @@ def test_what_losses_keep_is_that_of_all_processes_in_the_batchs_order(one, two)
     single, *others = (results["two_networks"]["remembered"]["remembered"] for results in (one[1], *two[1]))
     assert len(single) == 32
     assert all(torch.allclose(single, other, rtol=1e-4) for other in others)
+
+
+def test_noise_is_paired_with_the_data_of_all_processes_whatever_the_parts(one, two):
+    single, first, second = (results["coupled"]["pairs"] for results in (one[1], *two[1]))
+    assert len(single) == 96
+    assert not first.keys() & second.keys()
+    shared = first | second
+    assert shared.keys() == single.keys()
+    assert all(torch.equal(eps, shared[number]) for number, eps in single.items())
+    # Some of it belongs to data of the other process.
+    own = {n: keyed_normal(0, "noise", torch.tensor([n]), (1, 8, 8))[0] for n in single}
+    given = [next(n for n, noise in own.items() if torch.equal(noise, eps)) for eps in first.values()]
+    assert sorted(given) != sorted(first)
 
 
 def test_the_processes_see_different_images(two):

@@ -53,6 +53,7 @@ def test_nothing_is_forgotten():
         "score_sde_ve.yaml",
         "score_sde_vp.yaml",
         "score_sde_subvp.yaml",
+        "flow_matching.yaml",
         "toy/score_field.yaml",
         "toy/annealed_langevin.yaml",
     }
@@ -94,7 +95,9 @@ def resolved(instantiate):
     return lambda name: yaml.safe_load(instantiate(ROOT / f"{name}.yaml").run_logger.config_text)
 
 
-@pytest.mark.parametrize("name", ["ncsnv2", "ddpm", "ddim", "edm", "score_sde_ve", "score_sde_vp", "score_sde_subvp"])
+@pytest.mark.parametrize(
+    "name", ["ncsnv2", "ddpm", "ddim", "edm", "score_sde_ve", "score_sde_vp", "score_sde_subvp", "flow_matching"]
+)
 def test_the_digits_experiments_share_all_but_the_method(name, resolved):
     """One backbone, one data set, one budget, the same callbacks: what differs is the model and the data's range."""
     first, other = resolved("ncsn"), resolved(name)

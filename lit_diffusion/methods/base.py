@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data_spec import GreyLevels, class_number
 from lit_diffusion.denoisers import Guidance, NetworkDenoiser
+from lit_diffusion.distributed import global_batch, rank_and_world_size
 from lit_diffusion.errors import UserError
 from lit_diffusion.objectives import Loss, Objective
 from lit_diffusion.randomness import SampleNoise, keyed_choice
@@ -72,7 +73,7 @@ class Method(TrainedModule):
 
     def loss(self, batch: Batch, seed: int) -> Loss:
         """The loss of each image of a batch that is encoded; randomness is keyed by ``seed`` and ``batch.index``."""
-        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond)
+        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond, eps=batch.eps)
 
     def losses(self, batch: Batch, seed: int) -> dict[str, Loss]:
         """The denoiser's loss in the space that is diffused."""
@@ -81,6 +82,21 @@ class Method(TrainedModule):
     def loss_given_t(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The loss of each encoded image at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
         return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond)
+
+    def before_step(self, batch: Batch, seed: int) -> Batch:
+        """Pair noise with the data of the global batch, as diffused, where the objective does that."""
+        objective = self.objective
+        if not objective.couples:
+            return batch
+        with torch.no_grad():
+            x0 = self.encoded(batch, seed).x
+        eps, cond = objective.noise(x0, seed, batch.index), batch.cond
+        if cond is not None:
+            known = cond if self.num_conditional_classes is not None else replace(cond, label=None)
+            cond = known.map(global_batch)
+        paired = objective.couple(global_batch(x0), global_batch(eps), cond)
+        first = rank_and_world_size()[0] * len(batch)  # Processes hold consecutive rows, equally many each.
+        return replace(batch, eps=paired[first : first + len(batch)].to(x0.device))
 
     def after_step(self, kept: Mapping[str, Tensor]) -> None:
         """Let a law of t that learns take in the losses of the step that was made; no other keeps any."""

@@ -89,7 +89,7 @@ class DDPM(Method):
 
     def loss(self, batch: Batch, seed: int) -> Loss:
         """The chosen loss of each image at a level of its own."""
-        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond, self.grey_levels)
+        return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond, self.grey_levels, batch.eps)
 
     def loss_given_t(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
         """The same at given times, those of the grid's levels, and noise."""

@@ -1,6 +1,7 @@
 """What training minimizes."""
 
 from lit_diffusion.objectives.base import Loss
+from lit_diffusion.objectives.coupling import OptimalTransport
 from lit_diffusion.objectives.denoising import DenoisingScoreMatching
 from lit_diffusion.objectives.diffusion import DiffusionObjective
 from lit_diffusion.objectives.laws import (
@@ -25,6 +26,7 @@ __all__ = [
     "LogitNormal",
     "Loss",
     "Objective",
+    "OptimalTransport",
     "SecondMoments",
     "TimeLaw",
     "Uniform",

@@ -41,16 +41,22 @@ class Objective(nn.Module, ABC):
         """The noise of the data that are number ``index`` ``[B]`` of a run: ``[B, ...]`` like x0."""
         return keyed_normal(seed, "noise", index, tuple(x0.shape[1:]), dtype=x0.dtype)
 
+    @property
+    def couples(self) -> bool:
+        """Whether it pairs noise with data, by a :meth:`couple` of its own."""
+        return type(self).couple is not Objective.couple
+
     def couple(self, x0: Tensor, eps: Tensor, cond: Condition | None = None) -> Tensor:
         """The noise paired with each datum, a permutation of the given; by default as it is given.
 
-        An objective that pairs noise with data overrides it. It is for the global batch, before that is split: what it
-        returns is given to :meth:`forward` part by part.
+        An objective that pairs noise with data overrides it. The training step calls it once with the global batch, the
+        rows of all processes, before that is split: what it returns is given to :meth:`forward` part by part. All
+        processes call it and must find the same. Held-out data have their own noise.
 
         Args:
             x0: the data ``[N, ...]``.
             eps: the noise keyed to them, ``[N, ...]``.
-            cond: their condition, ``[N]`` rows.
+            cond: their condition, ``[N]`` rows; no labels where the model is not told them.
         """
         return eps
 

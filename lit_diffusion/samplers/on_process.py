@@ -35,8 +35,8 @@ class OnProcess(Sampler):
         self.process = PowerVE() if process is None else process
         if self.process.num_timesteps is not None:
             raise UserError(
-                f"process: a sampler's own process is in continuous time, and this one has {self.process.num_timesteps} "
-                f"levels: set its levels null, or choose another"
+                f"process: a sampler's own process is in continuous time, and this one has "
+                f"{self.process.num_timesteps} timesteps: set its num_timesteps null, or choose another"
             )
         self.adaptive = self.sampler.adaptive
 

@@ -42,11 +42,14 @@ class Batch:
         x: float32 ``[B, C, H, W]`` in the declared value range, or points ``[B, D]``.
         index: int64 ``[B]``: which image of the run each is (its number n in training), the key of its randomness.
         cond: what each is conditioned on, None for data without labels.
+        eps: the noise that is paired with each, ``[B, ...]`` in the space that is diffused; None: its own, keyed by its
+            number.
     """
 
     x: Tensor
     index: Tensor
     cond: Condition | None = None
+    eps: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -56,7 +59,12 @@ class Batch:
         if size is None or size >= len(self):
             return [self]
         return [
-            Batch(self.x[rows], self.index[rows], None if self.cond is None else self.cond[rows])
+            Batch(
+                self.x[rows],
+                self.index[rows],
+                None if self.cond is None else self.cond[rows],
+                None if self.eps is None else self.eps[rows],
+            )
             for rows in (slice(start, start + size) for start in range(0, len(self), size))
         ]
 

@@ -164,6 +164,13 @@ class TrainedModule(pl.LightningModule):
         (name,) = self.trained()
         return {name: self.loss(batch, seed)}
 
+    def before_step(self, batch: Batch, seed: int) -> Batch:
+        """This process's share of a batch with what depends on the whole global batch, such as pairs of data and noise.
+
+        Called once a step of training on every process, before the share is split into parts; by default the share.
+        """
+        return batch
+
     def after_step(self, kept: Mapping[str, Tensor]) -> None:
         """Change what is changed by a step besides weights: target networks, replay buffers, laws that learn.
 
@@ -388,13 +395,14 @@ class TrainedModule(pl.LightningModule):
         # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
         torch.manual_seed(stream_key(self.seed, f"dropout/{self.global_rank}/{self.clock.images}") >> 1)
         networks, optimizers, scaler = self.trained(), self.trainer.optimizers, self._scaler
-        parts = batch.split(getattr(getattr(self.trainer, "datamodule", None), "micro_batch_size", None))
         seen: dict[str, list[Loss]] = {}
         total = torch.zeros((), device=self.device)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
         with self.stopwatch.part("forward_backward", self.device):
+            batch = self.before_step(batch, self.seed)
+            parts = batch.split(getattr(getattr(self.trainer, "datamodule", None), "micro_batch_size", None))
             for part in parts:
                 with self._local_gradients(last=part is parts[-1]):
                     losses = self.losses(part, self.seed)

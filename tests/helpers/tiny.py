@@ -18,7 +18,7 @@ from lit_diffusion.callbacks import Checkpoint, ProgressBar
 from lit_diffusion.conditions import Condition
 from lit_diffusion.data import Digits, GaussianMixturePoints
 from lit_diffusion.denoisers import NetworkDenoiser
-from lit_diffusion.methods import DDPM, DSM, NCSN, ScoreSDE
+from lit_diffusion.methods import DDPM, DSM, NCSN, FlowMatching, ScoreSDE
 from lit_diffusion.methods.base import Encoded, Method
 from lit_diffusion.objectives import DenoisingScoreMatching, Loss
 from lit_diffusion.processes import VE, Process
@@ -186,6 +186,31 @@ def score_sde(process: Process, network: dict[str, Any] | None = None, seed: int
         **keys,
     }
     return ScoreSDE(Convolutions(**(network or {})), process, **keys)
+
+
+def flow_matching(network: dict[str, Any] | None = None, seed: int = 0, **keys: Any) -> FlowMatching:
+    """A network on the digits, sampled in four steps."""
+    torch.manual_seed(seed)
+    keys = {
+        "c_noise": "time",
+        "sampler": Heun(steps=4),
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        **keys,
+    }
+    return FlowMatching(Convolutions(**(network or {})), **keys)
+
+
+def pairs_noted(method: Method) -> Method:
+    """A method that keeps the number and the paired noise of each datum, as its losses are given them, in ``pairs``."""
+    loss, method.pairs = method.loss, {}
+
+    def noted(batch: Batch, seed: int) -> Loss:
+        if method.training:
+            method.pairs |= dict(zip(batch.index.tolist(), batch.eps, strict=True))
+        return loss(batch, seed)
+
+    method.loss = noted
+    return method
 
 
 def toy_dsm(**keys: Any) -> DSM:

@@ -15,6 +15,7 @@ from helpers.tiny import (
     digits_data,
     events,
     fit,
+    flow_matching,
     ncsn,
     points_data,
     run_logger,
@@ -31,7 +32,7 @@ from lit_diffusion.methods import DDPM, NCSN
 from lit_diffusion.methods.base import Encoded
 from lit_diffusion.randomness import SampleNoise, keyed_normal
 from lit_diffusion.samplers import DDIM
-from lit_diffusion.training.datamodule import DataModule
+from lit_diffusion.training.datamodule import Batch, DataModule
 
 
 class Watch(pl.Callback):
@@ -444,6 +445,16 @@ def test_the_noise_of_image_n_is_keyed_by_n(tmp_path):
 
 
 # ---- held-out loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [ncsn, ddpm, flow_matching])
+def test_the_loss_is_of_the_noise_that_a_batch_brings(make):
+    method, index = make(), torch.arange(6)
+    method.data_spec = digits_data().data_spec
+    x, eps = torch.zeros(6, 1, 8, 8), torch.randn(6, 1, 8, 8)
+    found = method.loss(Batch(x, index, eps=eps), 0)
+    assert torch.equal(found.per_sample, method.loss_given_t(Batch(x, index), found.t, eps).per_sample)
+    assert not torch.equal(found.per_sample, method.loss(Batch(x, index), 0).per_sample)
 
 
 def test_the_held_out_loss_is_an_average_over_images_with_noise_of_their_own(tmp_path):

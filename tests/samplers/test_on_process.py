@@ -128,6 +128,8 @@ def test_steps_that_are_too_long_on_its_process_are_refused():
 
 def test_a_process_on_a_grid_is_refused():
     for process in (VE(0.01, 5.0, num_timesteps=10), Betas(linear_betas())):
-        with pytest.raises(UserError, match=r"continuous time, and this one has \d+ levels: set its levels null"):
+        with pytest.raises(
+            UserError, match=r"continuous time, and this one has \d+ timesteps: set its num_timesteps null"
+        ):
             OnProcess(process=process)
     assert math.isfinite(OnProcess(process=VE(0.01, 5.0)).process.log_slope)

@@ -246,6 +246,9 @@ def test_micro_batches_partition_the_batch(size):
     assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
     assert torch.equal(torch.cat([part.cond.label for part in parts]), batch.cond.label)
     assert Batch(batch.x, batch.index).split(3)[0].cond is None
+    assert Batch(batch.x, batch.index).split(3)[0].eps is None
+    paired = [part.eps for part in Batch(batch.x, batch.index, eps=batch.x + 1).split(3)]
+    assert torch.equal(torch.cat(paired), batch.x + 1)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
