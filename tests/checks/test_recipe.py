@@ -91,7 +91,7 @@ def test_data_range(make):
 def test_a_source_that_lies_is_a_problem_of_its_own_words(make):
     lies = make(data=images(np.full((20, 1, 8, 8), 200), levels=17))
     found = [finding for finding in recipe.findings(lies) if finding.severity == "problem"]
-    assert "yields grey level 200 but declares levels 0..16" in found[0].what
+    assert "yields grey level 200 but declares grey levels 0..16" in found[0].what
 
 
 def test_the_first_data_are_those_that_training_sees_first(make):
