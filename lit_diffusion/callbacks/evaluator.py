@@ -451,7 +451,7 @@ class Evaluator(PeriodicCallback):
             method.run_config.setdefault("eval", {})["samples"] = self._chosen
         run = run_logger_of(trainer)
         if run is not None:
-            run.settle("eval.samples", self._chosen)
+            run.write_resolved("eval.samples", self._chosen)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
