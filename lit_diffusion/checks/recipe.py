@@ -61,13 +61,13 @@ class Prepared(CLI):
     """All that ``fit`` makes before it starts, and none of what it does then: no directory, no event, no step."""
 
     def run_command(self, subcommand: str) -> None:
-        """Nothing."""
+        """Do nothing: ``doctor`` stops before the work."""
 
     def _hold(self, run_dir: str | None, wait: bool = False) -> None:
-        """Nothing: nothing is written."""
+        """Do nothing: nothing is written."""
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:
-        """Nothing: that is for the run that is really continued."""
+        """Do nothing: the run is not continued."""
 
 
 @dataclass
