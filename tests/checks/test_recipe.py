@@ -62,9 +62,9 @@ def test_data_found(make):
 
 
 def test_classes(make):
-    assert said(recipe.classes, make()) == {}  # a model that is told none
+    assert said(recipe.classes, make()) == {}  # an unconditional model
     ten = said(recipe.classes, make(ncsn(network={"num_classes": 10})))
-    assert ten["ok"] == "ok       the model is told 10 classes, of 170 to 181 training data each"
+    assert ten["ok"] == "ok       the model is conditioned on 10 classes, of 170 to 181 training data each"
     more = said(recipe.classes, make(ncsn(network={"num_classes": 12})))
     assert "has 12 classes, the data 10: the others are not trained; set" in more["note"]
     gaps = InMemory(np.stack([digits().value(i) for i in range(40)]), np.array([0, 3] * 20), "gaps", 17, 5)
@@ -141,7 +141,9 @@ def test_the_gap_to_the_prior_is_the_bounds_prior_term(make):
     end = made.method.denoiser.process.severity(torch.ones(1, dtype=torch.float64))
     zero = torch.zeros(1, dtype=torch.float64)
     nats = gaussian_kl(end.alpha * made.first.double(), 2.0 * end.sigma.log(), zero, zero)
-    assert f"{float(nats.mean()) / math.log(2.0):.2g} bits a dimension" in said(recipe.prior_mismatch, made)["warning"]
+    assert (
+        f"{float(nats.mean()) / math.log(2.0):.2g} bits per dimension" in said(recipe.prior_mismatch, made)["warning"]
+    )
 
 
 def test_reverse_chain(make):
@@ -193,7 +195,7 @@ def each(**cadences):
 
 
 def test_cadences(make):
-    every = "due so many times: checkpoint 4, eval 4, samples 4, noise_levels 4, telemetry 4"
+    every = "number of times due: checkpoint 4, eval 4, samples 4, noise_levels 4, telemetry 4"
     assert said(recipe.cadences, make(callbacks=each())) == {"ok": f"ok       {every}"}
     for name, severity in (("checkpoint", "warning"), ("telemetry", "warning"), ("eval", "note"), ("samples", "note")):
         found = said(recipe.cadences, make(callbacks=each(**{name: 100_000})))
@@ -241,8 +243,8 @@ def test_batches(make):
 
 def test_samplers(make):
     assert set(said(recipe.samplers, make())) == {"ok"}
-    walks = [finding for finding in recipe.findings(make(ncsn(sampler=Ancestral(steps=99)))) if "99" in finding.what]
-    assert [finding.severity for finding in walks] == ["problem"]
+    found = [finding for finding in recipe.findings(make(ncsn(sampler=Ancestral(steps=99)))) if "99" in finding.what]
+    assert [finding.severity for finding in found] == ["problem"]
     with pytest.raises(UserError, match="ema:7"):
         said(recipe.samplers, make(callbacks=[Samples(weights="ema:7")]))
 
@@ -254,7 +256,7 @@ def evaluator(**keys):
 def test_evaluation(make):
     found = said(recipe.evaluation, make(callbacks=evaluator()))
     assert found["ok"].endswith("of 500 samples in features of digits, against 1761 data")
-    assert "no figures" in said(recipe.evaluation, make())["note"]
+    assert "no metrics" in said(recipe.evaluation, make())["note"]
     assert "fewer than the" in said(recipe.evaluation, make(callbacks=evaluator(samples=20)))["note"]
     assert "first evaluation" in said(recipe.evaluation, make(callbacks=evaluator(samples="auto")))["note"]
     few = [finding.what for finding in recipe.evaluation(make(callbacks=evaluator(samples=5)))]
