@@ -64,7 +64,7 @@ def test_without_packaging_there_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "level", "said"),
+    ("version", "severity", "said"),
     [
         ("2.6.6", "ok", "lightning 2.6.6"),
         ("2.5.0", "problem", "is not"),

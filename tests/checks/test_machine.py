@@ -168,7 +168,7 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limits", "workers", "level"),
+    ("limits", "workers", "severity"),
     [
         ((1024, 4096), 4, "ok"),
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 4, "ok"),

@@ -111,7 +111,7 @@ def test_largest_noise(make):
     assert set(said(recipe.largest_noise, make(ncsn(sigma_max=6.0)))) == {"ok"}
     assert "technique 1 would raise it" in said(recipe.largest_noise, make(ncsn(sigma_max=2.0)))["note"]
     low = said(recipe.largest_noise, make(ncsn(sigma_max=0.5)))["warning"]
-    assert "sigma_max is 0.5, below the data's own 0.8" in low
+    assert "sigma_max is 0.5, below the data's 0.8" in low
     assert "raise it to 4.74, the largest distance among the first 512 data" in low
     assert said(recipe.largest_noise, make(toy_dsm(), points_data())) == {}  # one level is no ladder
     assert said(recipe.largest_noise, make(ddpm())) == {}
@@ -138,7 +138,7 @@ def test_prior_mismatch(make):
 
 def test_the_gap_to_the_prior_is_the_bounds_prior_term(make):
     made = make(ddpm(num_timesteps=100, beta_1=1e-4, beta_T=0.02), digits_data(value_range=(-1.0, 1.0)))
-    end = made.method.denoiser.process.severity(torch.ones(1, dtype=torch.float64))
+    end = made.method.denoiser.process.coefficients(torch.ones(1, dtype=torch.float64))
     zero = torch.zeros(1, dtype=torch.float64)
     nats = gaussian_kl(end.alpha * made.first.double(), 2.0 * end.sigma.log(), zero, zero)
     assert (
@@ -296,7 +296,7 @@ def test_precision(make, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("precision", "capability", "level"),
+    ("precision", "capability", "severity"),
     [
         ("bf16-mixed", (9, 0), "ok"),
         ("bf16-mixed", (7, 5), "warning"),
@@ -392,7 +392,7 @@ def test_what_workers_need(make, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "key", "level", "words"),
+    ("mode", "key", "severity", "words"),
     [
         ("disabled", None, "note", "disabled"),
         ("auto", None, "note", "offline"),
