@@ -1,4 +1,4 @@
-"""Reading checkpoints: what is refused, and how a model is rebuilt from one alone."""
+"""Reading checkpoints, and rebuilding a model from one alone."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from lit_diffusion.training.datamodule import DataModule
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not whole."""
+    """Error for a checkpoint that is not whole."""
 
 
 def open_checkpoint(given: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file that ``--ckpt_path`` means, and its contents: of a run's directory its newest whole one, which is said.
+    """Open the checkpoint that ``--ckpt_path`` names; in a run's directory its newest whole one, which is printed.
 
     Args:
-        given: a checkpoint, a run's directory, or the ``checkpoints`` in it.
+        given: a checkpoint, a run's directory, or its ``checkpoints`` folder.
+
+    Returns:
+        The file and its contents.
 
     Raises:
-        DamagedError: if it, or every one of the run's, is not whole.
+        DamagedError: if the file is not whole, or none of the run's is.
         UserError: if it is missing, foreign, or of an unknown format version, or the directory holds no run.
     """
     path = Path(given).expanduser()
@@ -49,10 +52,10 @@ def open_checkpoint(given: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """A run's newest checkpoint that is whole, and its contents; None where it has written none yet.
+    """Open a run's newest checkpoint that is whole; None where it has written none yet.
 
     Raises:
-        DamagedError: if none of those that are there is whole.
+        DamagedError: if there are checkpoints and none is whole.
         UserError: if it is of an unknown format version.
     """
     return _newest_in(run_dir / "checkpoints", "continuing from")
@@ -78,7 +81,7 @@ def _newest_in(folder: Path, doing: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint of this project, on the CPU; never unpickles code.
+    """Read a checkpoint of this project, on the CPU; never unpickles code.
 
     Raises:
         DamagedError: if the file is truncated or its bytes are not those that were written.
@@ -128,7 +131,7 @@ def _instantiated(parser: Parser, key: str, section: dict[str, Any]) -> object:
 
 
 def build_method(model: dict[str, Any]) -> Method:
-    """Instantiate a method from the ``model`` section of a resolved configuration; its checkpoints carry that section.
+    """Instantiate a method from the ``model`` section of a resolved configuration, which its checkpoints keep.
 
     Raises:
         UserError: if the section does not fit the classes of this version.
@@ -144,10 +147,10 @@ def build_method(model: dict[str, Any]) -> Method:
 
 
 def build_datamodule(data: dict[str, Any]) -> DataModule:
-    """Instantiate the data of a resolved configuration's ``data`` section.
+    """Instantiate the DataModule from a resolved configuration's ``data`` section.
 
     Raises:
-        UserError: if they are not where the section says, or the section does not fit the classes of this version.
+        UserError: if the data are not where the section says, or the section does not fit the classes of this version.
     """
     import lit_diffusion.data  # noqa: F401 (short class names resolve once their modules are imported)
 
@@ -159,7 +162,7 @@ def build_datamodule(data: dict[str, Any]) -> DataModule:
 
 
 def require_fitting_weights(method: Method, state_dict: dict[str, Tensor], path: str | Path) -> None:
-    """Refuse weights of another model.
+    """Refuse weights that do not fit the model.
 
     Raises:
         UserError: naming the first tensor that differs.
@@ -183,17 +186,17 @@ def load(
     device: str | torch.device = "cpu",
     method: Method | None = None,
 ) -> Method:
-    """The method of a checkpoint, rebuilt from the file alone, in evaluation mode: ready for a notebook.
+    """Load the method of a checkpoint, rebuilt from the file alone, in evaluation mode: ready for a notebook.
 
     >>> method = lit_diffusion.load("runs/ncsn/<id>")
     >>> images = method.generate(torch.arange(16), seed=0).x
 
     Args:
-        path: of the checkpoint, or a run's directory, whose newest it is.
-        weights: ``raw``, ``ema`` or ``ema:HALF_LIFE``; None: the average if one is kept.
-        device: where to put it.
-        method: to take the weights, for a checkpoint of one that was built in Python, which holds no configuration;
-            None: it is built from the checkpoint's.
+        path: the checkpoint, or a run's directory, whose newest is taken.
+        weights: ``raw``, ``ema`` or ``ema:HALF_LIFE``; None: ``ema`` if an average is kept, else ``raw``.
+        device: the device to put the method on.
+        method: a method to load the weights into, for a checkpoint without a configuration, of a run in Python;
+            None: it is built from the checkpoint's configuration.
 
     Raises:
         UserError: if the file or the weights asked for cannot be used.

@@ -1,7 +1,8 @@
-"""What several processes tell each other: sums, rows, anything that can be pickled.
+"""Collective functions over the processes: sums, rows, anything that can be pickled.
 
-Every exchange begins with word of how everybody is (:func:`lit_diffusion.failures.agree`), so that no process
-waits for one that has failed. All processes call each of these functions, in the same order; alone they cost nothing.
+Every exchange begins with a check that no process has failed (:func:`lit_diffusion.failures.agree`), so that none waits
+for one that has. All processes must call each of these functions, in the same order; in a single process they cost
+nothing.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_diffusion.failures import agree, many_processes, said_by_all
+from lit_diffusion.failures import agree, gather_unchecked, many_processes
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of processes; 0 and 1 alone."""
+    """This process's rank and the number of processes; 0 and 1 in a single process."""
     return (dist.get_rank(), dist.get_world_size()) if many_processes() else (0, 1)
 
 
 def _carrier() -> torch.device:
-    """The device that the processes' tensors travel on."""
+    """The device of tensors that processes exchange."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Added up over the processes; a copy."""
+    """Sum a tensor over the processes; returns a copy."""
     total = values.detach().clone()
     if not many_processes():
         return total
@@ -37,14 +38,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def all_gather_objects(mine: Any) -> list[Any]:
-    """What each process has, in the processes' order; anything that can be pickled, and all processes come."""
+    """Gather an object of each process, anything that can be pickled, in the processes' order."""
     if many_processes():
         agree()
-    return said_by_all(mine)
+    return gather_unchecked(mine)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows ``[n, D]`` of all processes, in the processes' order, on the CPU; each may hold any number of them."""
+    """Gather rows ``[n, D]`` of all processes, in their order, to ``[sum of n, D]`` on the CPU; n may differ."""
     if not many_processes():
         return rows.cpu()
     agree()

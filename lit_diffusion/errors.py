@@ -1,23 +1,25 @@
-"""What a person should read as one line."""
+"""Errors that the user reads as one line."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
-from jsonargparse import Namespace
+if TYPE_CHECKING:
+    from jsonargparse import Namespace  # doctor imports this module where jsonargparse may be broken.
 
 
 class UserError(Exception):
-    """Something the user can mend: a wrong key, a missing file, a step that must diverge.
+    """A mistake that the user can fix: a wrong key, a missing file, a step that must diverge.
 
-    The message is one line: what is wrong, with the name and the value, and how to mend it. The command line prints it
+    The message is one line: what is wrong, with the name and the value, and how to fix it. The command line prints it
     without a traceback and exits with code 2; in a notebook it is an ordinary exception.
 
     Args:
         message: the line.
-        ends_run: whether a training must end with it wherever it happens; others are told, and the training goes on,
-            where only a picture or a metric is lost.
+        ends_run: if true, it ends a training wherever it happens; otherwise, where only a picture or a metric is
+            lost, it is printed and the training goes on.
     """
 
     def __init__(self, message: str = "", ends_run: bool = False) -> None:
@@ -26,10 +28,10 @@ class UserError(Exception):
 
 
 def require_choice(owner: str, key: str, value: str, choices: Collection[str]) -> None:
-    """Refuse a word that is not among the choices; ``owner`` is named in front of the key, unless it is empty.
+    """Refuse a value that is not among the choices; ``owner`` is named in front of the key, unless it is empty.
 
     Raises:
-        UserError: naming the key, the value, the choices and the one that may have been meant.
+        UserError: naming the key, the value, the choices and the nearest of them.
     """
     if value not in choices:
         where = f"{owner}: " if owner else ""
@@ -37,18 +39,18 @@ def require_choice(owner: str, key: str, value: str, choices: Collection[str]) -
 
 
 def meant(value: str, choices: Collection[str]) -> str:
-    """The choice that may have been meant, to be put behind the list of them; empty where none is near."""
+    """Text asking for the choice that may have been meant, to follow a list of them; empty where none is near."""
     near = nearest(str(value), choices)
     return f" (did you mean {near!r}?)" if near else ""
 
 
 def nearest(typed: str, known: Iterable[str]) -> str | None:
-    """What may have been meant; never what was typed."""
+    """The known name nearest to what was typed, but not equal to it; None where none is near."""
 
     def likeness(name: str) -> float:
         same = typed.rpartition(".")[0] == name.rpartition(".")[0]
         one, other = (key.rpartition(".")[2] if same else key for key in (typed.lower(), name.lower()))
-        if one and other.startswith(one):  # Cut short.
+        if one and other.startswith(one):  # An abbreviation.
             return 0.99
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in ((one, other), (other, one)))
 
@@ -57,7 +59,7 @@ def nearest(typed: str, known: Iterable[str]) -> str | None:
 
 
 def require_positive(options: Namespace, *keys: str) -> None:
-    """Refuse numbers below 1.
+    """Refuse options below 1.
 
     Raises:
         UserError: naming the option.

@@ -1,8 +1,8 @@
-"""A failure of what is done beside the training, a picture or a metric: it is told and counted, and the run goes on.
+"""Failures of a picture or a metric beside the training: they are reported and counted, and the run goes on.
 
 Of several processes one may fail alone, while the others go on to their next exchange, where they would wait for it for
-ever. So inside an :class:`Attempt` every exchange begins with word of how everybody is: who has failed says so there,
-and all leave the attempt together.
+ever. So inside an :class:`Attempt` every exchange begins with a check: a process that has failed reports it there, and
+all leave the attempt together.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from lit_diffusion.errors import UserError
 T = TypeVar("T")
 
 LONGEST_MESSAGE, LONGEST_TRACEBACK = 500, 4000
-"""Characters of a failure that are kept; of a traceback the last ones."""
+"""Numbers of characters kept of a failure's message and of the end of its traceback."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in plain words, so that processes can tell each other.
+    """An exception as plain text, which processes can exchange.
 
     Attributes:
-        kind: of the exception, its class.
-        message: one line.
-        place: file and line of this package that it came through last.
-        traceback: its last lines.
-        ends_run: whether a run must not go on after it.
+        kind: name of the exception's class.
+        message: its message in one line.
+        place: last file and line of this package in its traceback.
+        traceback: the end of its traceback.
+        ends_run: true where a run must not go on after it.
         process: the rank that it happened on.
-        depth: of the attempt that it ended; 1 for the outermost.
+        depth: depth of the attempt that it ended; 1 for the outermost.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, depth: int = 0) -> Failure:
-        """What is to be known of an exception that was caught on this process."""
+        """Describe an exception that was caught on this process."""
         root = Path(__file__).parent
         frames = traceback.extract_tb(error.__traceback__)
         mine = [frame for frame in frames if root in Path(frame.filename).parents] or frames
@@ -69,10 +69,10 @@ class Failure:
 
 
 class FailedElsewhereError(Exception):
-    """Ends the work of a process, since another's failed.
+    """Exception that ends an attempt on this process because another process failed in it.
 
     Args:
-        failures: of the others.
+        failures: the other processes' failures.
     """
 
     def __init__(self, failures: list[Failure]) -> None:
@@ -81,23 +81,24 @@ class FailedElsewhereError(Exception):
 
 
 class AloneError(UserError):
-    """A failure in the middle of what all processes compute together: they wait, and nobody can tell them."""
+    """Failure of one process in a joint computation, where the others wait and cannot be informed."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, ends_run=True)
 
 
 _depth = 0
-"""Attempts that this process is in."""
+"""Number of nested attempts that this process is in."""
 
 
 class Attempt:
-    """A block whose failure is kept instead of raised; on several processes, which all enter it, a failure of all.
+    """Context that keeps a failure instead of raising it; collective, and a failure of one process is one of all.
 
-    What must end a run passes through: an interrupt, and a :class:`~lit_diffusion.errors.UserError` that says so.
+    Exceptions that must end a run pass through: an interrupt, and a :class:`~lit_diffusion.errors.UserError` with
+    ``ends_run``.
 
     Attributes:
-        failures: of the block, of whichever processes; empty if all is well.
+        failures: failures of the block on any process; empty if there were none.
         error: this process's own exception.
     """
 
@@ -116,12 +117,12 @@ class Attempt:
     ) -> bool:
         global _depth
         _depth = self._depth - 1
-        if isinstance(error, AloneError) or not isinstance(error, Exception | None) or hasattr(error, "told_to_all"):
+        if isinstance(error, AloneError) or not isinstance(error, Exception | None) or hasattr(error, "known_to_all"):
             return False
         if isinstance(error, FailedElsewhereError):
             found = error.failures
         else:
-            found = _told(None if error is None else Failure.of(error, self._depth))
+            found = _all_failures(None if error is None else Failure.of(error, self._depth))
         if not found:
             return False
         ending = [failure for failure in found if failure.ends_run]
@@ -129,45 +130,45 @@ class Attempt:
             own = isinstance(error, UserError) and error.ends_run
             final = error if own else UserError(ending[0].message, ends_run=True)
             assert final is not None
-            final.told_to_all = True  # type: ignore[attr-defined]  # No attempt around this one tells it again.
+            final.known_to_all = True  # type: ignore[attr-defined]  # No attempt around this one reports it again.
             if own:
                 return False
             raise final from error
-        if min(failure.depth for failure in found) < self._depth:  # Another has left an attempt around this one.
+        if min(failure.depth for failure in found) < self._depth:  # Another process has left an outer attempt.
             raise FailedElsewhereError(found) from error
         self.failures, self.error = found, error
         return True
 
 
 def agree() -> None:
-    """Before an exchange: leave the attempt if another process has failed in it; all processes come.
+    """Leave the attempt if another process has failed in it; a collective call, made before every exchange.
 
     Raises:
-        FailedElsewhereError: if one has.
+        FailedElsewhereError: if another process has failed.
     """
-    if _depth and (found := _told(None)):
+    if _depth and (found := _all_failures(None)):
         raise FailedElsewhereError(found)
 
 
-def _told(mine: Failure | None) -> list[Failure]:
+def _all_failures(mine: Failure | None) -> list[Failure]:
     """The failures of all processes, in their order."""
-    return [failure for failure in said_by_all(mine) if failure is not None]
+    return [failure for failure in gather_unchecked(mine) if failure is not None]
 
 
 def many_processes() -> bool:
-    """Whether there are other processes."""
+    """True where there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes for all; by its launcher's word where they are not connected yet."""
+    """True where this process prints and writes for all; by its launcher's variables before they are connected."""
     if many_processes():
         return dist.get_rank() == 0
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def said_by_all(mine: T) -> list[T]:
-    """What each process says, in the processes' order, without word of failures before; all processes come."""
+def gather_unchecked(mine: T) -> list[T]:
+    """Gather an object of each process, in the processes' order, without a check for failures; a collective call."""
     if not many_processes():
         return [mine]
     shares: list[T] = [mine] * dist.get_world_size()

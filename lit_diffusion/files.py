@@ -1,4 +1,4 @@
-"""Files, and sets of files, that are whole or absent, and the folders of what can be made or fetched again."""
+"""Files and sets of files that are whole or absent, and cache folders."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.runs.formats import FORMAT_VERSION
 
 SET_FILE = "samples.json"
-"""Lists the files of a set beside them, and says how they were made."""
+"""Name of the list of a set's files, beside them, with how they were made."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name only when it is complete and on the disk.
 
-    Written to a temporary name in the same folder, synced, renamed; on any failure the temporary file is removed and
-    whatever stood under the name before is untouched.
+    It is written to a temporary name in the same folder, synced, renamed; on any failure the temporary file is removed
+    and an earlier file under the name is untouched.
 
     Raises:
         UserError: if the folder cannot be written or the disk is full.
@@ -50,11 +50,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 @dataclass(frozen=True)
 class FileSet:
-    """What a folder's ``samples.json`` says.
+    """The content of a folder's ``samples.json``.
 
     Attributes:
-        names: of the files, in order.
-        whole: whether all of them were written; not while one set takes the place of another.
+        names: names of the files, in order.
+        whole: true where all of them were written; false while one set replaces another.
     """
 
     names: list[str]
@@ -62,10 +62,10 @@ class FileSet:
 
 
 def set_in(folder: Path) -> FileSet | None:
-    """The set that a folder holds; None where nothing says so."""
+    """The set that a folder's ``samples.json`` lists; None where there is none."""
     try:
         said = json.loads((folder / SET_FILE).read_text())
-        # Plain names alone: the list says what may be removed.
+        # Plain names alone: files on the list may be removed.
         names = [name for name in map(str, said["files"]) if Path(name).name == name]
         return FileSet(names, said["whole"] is True)
     except (OSError, ValueError, KeyError, TypeError):
@@ -73,15 +73,15 @@ def set_in(folder: Path) -> FileSet | None:
 
 
 def write_set(folder: Path, files: Iterable[tuple[str, bytes]], about: Mapping[str, Any]) -> None:
-    """Put a set of files into a folder, with a list of them; what another set had there goes, and nothing else does.
+    """Write a set of files and a list of them into a folder; an earlier set there is removed, and nothing else is.
 
-    Written beside its place and moved there when it is complete. Where it takes the place of another set, a kill during
-    the moving leaves a list that says that the set is not whole.
+    The set is written beside its place and moved there when it is complete. Where it replaces another set, a kill
+    during the moving leaves a list with ``whole`` false.
 
     Args:
-        folder: made where there is none.
+        folder: the folder; created if missing.
         files: plain names and contents.
-        about: how they were made, for the list.
+        about: how the files were made, for the list.
 
     Raises:
         UserError: if the folder cannot be written or the disk is full.
@@ -130,7 +130,7 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let a renaming outlast a power cut, where the file system can be asked to."""
+    """Make a renaming outlast a power cut, where the file system can be asked to."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -143,8 +143,8 @@ def cache_folder(name: str, variable: str | None = None) -> Path:
     """The folder ``name`` below ``$LIT_DIFFUSION_CACHE`` (default ``~/.cache/lit_diffusion``).
 
     Args:
-        name: data, weights, references, ...
-        variable: of the environment, which names another folder for this one.
+        name: name of the folder: data, weights, references, ...
+        variable: environment variable that may name another folder in its place.
     """
     given = os.environ.get(variable) if variable is not None else None
     if given:

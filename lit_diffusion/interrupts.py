@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal sets a flag, and a run looks at it where it can stop without losing anything.
+"""Interrupts: a signal sets a flag, and a run looks at it where it can stop without losing anything.
 
 A handler that saves, or that talks to the other processes, does so in the middle of whatever the process was doing: a
 file half written, a sum over the processes half done. So ours only remembers which signal came. Training looks at the
@@ -16,21 +16,21 @@ from types import FrameType
 from lit_diffusion.errors import UserError
 
 EXIT_CODE = 75
-"""Of a run that saved its state after a signal and can be continued: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit code of a run that saved its state after a signal and can be continued: EX_TEMPFAIL of sysexits.h."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What asks for it: a scheduler's or a container's end, a scheduler's warning, Ctrl-C."""
+"""Signals that ask a run to stop: a scheduler's or a container's end, a scheduler's warning, Ctrl-C."""
 
 _asked: str | None = None
 
 
 class Interrupted(UserError):
-    """A run stops because it was asked to.
+    """Exception of a run that stops because it was asked to.
 
     Args:
-        message: for the person who reads why.
-        exit_code: of the process.
-        quiet: whether another process says it.
+        message: the reason, in one line.
+        exit_code: the process's exit code.
+        quiet: if true, do not print the message: another process does.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_CODE, quiet: bool = False) -> None:
@@ -41,7 +41,7 @@ class Interrupted(UserError):
 
 def _remember(number: int, frame: FrameType | None, *, owner: int) -> None:
     global _asked
-    if os.getpid() != owner:  # A data worker, forked with this handler: its end is the main process's business.
+    if os.getpid() != owner:  # A data worker, forked with this handler: the main process ends it.
         return
     if number == signal.SIGINT:
         if _asked is not None:
@@ -52,7 +52,7 @@ def _remember(number: int, frame: FrameType | None, *, owner: int) -> None:
 
 
 def listen() -> None:
-    """From now on let the signals set the flag; of the main thread only."""
+    """Install handlers that set the flag; in the main thread only."""
     owner = os.getpid()
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -63,7 +63,7 @@ def listen() -> None:
 
 
 def forget() -> None:
-    """Signals do again what they do to any program, and none has come."""
+    """Restore the default handlers and clear the flag."""
     global _asked
     _asked = None
     for each in SIGNALS:
@@ -76,6 +76,6 @@ def asked() -> str | None:
 
 
 def leave_it_to_the_main_process(worker: int = 0) -> None:
-    """In a data worker: a signal to the whole group of processes must not end it before the main process has saved."""
+    """Ignore the signals, in a data worker: one to the whole process group must not end it before the run has saved."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)

@@ -652,10 +652,10 @@ def test_a_sharded_checkpoint_is_one_of_one_process(one, two, tmp_path):
         ("compile", "trainer.strategy fsdp does not go with trainer.compile"),
         ("16-mixed", "trainer.strategy fsdp does not go with precision 16-mixed"),
         ("adaptive", "ProbabilityFlow chooses its own steps, and with trainer.strategy fsdp"),
-        ("outside", "NCSN: the parameter more wants a gradient, and no optimizer holds it"),
+        ("outside", "NCSN: the parameter more requires a gradient, and no optimizer holds it"),
         (
             "two networks",
-            "fsdp shares out one backbone with one loss, and TwoNetworks trains denoiser, autoencoder with",
+            "fsdp shards one backbone with one loss, and TwoNetworks trains denoiser, autoencoder with",
         ),
         ("likelihood", "likelihoods are not measured with trainer.strategy fsdp"),
     ],

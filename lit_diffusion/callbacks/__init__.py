@@ -1,4 +1,4 @@
-"""What happens beside a training step: averages, checkpoints, pictures, telemetry, figures."""
+"""Callbacks beside the training step: averages, checkpoints, pictures, telemetry, metrics."""
 
 from lit_diffusion.callbacks.checkpoint import Checkpoint
 from lit_diffusion.callbacks.ema import EMA

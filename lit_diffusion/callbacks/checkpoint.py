@@ -24,16 +24,19 @@ from lit_diffusion.training.sharding import to_local
 from lit_diffusion.training.trainer import callbacks_of
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-"""The newest checkpoint of a run, and the one before it, which is there if the disk should lose the newest."""
+"""File names of a run's newest checkpoint, and of the one before it in case the disk loses the newest."""
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
-    """Writes ``checkpoints/last.ckpt``: to a temporary name, synced, renamed; the one before is ``previous.ckpt``.
+    """Write ``checkpoints/last.ckpt``: to a temporary name, synced, renamed; the one before is ``previous.ckpt``.
 
     Args:
-        every_n_images: how often, in images seen; null: not by images.
-        every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end, and
+        every_n_images: interval in images seen; null: not by images.
+        every_n_steps: interval in steps; null: not by steps. With both, when either is due; always at the end, and
             when the run is asked to stop (SIGTERM, SIGUSR1, Ctrl-C).
+
+        Raises:
+            UserError: for an interval that is not positive.
     """
 
     def __init__(self, every_n_images: int | None = 100_000, every_n_steps: int | None = None) -> None:
@@ -42,31 +45,31 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.saved_at = -1
         """Images seen when last.ckpt was written."""
         self.outdated = False
-        """Whether something was drawn at that moment since, which last.ckpt does not know of."""
+        """True where something was drawn since last.ckpt was written, at the same number of images."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here if any process was asked to: between two steps, when all that follows a step is done."""
+        """Stop the run if any process was asked to: between two steps, when all that follows a step is done."""
         assert isinstance(pl_module, TrainedModule)
         self._stop_if_asked(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when due."""
+        """Save a checkpoint when due."""
         assert isinstance(pl_module, TrainedModule)
         if self.cadence.due(pl_module.clock):
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end."""
+        """Save the final checkpoint."""
         assert isinstance(pl_module, TrainedModule)
         self._save_if_behind(trainer, pl_module)
         self._stop_if_asked(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A run that is refused before its first step leaves nothing behind."""
+        """Remove the directory of a run that is refused before its first step."""
         run = run_logger_of(trainer)
         refused = isinstance(exception, UserError) and not isinstance(exception, Interrupted)
         if run is not None and refused and self.saved_at < 0:
@@ -93,16 +96,16 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self.save(trainer, module)
 
     def save(self, trainer: pl.Trainer, module: TrainedModule) -> None:
-        """Write last.ckpt; all processes come.
+        """Write last.ckpt; a collective call.
 
         Raises:
             UserError: see :func:`write_checkpoint`.
         """
         folder = checkpoint_folder(trainer)
         module.stopwatch.lap("logging")
-        # Continued from the one before, since the last is damaged: then that one stays until there is a new last one.
+        # Continued from previous.ckpt, since last.ckpt is damaged: it stays until there is a new last.ckpt.
         from_previous = self.saved_at < 0 and _same_file(trainer.ckpt_path, folder / PREVIOUS)
-        again = self.saved_at == module.clock.images  # Then the one before is that of an earlier moment.
+        again = self.saved_at == module.clock.images  # Then previous.ckpt stays, of an earlier moment.
         write_checkpoint(trainer, module, folder / LAST, None if from_previous or again else folder / PREVIOUS)
         module.stopwatch.lap("checkpoint")
         self.last = folder / LAST
@@ -110,12 +113,12 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
 
 def save_before(trainer: pl.Trainer, module: TrainedModule, again: bool = False) -> None:
-    """Save the run's state, unless that is done; all processes come. What is drawn then can cost nothing but itself.
+    """Save the run's state before something is drawn, unless it is saved already; a collective call.
 
     Args:
-        trainer: of the run.
-        module: that is trained.
-        again: save it again where something was drawn since.
+        trainer: the run's Trainer.
+        module: the module being trained.
+        again: if true, save again where something was drawn since.
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoint):
@@ -125,7 +128,7 @@ def save_before(trainer: pl.Trainer, module: TrainedModule, again: bool = False)
 
 
 def save_after(trainer: pl.Trainer, module: TrainedModule) -> None:
-    """Save what was drawn, too, where the state was saved before it; all processes come."""
+    """Save the state again after something was drawn, where it was saved before; a collective call."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoint) and callback.outdated:
             callback.save(trainer, module)
@@ -140,19 +143,19 @@ def _environment(trainer: pl.Trainer) -> Any:
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
-    """Where a run keeps its checkpoints."""
+    """The folder of a run's checkpoints."""
     run = run_logger_of(trainer)
     return (run.run_dir if run is not None else Path(trainer.default_root_dir)) / "checkpoints"
 
 
 def write_checkpoint(trainer: pl.Trainer, module: TrainedModule, path: Path, previous: Path | None = None) -> None:
-    """Write a checkpoint to a temporary name, sync, rename; all processes come.
+    """Write a checkpoint to a temporary name, sync, rename; a collective call.
 
     Args:
-        trainer: whose state it is.
-        module: whose weights.
-        path: of the file; never torn: there is the file before or the new one.
-        previous: where the file before stays; None: nowhere.
+        trainer: the Trainer whose state is written.
+        module: the module whose weights are written.
+        path: the file, never torn: at any time it is the old file or the new one.
+        previous: path under which the old file is kept; None: it is not kept.
 
     Raises:
         UserError: on every process, if the weights are not finite, the disk is full, the folder not writable, or the
@@ -180,7 +183,7 @@ def write_checkpoint(trainer: pl.Trainer, module: TrainedModule, path: Path, pre
 
 
 def _write(state: dict[str, Any], path: Path, previous: Path | None) -> str | None:
-    """On one process; returns what went wrong and how to go on, None for nothing."""
+    """Write the file, on one process; return what went wrong and how to go on, or None."""
     temporary = path.with_name(f".{path.name}.tmp")  # One name, so that what a kill leaves is written over.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +208,7 @@ def _write(state: dict[str, Any], path: Path, previous: Path | None) -> str | No
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Give a file a second name, so that it is there under the first until the new one replaces it."""
+    """Give a file a second name by a hard link, so that the first stays until the new file replaces it."""
     link = previous.with_name(f".{previous.name}.tmp")
     link.unlink(missing_ok=True)
     try:

@@ -3,7 +3,8 @@ r"""Exponential moving averages of the weights, several at once.
 .. math::  \bar\theta \leftarrow \theta + d\,(\bar\theta - \theta), \qquad d = 2^{-B / \min(H,\; r N)}
 
 with half-life H in images, B images a step, N images seen: the average starts with the run and grows with it, at most
-half of it older than a fraction r of the run (Karras et al. 2022, "ramp-up"). Only parameters are averaged.
+half of it older than a fraction r of the run (the "ramp-up" of EDM's code; Karras et al. 2022,
+https://arxiv.org/abs/2206.00364). Only parameters are averaged.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from lit_diffusion.training.trainer import callbacks_of
 
 
 def named_averages(half_lives: list[int]) -> list[str]:
-    """``ema:<half-life>`` for each."""
+    """The names ``ema:<half-life>`` of averages."""
     return [f"ema:{half_life}" for half_life in half_lives]
 
 
 def choose_average(half_lives: list[int], weights: str) -> int | None:
-    """Which average ``weights`` means: None for ``raw``, else its position among the half-lives (``ema`` is the first).
+    """The position among the half-lives of the average that ``weights`` names (``ema``: the first); None for ``raw``.
 
     Raises:
-        UserError: for a name that no kept weights have.
+        UserError: for weights that are not kept.
     """
     if weights == "raw":
         return None
@@ -49,12 +50,19 @@ def choose_average(half_lives: list[int], weights: str) -> int | None:
 
 
 class EMA(Callback):
-    """Averages of the parameters that a module trains, kept beside the raw weights in every checkpoint.
+    r"""Exponential moving averages of the trained parameters, kept beside the raw weights in every checkpoint.
+
+    After each step of B images, at N images seen,
+
+    .. math::  \bar\theta \leftarrow \theta + 2^{-B / \min(H,\; r N)}\,(\bar\theta - \theta).
 
     Args:
-        half_lives_images: half-lives in images seen, the first is what ``ema`` means; or
-        half_lives_steps: in steps. Both null: no average.
-        ramp: at most half of an average is older than this fraction of the run so far.
+        half_lives_images: half-lives H in images seen; the first is the one that ``ema`` names.
+        half_lives_steps: half-lives in steps, in place of ``half_lives_images``. Both null: no average.
+        ramp: the fraction r in (0, 1]: at most half of an average is older than this fraction of the run so far.
+
+    Raises:
+        UserError: for a half-life that is not positive, both kinds of half-lives, or a ramp outside (0, 1].
     """
 
     state_key = "EMA"
@@ -78,28 +86,29 @@ class EMA(Callback):
         self.updates = 0
         self.shadows: list[dict[str, Tensor]] = []
         self._raw: list[Tensor] | None = None
-        """The raw weights, while the module has others."""
+        """The raw weights, while the module holds others."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Turn steps into images."""
+        """Convert half-lives in steps to images."""
         assert isinstance(pl_module, TrainedModule)
         images, steps = self._given
         if images is None and steps is not None:
-            if getattr(trainer, "datamodule", None) is None and trainer.state.fn is not None:  # Not as doctor asks.
+            # doctor, whose Trainer runs nothing, has no state.
+            if getattr(trainer, "datamodule", None) is None and trainer.state.fn is not None:
                 raise UserError(
-                    "ema.half_lives_steps: the batch of a DataLoader of one's own is not known; give half_lives_images"
+                    "ema.half_lives_steps: the batch size of your own DataLoader is not known; give half_lives_images"
                 )
             # The module learns its batch from the data only after the callbacks are set up.
             batch = getattr(getattr(trainer, "datamodule", None), "global_batch_size", pl_module.clock.batch)
             self.half_lives = [in_images("ema", "half_life", None, n, batch) for n in steps]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start, unless a callback that needs the averages came first and did."""
+        """Start the averages, unless a callback that needs them did so before."""
         assert isinstance(pl_module, TrainedModule)
         self.start(pl_module)
 
     def start(self, module: TrainedModule) -> None:
-        """Start each average at the weights, on their own device, unless a checkpoint brought it.
+        """Start each average at the weights, on their device, unless a checkpoint brought it.
 
         Called when the training starts, not earlier: sharded weights take a checkpoint's values only after
         ``on_fit_start``. A second call changes nothing.
@@ -112,7 +121,7 @@ class EMA(Callback):
             print_note(
                 f"ema: the checkpoint has no average of half-life {missing} images; it starts at its raw weights"
             )
-        # In the order of the parameters, whatever the file's: they are averaged side by side.
+        # In the order of the parameters, not the file's: they are averaged side by side.
         self.shadows = [
             {
                 name: distribute_like(shadow[name], p) if name in shadow else p.detach().clone()
@@ -122,7 +131,7 @@ class EMA(Callback):
         ]
 
     def after_step(self, module: TrainedModule) -> None:
-        """Average in the step that was just made."""
+        """Average in the weights of the step that was just made."""
         parameters = [to_local(p.detach()) for p in module.averaged().values()]
         for half_life, shadow in zip(self.half_lives, self.shadows, strict=True):
             length = min(half_life, self.ramp * module.clock.images)
@@ -132,9 +141,12 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, module: TrainedModule, weights: str) -> Iterator[None]:
-        """Give the module the named weights inside the block; those it had are back after it, bit for bit.
+        """Context in which the module has the named weights; those it had before are restored, bit for bit.
 
-        A block inside another has the weights that it names, ``raw`` too.
+        Contexts nest: the inner one has the weights that it names, ``raw`` too.
+
+        Raises:
+            UserError: for weights that are not kept, or not in the checkpoint.
         """
         position = choose_average(self.half_lives, weights)
         if position is None and self._raw is None:
@@ -157,31 +169,31 @@ class EMA(Callback):
             self._raw = outer
 
     def kept(self, weights: str) -> str:
-        """The weights asked for, where ``ema`` means the raw ones if no average is kept."""
+        """The name of the weights to use: ``weights``, but ``raw`` for ``ema`` where no average is kept."""
         return weights if weights != "ema" or self.half_lives else "raw"
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, for a checkpoint; of sharded weights all processes come."""
+        """Return the averages for a checkpoint; a collective call where weights are sharded."""
         shadows = [{name: full_tensor(value) for name, value in shadow.items()} for shadow in self.shadows]
         return {"half_lives": list(self.half_lives), "updates": self.updates, "shadows": shadows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the averages of a checkpoint whose half-lives are still wanted; others start at its raw weights."""
+        """Take a checkpoint's averages of the half-lives that are configured; others start at its raw weights."""
         by_half_life = dict(zip(state_dict["half_lives"], state_dict["shadows"], strict=True))
         self.shadows = [dict(by_half_life.get(half_life, {})) for half_life in self.half_lives]
         self.updates = state_dict["updates"]
 
 
 def averages_of(trainer: pl.Trainer) -> EMA:
-    """The Trainer's own, or one that keeps none."""
+    """The Trainer's EMA callback, or one that keeps no average."""
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, EMA)), EMA())
 
 
 def load_average(module: TrainedModule, state: Mapping[str, Any] | None, weights: str) -> None:
-    """Give a module the named weights of a checkpoint's EMA state, for good.
+    """Copy the named weights of a checkpoint's EMA state into a module.
 
     Raises:
-        UserError: if the checkpoint does not keep them, or they are those of another model.
+        UserError: if the checkpoint does not keep them, or they are another model's.
     """
     half_lives = list(state["half_lives"]) if state else []
     position = choose_average(half_lives, weights)

@@ -1,4 +1,4 @@
-"""Figures of samples, while a model trains and after: FID and its kin, each with its protocol."""
+"""Metrics of samples, while a model trains and after: FID and related metrics, each with its protocol."""
 
 from __future__ import annotations
 
@@ -46,44 +46,47 @@ from lit_diffusion.training.precision import precision_name
 Stage = Literal["fit", "test"]
 
 COUNTS = (500, 1_000, 2_000, 5_000, 10_000, 50_000)
-"""Of samples, which ``auto`` chooses from."""
+"""Sample counts that ``auto`` chooses from."""
 KEPT_SAMPLES = 64
-"""So many samples of an evaluation are kept as bytes, to be looked at and compared."""
+"""Number of samples of an evaluation that are kept as bytes, to be looked at and compared."""
 PAIRS = 12
-"""So many samples are drawn with the training image nearest to each: those closest to one."""
+"""Number of samples drawn beside their nearest training image: those closest to one."""
 
 
 class Evaluator(PeriodicCallback):
-    """Generates samples on all processes and measures them: during training every so often, and by ``test``.
+    """Generate samples on all processes and measure them: at intervals during training, and by ``test``.
 
-    Each evaluation writes an event ``evaluation`` with the figures, their errors and their protocol, keeps some of its
+    Each evaluation writes an event ``evaluation`` with the metrics, their errors and their protocol, keeps some of its
     samples, draws the samples nearest to a training image beside it, and saves the checkpoint if it is the best so far.
-    A figure's name says of what features and of how many samples it is: ``fid-2k``, ``fd/digits-500``.
+    A metric's name tells its features and its number of samples: ``fid-2k``, ``fd/digits-500``.
 
     Args:
-        every_n_images: how often while training, in images seen; null: not by images.
-        every_n_steps: how often, in steps; null: not by steps. With neither, only ``test`` evaluates.
-        samples: how many, while training; ``auto``: measured at the first evaluation, the most of 500, 1k, 2k, 5k, 10k
-            and 50k that stay within ``budget``. The choice is written to config.yaml and the checkpoints.
+        every_n_images: interval while training, in images seen; null: not by images.
+        every_n_steps: interval in steps; null: not by steps. With neither, only ``test`` evaluates.
+        samples: number of samples while training; ``auto``: chosen at the first evaluation, the most of 500, 1k, 2k,
+            5k, 10k and 50k that stay within ``budget``. The choice is written to config.yaml and the checkpoints.
         budget: share of the training time that evaluations may take, for ``auto``.
         metrics: any of ``fid``, ``fid_infinity``, ``is``, ``kid``, ``precision``, ``recall``, ``density``,
             ``coverage``, ``memorisation``; null: all but ``fid_infinity``, where they fit; []: none.
-        extractor: of the features: ``inception``, ``dinov2``, ``clip``, ``vgg16``, ``digits``, ``points``; ``auto``: of
-            8 x 8 grey images the digits' own classifier, of points the points, else Inception.
-        weights_path: a file of the extractor's weights; null: what ``fetch weights`` brought.
-        weights: of the model: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``.
-        sampler: of the samples while training; null: the method's own.
-        seed: of the samples while training.
+        extractor: feature extractor: ``inception``, ``dinov2``, ``clip``, ``vgg16``, ``digits``, ``points``; ``auto``:
+            ``digits`` for 8 x 8 grey images, ``points`` for points, else ``inception``.
+        weights_path: file of the extractor's weights; null: the file that ``fetch weights`` brought.
+        weights: the model's weights: ``ema`` (raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``.
+        sampler: sampler used while training; null: the method's own.
+        seed: seed of the samples while training.
         reference: the real data: ``train`` or ``held_out``. Copies are looked for among the training images either
             way, and among their mirror images where ``data.flip`` mirrors. A class-conditional model draws its samples'
             classes as often as the real data have them; the protocol says so under ``labels``.
         best: metric by which the best checkpoints are kept; its name as in ``metrics``.
-        keep: how many of them; 0: none.
+        keep: number of best checkpoints kept; 0: none.
         batch_size: samples at a time on each process; changes memory and speed only.
-        test_samples: how many for each seed of ``test``.
-        test_sampler: of the samples of ``test``; null: the method's own.
-        test_seeds: of ``test``, which reports the mean and the minimum over them.
-        options: of the metrics.
+        test_samples: number of samples for each seed of ``test``.
+        test_sampler: sampler used by ``test``; null: the method's own.
+        test_seeds: seeds of ``test``, which reports the mean and the minimum over them.
+        options: options of the metrics.
+
+        Raises:
+            UserError: for an argument out of range, or a metric that cannot be measured here.
     """
 
     state_key = "Evaluator"
@@ -145,7 +148,7 @@ class Evaluator(PeriodicCallback):
         self.test_seeds = tuple(test_seeds)
         self.options = options
         self.last: dict[str, Any] = {}
-        """Images seen, values and protocol of the last evaluation; every checkpoint carries it."""
+        """Images seen, values and protocol of the last evaluation; saved in every checkpoint."""
         self._chosen: int | None = None
         self._evaluation: Evaluation | None = None
         self._began = 0.0
@@ -159,26 +162,26 @@ class Evaluator(PeriodicCallback):
     # ---- hooks -------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out now what would fail hours later: weights of the model and of the extractor, sampler, metrics."""
+        """Check now what would fail hours later: weights of the model and of the extractor, sampler, metrics."""
         assert isinstance(pl_module, Method)
         if self._while_training(trainer):
             self.check(pl_module, self._datamodule(trainer), averages_of(trainer), "fit")
             if self._chosen is not None:
-                self._settle(trainer, pl_module)
+                self._write_chosen_count(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the watch; make up for an evaluation that a kill or a stop cut short."""
+        """Start the clock, and make up for an evaluation that a kill or a stop cut short."""
         assert isinstance(pl_module, Method)
         self._began, self._began_at = time.perf_counter(), pl_module.clock.images
         super().on_train_start(trainer, pl_module)
 
     @classmethod
     def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
-        """An evaluation that had not ended when the checkpoint was written."""
+        """Names of its events where an evaluation had not ended when the checkpoint was written."""
         return set() if images in (state.get("last", {}).get("images"), state.get("done_at")) else set(cls.makes)
 
     def _is_missing(self, method: Method) -> bool:
-        # With its count not chosen yet it was never begun; the speed that a choice needs is not known yet either.
+        # Without a chosen count it was never begun, and the speed that a choice needs is not known yet.
         made = method.clock.images in (self.last.get("images"), self._done_at)
         missing = self._on and self._count is not None and not made
         if missing:
@@ -186,17 +189,17 @@ class Evaluator(PeriodicCallback):
         return missing
 
     def exclude(self, seconds: float) -> None:
-        """Do not count what was no training: ``auto`` goes by the speed of training."""
+        """Leave ``seconds`` out of the training time, by which ``auto`` chooses."""
         self._began += seconds
 
     def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
-        """Whether there is anything to evaluate."""
+        """True where there is anything to evaluate."""
         return self._while_training(trainer) and self.last.get("images") != method.clock.images
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
-        """Evaluate; the run's state is saved before, so that nothing is lost if it is killed meanwhile, and after."""
+        """Evaluate; the run's state is saved before and after, so that a kill meanwhile loses nothing."""
         count = self._choose_count(trainer, method)
-        # An evaluation takes long: a kill in it shall cost no picture of the same moment.
+        # An evaluation takes long: a kill in it must lose no picture of the same moment.
         save_before(trainer, method, again=True)
         result = self._evaluate(trainer, method, count, self.seed, "fit")
         if result is None:
@@ -206,13 +209,13 @@ class Evaluator(PeriodicCallback):
         save_after(trainer, method)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out what would fail, before the likelihoods take their minutes."""
+        """Check what would fail, before the likelihoods take their minutes."""
         assert isinstance(pl_module, Method)
         if self._on:
             self.check(pl_module, self._datamodule(trainer), averages_of(trainer), "test")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The full protocol: every seed, then mean and minimum."""
+        """Run the full protocol: every seed, then mean and minimum."""
         assert isinstance(pl_module, Method)
         if not self._on or getattr(trainer, "fast_dev_run", False):
             return
@@ -224,15 +227,15 @@ class Evaluator(PeriodicCallback):
         self._report(trainer, results)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the networks."""
+        """Release the networks."""
         self._evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``auto`` chose and the last figures, for a checkpoint."""
+        """Return the chosen count and the last evaluation, for a checkpoint."""
         return {**super().state_dict(), "samples": self._chosen, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the count that the run was started with, so that its figures stay comparable."""
+        """Keep the count that the run was started with, so that its metrics stay comparable."""
         self._chosen, self.last = state_dict["samples"], state_dict["last"]
         self._done_at = state_dict.get("done_at", -1)
 
@@ -250,16 +253,16 @@ class Evaluator(PeriodicCallback):
         return (self.sampler if stage == "fit" else self.test_sampler) or method.sampler
 
     def check(self, method: Method, data: DataModule, averages: EMA, stage: Stage) -> tuple[Evaluation, Choice]:
-        """What an evaluation would measure, found out before any work; the extractor's weights are read.
+        """Prepare an evaluation and choose its metrics, before any work; reads the extractor's weights.
 
         Args:
             method: the model.
             data: its data.
-            averages: of the weights that are kept.
-            stage: while training, or by ``test``.
+            averages: the averaged weights that are kept.
+            stage: ``fit`` while training, or ``test``.
 
         Raises:
-            UserError: for anything that cannot be had.
+            UserError: for weights, a sampler, metrics or data that cannot be used.
         """
         choose_average(averages.half_lives, averages.kept(self.weights))
         method.check_sampler(self._sampler(method, stage))
@@ -296,7 +299,7 @@ class Evaluator(PeriodicCallback):
     # ---- one evaluation ----------------------------------------------------------------------------------------
 
     def _evaluate(self, trainer: pl.Trainer, method: Method, count: int, seed: int, stage: Stage) -> Result | None:
-        """All processes come; None if the sampler diverged while training, which a later evaluation may not."""
+        """Make one evaluation, a collective call; None where the sampler diverged while training."""
         began = time.perf_counter()
         averages = averages_of(trainer)
         evaluation, choice = self.check(method, self._datamodule(trainer), averages, stage)
@@ -331,7 +334,7 @@ class Evaluator(PeriodicCallback):
         if method.num_classes is not None:
             result.protocol["labels"] = f"as in the {'training' if self.reference == 'train' else 'held-out'} data"
         if evaluation.data.mirrored is not None:
-            result.protocol["reference_mirrored"] = False  # Half of what such a model learns to make is not in it.
+            result.protocol["reference_mirrored"] = False  # Half of what the model learns is not in it.
         self._record(trainer, method, evaluated, choice, time.perf_counter() - began)
         return result
 
@@ -341,8 +344,8 @@ class Evaluator(PeriodicCallback):
         result = evaluated.result
         protocol = result.protocol
         shares = all_gather_objects(evaluated.kept)
-        said = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
-        print_note(f"evaluation at {method.clock.images} images, seed {protocol['seed']}: {said} ({seconds:.1f} s)")
+        line = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
+        print_note(f"evaluation at {method.clock.images} images, seed {protocol['seed']}: {line} ({seconds:.1f} s)")
         if result.flagged:
             print_note(
                 "  these samples look like copies of training images (near_copies): see samples/neighbours-*.png; more "
@@ -372,7 +375,7 @@ class Evaluator(PeriodicCallback):
         shares: list[dict[int, np.ndarray]],
         seconds: float,
     ) -> None:
-        """Some of the samples, and the event."""
+        """Write some of the samples, and the event."""
         result = evaluated.result
         protocol = result.protocol
         images = {index: image for share in shares for index, image in share.items()}
@@ -404,7 +407,7 @@ class Evaluator(PeriodicCallback):
         run.record("evaluation", values)
 
     def _draw_pairs(self, run: RunLogger, method: Method, result: Result) -> None:
-        """The samples closest to training images, each above the image."""
+        """Draw the samples closest to training images, each above its image."""
         if not result.pairs:
             return
         assert self._evaluation is not None
@@ -437,27 +440,27 @@ class Evaluator(PeriodicCallback):
         run = run_logger_of(trainer)
         if run is not None:
             run.record("budget", {"samples": self._chosen, "seconds_a_sample": each, "share": share})
-        self._settle(trainer, method)
+        self._write_chosen_count(trainer, method)
         return self._chosen
 
-    def _settle(self, trainer: pl.Trainer, method: Method) -> None:
-        """Write the chosen count where the configuration said ``auto``."""
+    def _write_chosen_count(self, trainer: pl.Trainer, method: Method) -> None:
+        """Write the chosen count to config.yaml and the checkpoints' configuration, in place of ``auto``."""
         if self.samples != "auto":
             return
         if method.run_config is not None:
             method.run_config.setdefault("eval", {})["samples"] = self._chosen
         run = run_logger_of(trainer)
         if run is not None:
-            run.settle("eval.samples", self._chosen)
+            run.write_resolved("eval.samples", self._chosen)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def _keep_the_best(self, trainer: pl.Trainer, method: Method, result: Result) -> None:
-        """Save the checkpoint if it is among the best; the list is truth, and a file goes only once it is off it."""
+        """Save the checkpoint if it is among the best; a file is removed only once the list no longer names it."""
         if not self.keep or run_logger_of(trainer) is None:
             return
         key = next((key for key in result.values if row_of(key) is CATALOGUE[self.best]), None)
-        if key is None:  # Its computation failed: the best so far stay.
+        if key is None:  # Its computation failed: keep the best so far.
             return
         folder = checkpoint_folder(trainer)
         # Values may differ in the last digit between processes: what one of them has counts.
@@ -473,7 +476,7 @@ class Evaluator(PeriodicCallback):
     # ---- the end of a test -------------------------------------------------------------------------------------
 
     def _report(self, trainer: pl.Trainer, results: list[Result]) -> None:
-        """Mean and minimum over the seeds."""
+        """Print and record mean and minimum over the seeds."""
         seeds = list(self.test_seeds)
         protocol = {key: value for key, value in results[0].protocol.items() if key != "seed"}
         for key in differing_keys([result.protocol for result in results], frozenset({"seed"})):

@@ -1,4 +1,4 @@
-"""Bits per dimension: what ``test`` measures on held-out data, beside the loss."""
+"""Bits per dimension of held-out data, measured by ``test``."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from lit_diffusion.training.datamodule import PADDING_INDEX, Batch, DataModule
 Metric = Literal["bpd_ode", "bpd_bound", "smallest_time"]
 
 BREAKDOWN_BINS = 20
-"""Bars of the bound by noise level, each of equally many steps."""
+"""Number of bars of the bound by noise level, each of equally many steps."""
 
 
 def _with_error(name: str, mean: float, error: float) -> tuple[dict[str, float], str]:
-    """For the event and for the terminal: a value with its standard error, where it has one."""
+    """A value and its standard error, where it has one: as numbers for the event, and as text."""
     if math.isnan(error):
         return {name: mean}, f"{mean:.4f}"
     return {name: mean, f"{name}_error": error}, f"{mean:.4f} +- {error:.4f}"
@@ -50,29 +50,37 @@ def _with_error(name: str, mean: float, error: float) -> tuple[dict[str, float],
 class Likelihood(pl.Callback):
     """Bits per dimension by the ODE and by the variational bound, and how both depend on the smallest time.
 
-    Everything that is measured is printed and written to metrics.jsonl, event ``test``, with its standard error over
-    the images and its protocol. Image i has the same noise whatever the batch and the number of processes.
+    ``-log2 p(x) / D`` of grey levels. The ODE's is the change of density along the probability flow (score SDE, Song et
+    al. 2021, https://arxiv.org/abs/2011.13456, section 4.3); the bound's is the sum of the prior's, the steps' and the
+    decoder's terms (DDPM, Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 5).
+
+    Every value is printed and written to metrics.jsonl, event ``test``, with its standard error over the images and its
+    protocol. Image i has the same noise whatever the batch and the number of processes.
 
     Args:
         metrics: any of ``bpd_ode``, ``bpd_bound``, ``smallest_time`` (a figure of bits per dimension by the ODE and
             Frechet distance in pixels against the smallest time; minutes); null: the first two, where they fit the
             model.
-        weights: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``: what is measured.
-        seed: of the noise of dequantization, of the probes and of the bound.
-        trace: of the ODE's divergence: ``hutchinson``, estimated, or ``exact``, for few dimensions.
+        weights: the weights to measure: ``ema`` (raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``.
+        seed: seed of the dequantization noise, of the probes and of the bound.
+        trace: the ODE's divergence: ``hutchinson``, estimated, or ``exact``, for few dimensions.
         probe: entries of Hutchinson's vectors: ``rademacher`` or ``gaussian``.
-        probes: how many of them an image.
+        probes: number of Hutchinson's vectors per image.
         rtol: relative tolerance of the ODE's solver.
         atol: absolute tolerance of the ODE's solver.
-        t_min: the smallest time of the ODE, no earlier than that of the process; null: that.
-        bound_steps: steps of the chain that is bounded; null: those of the method's sampler where that is ancestral,
-            else every level of the model, or 1000 in continuous time.
-        bound_sampled: evaluate so many of its terms an image, at random; null: all.
-        bound_variance: of its reverse steps: ``beta``, ``beta_tilde`` or ``learned``; null: of the method's sampler
-            where that is ancestral, else of the method. The chain's ``clip_x0`` is the sampler's as well, or ``data``.
-        smallest_times: of the figure, none earlier than that of the process; null: those of 1e-1, 1e-2, ... 1e-5 that
-            are not.
-        samples: generated for its Frechet distance.
+        t_min: smallest time of the ODE, at least the process's smallest time; null: the process's.
+        bound_steps: number of steps of the chain that is bounded; null: the method's sampler's where that is
+            ancestral, else every timestep of the model's grid, or 1000 in continuous time.
+        bound_sampled: number of the bound's terms evaluated per image, chosen at random; null: all.
+        bound_variance: variance of the reverse steps: ``beta``, ``beta_tilde`` or ``learned``; null: the method's
+            sampler's where that is ancestral, else the method's. The chain's ``clip_x0`` is the sampler's as well, or
+            ``data``.
+        smallest_times: smallest times in the figure, each at least the process's; null: those of 1e-1, 1e-2, ... 1e-5
+            that are.
+        samples: number of samples generated for the figure's Frechet distance.
+
+    Raises:
+        UserError: for an argument out of range, naming its key.
     """
 
     def __init__(
@@ -124,12 +132,12 @@ class Likelihood(pl.Callback):
     # ---- hooks -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse times that the model does not know, in training, too."""
+        """Refuse times that the model does not learn, in training, too."""
         assert isinstance(pl_module, Method)
         self.check_times(pl_module.denoiser.process)
 
     def check_times(self, process: Process) -> None:
-        """Refuse times that the network of a model on this process does not learn.
+        """Refuse times that a network on this process does not learn.
 
         Raises:
             UserError: naming the key.
@@ -140,7 +148,7 @@ class Likelihood(pl.Callback):
             process.require_time("likelihood.smallest_times", time)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out what can be measured before measuring any of it, and give the model the weights."""
+        """Choose what can be measured, before measuring any of it, and give the model the weights."""
         assert isinstance(pl_module, Method)
         if pl_module.sharded and self.metrics != []:
             raise UserError(
@@ -162,10 +170,10 @@ class Likelihood(pl.Callback):
         self._reset(pl_module)
 
     def _fitting(self, method: Method) -> list[Metric]:
-        """Those asked for, each checked; by default those that fit, with a note for one that does not."""
+        """The configured metrics, each checked; by default those that fit the model, with a note for any other."""
         wanted: list[Metric] = ["bpd_ode", "bpd_bound"] if self.metrics is None else list(self.metrics)
         if "bpd_bound" in wanted and method.denoiser.process.num_timesteps != 1:
-            # A key that is given wrongly is a mistake, not a metric that does not fit.
+            # A wrong key is a mistake, not a metric that does not fit.
             self._bound_settings(method).chain.check(method.denoiser)
             timesteps_to_zero(method.denoiser.process, self.bound_steps)
         chosen: list[Metric] = []
@@ -186,9 +194,9 @@ class Likelihood(pl.Callback):
         return chosen
 
     def _times_to_draw(self, process: Process) -> list[float]:
-        """From the largest to the smallest."""
+        """Smallest times of the figure, from the largest to the smallest."""
         if process.num_timesteps is not None:
-            raise UserError("smallest_time: this model's smallest time is that of its first level")
+            raise UserError("smallest_time: this model's smallest time is its first timestep")
         given = self.smallest_times
         if given is None:
             return [time for time in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5) if time >= process.t_min] or [process.t_min]
@@ -223,9 +231,9 @@ class Likelihood(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measure a batch."""
+        """Measure the batch."""
         assert isinstance(pl_module, Method)
-        if not isinstance(batch, Batch) or int(batch.index[0]) == PADDING_INDEX:  # Nothing is held out, or nobody's.
+        if not isinstance(batch, Batch) or int(batch.index[0]) == PADDING_INDEX:  # No held-out data, or padding.
             return
         held, name = Held(batch.x, batch.index, batch.cond), f"batch {batch_idx + 1}"
         if "bpd_ode" in self._chosen:
@@ -257,7 +265,7 @@ class Likelihood(pl.Callback):
         return tqdm(total=total, desc=name, leave=False, disable=not shown, unit="%" if total == 100 else " steps")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the processes' shares together, print, record and draw; give the model its own weights back."""
+        """Gather over the processes, print, record and draw; give the model its own weights back."""
         assert isinstance(pl_module, Method)
         run = run_logger_of(trainer)
         if self._chosen:
@@ -296,12 +304,12 @@ class Likelihood(pl.Callback):
         mean, error, count = self._ode.mean.compute()
         low, high = min(self._ode.evaluations), max(self._ode.evaluations)
         evaluations = f"{low}" if low == high else f"{low} to {high}"
-        measured, said = _with_error("bpd_ode", mean, error)
+        measured, text = _with_error("bpd_ode", mean, error)
         values: dict[str, Any] = {**measured, "images": count, **self._ode_protocol, "t_min": self.t_min}
         if run is not None:
             run.record("test", values)
         print_note(
-            f"  bits/dim by the ODE    {said}  ({count} held-out data, trace {values['trace']}, "
+            f"  bits/dim by the ODE    {text}  ({count} held-out data, trace {values['trace']}, "
             f"tolerance {max(self.rtol, self.atol):g}, {evaluations} evaluations)"
         )
         return mean
@@ -309,13 +317,13 @@ class Likelihood(pl.Callback):
     def _report_bound(self, trainer: pl.Trainer, method: Method, run: RunLogger | None) -> float:
         found, settings = self._bound.result(), self._bound.settings
         chain = settings.chain.describe(method.denoiser, method.grey_levels is not None)
-        measured, said = _with_error("bpd_bound", found.value, found.error)
+        measured, text = _with_error("bpd_bound", found.value, found.error)
         values: dict[str, Any] = {**measured, "images": found.count, **self._protocol}
         values |= {f"bpd_bound_{name}": value for name, value in found.parts.items()}
         by_step, parts = found.by_step, found.parts
         values |= {"steps": len(by_step), "spacing": settings.spacing, "sampled": settings.sampled, **chain}
         print_note(
-            f"  bits/dim by the bound  {said}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
+            f"  bits/dim by the bound  {text}  (prior {parts['prior']:.4f}, KL {parts['kl']:.4f}, "
             f"decoder {parts['decoder']:.4f}; {len(by_step)} steps, variance {chain['variance']}, "
             f"first {chain['first_variance']}, clip_x0 {chain['clip_x0']})"
         )

@@ -1,4 +1,4 @@
-"""What training looks like at each noise level: loss, gradient norm and, where the true score is known, its error."""
+"""Training at each noise level: loss, gradient norm and, where the true score is known, the score's error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_diffusion.training.datamodule import Batch, DataModule
 
 
 def known_mixture(trainer: pl.Trainer) -> GaussianMixture | None:
-    """The law of the data that are trained on, None where it is not known."""
+    """The distribution of the training data, None where it is not known."""
     source = getattr(getattr(trainer, "datamodule", None), "source", None)
     if not isinstance(source, GaussianMixturePoints):
         return None
@@ -32,7 +32,7 @@ def known_mixture(trainer: pl.Trainer) -> GaussianMixture | None:
 
 
 def score_error(denoiser: Any, exact: ExactDenoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of the estimated from the true score at each row, and the true one's squared norm: ``[B]``."""
+    """Squared error ``|s - s*|^2`` of the estimated score at each row, and ``|s*|^2`` of the true one: both ``[B]``."""
     with torch.no_grad():
         truth = exact(x, t).score
         estimate = denoiser(x, t).score
@@ -40,16 +40,20 @@ def score_error(denoiser: Any, exact: ExactDenoiser, x: Tensor, t: Tensor) -> tu
 
 
 class NoiseLevels(PeriodicCallback):
-    """Draws loss, gradient norm and score error against the noise level, with the raw weights, and records them.
+    """Draw loss, gradient norm and score error against the noise level, with the raw weights, and record them.
 
-    The figures are of the same training images with the same noise every time: event ``noise_levels`` in metrics.jsonl.
-    The score's error is ``E |s - s*|^2 / E |s*|^2``, for data whose score is known (``GaussianMixturePoints``).
+    The values are averages over the same training images with the same noise every time: event ``noise_levels`` in
+    metrics.jsonl. The score's error is ``E |s - s*|^2 / E |s*|^2``, for data whose score is known
+    (``GaussianMixturePoints``).
 
     Args:
-        every_n_images: how often, in images seen; null: at the end only.
-        every_n_steps: how often, in steps; null: not by steps.
-        num_levels: how many noise levels, evenly spaced in time; 0 for none of this.
-        images: training images that the figures are averages over.
+        every_n_images: interval in images seen; null: at the end only.
+        every_n_steps: interval in steps; null: not by steps.
+        num_levels: number of noise levels, evenly spaced in time; 0: measure nothing.
+        images: number of training images averaged over.
+
+    Raises:
+        UserError: for a negative ``num_levels``, or ``images`` below 1.
     """
 
     name = "noise_levels"
@@ -71,13 +75,13 @@ class NoiseLevels(PeriodicCallback):
         self.images = images
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say now what there will not be."""
+        """Print that nothing will be drawn where the weights are sharded."""
         assert isinstance(pl_module, Method)
         if pl_module.sharded and self.num_levels > 0:
             print_note("noise_levels: not drawn: with trainer.strategy fsdp no process has the whole gradient")
 
     def times(self, method: Method) -> Tensor:
-        """The times of the noise levels, rising: float64 ``[levels]``, fewer where the grid has fewer."""
+        """Times of the noise levels, rising: float64 ``[num_levels]``, fewer where the grid has fewer timesteps."""
         process = method.denoiser.process
         if process.num_timesteps is None:
             return torch.linspace(process.t_min, process.t_max, self.num_levels, dtype=torch.float64)
@@ -86,12 +90,12 @@ class NoiseLevels(PeriodicCallback):
         return grid[torch.linspace(0, len(grid) - 1, count).round().long()]
 
     def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
-        """Whether there is anything to draw."""
+        """True where there is anything to draw."""
         has_data = isinstance(getattr(trainer, "datamodule", None), DataModule)
         return self.num_levels > 0 and has_data and not method.sharded and run_logger_of(trainer) is not None
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
-        """Measure on process 0, which holds all the weights, and save the picture."""
+        """Measure on process 0, which holds all weights, and save the picture."""
         if not trainer.is_global_zero:
             return
         was_training = method.training
@@ -119,7 +123,7 @@ class NoiseLevels(PeriodicCallback):
         for time in times.tolist():
             t = torch.full((len(x),), time, dtype=torch.float64, device=method.device)
             loss = method.loss_given_t(batch, t, eps).per_sample.mean()
-            # Not backward: the gradients are nobody's business, least of all other processes'.
+            # Not backward: these gradients must reach neither the optimizers nor other processes.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             losses.append(float(loss.detach()))
             norms.append(

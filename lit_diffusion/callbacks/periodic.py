@@ -1,4 +1,4 @@
-"""What draws during a training: every so often, and once at its end."""
+"""Base class of callbacks that draw or measure at intervals, and once at the end of a training."""
 
 from __future__ import annotations
 
@@ -20,67 +20,67 @@ from lit_diffusion.training.callback import Callback, own_callbacks
 
 
 class PeriodicCallback(Callback, ABC):
-    """Draws when its cadence is due and when the training ends, the end only once.
+    """Draw when the cadence is due and when the training ends, the end only once.
 
-    A failure costs the picture, not the run: it is said and recorded, event ``failed``, and counts as drawn, so that it
-    is tried again when the next one is due. At the end of the training the run's state is saved before.
+    A failure loses the picture, not the run: it is printed and recorded, event ``failed``, and the next attempt is when
+    the next one is due. At the end of the training the run's state is saved before.
 
     What was due when the run was asked to stop is left out and made when the run is continued, so that a continued run
-    has every picture and figure of one that never stopped.
+    has every picture and value of one that never stopped.
 
     Args:
-        cadence: how often.
+        cadence: interval in images or steps.
     """
 
     writes_to_run = True
 
     name: str
-    """Of what is drawn: the event ``failed`` has it."""
+    """Name of what is drawn, which the event ``failed`` records."""
 
     def __init__(self, cadence: Cadence) -> None:
         self.cadence = cadence
         self._done_at = -1
-        """Images seen when it last drew; every checkpoint carries it."""
+        """Images seen when it last drew; saved in every checkpoint."""
         self._knows_its_past = False
 
     @property
     def state_key(self) -> str:
-        """Under which a checkpoint keeps the state."""
+        """Key of the state in a checkpoint."""
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        """When it last drew, for a checkpoint."""
+        """Return the images seen when it last drew, for a checkpoint."""
         return {"done_at": self._done_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Know what was drawn before the run stopped."""
+        """Restore the images seen when it last drew."""
         self._done_at = state_dict["done_at"]
         self._knows_its_past = True
 
     makes: frozenset[str] = frozenset()
-    """Events, and names of pictures, that it makes."""
+    """Names of the events and pictures that it makes."""
 
     @classmethod
     def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
-        """What it makes, where that was due and not yet done when the checkpoint was written."""
+        """Names of its events and pictures, where they were due and not done when the checkpoint was written."""
         return set(cls.makes) if state.get("done_at", images) != images else set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make up for what a stop cut off."""
+        """Draw what a stop cut off."""
         assert isinstance(pl_module, Method)
         clock = pl_module.clock
-        averages_of(trainer).start(pl_module)  # Whichever of the two comes first in the list.
+        averages_of(trainer).start(pl_module)  # Whichever callback comes first in the list.
         if clock.images > 0 and self.cadence.due(clock) and self._is_missing(pl_module):
             self._draw_now(trainer, pl_module)
 
     def _is_missing(self, method: Method) -> bool:
-        """Whether what was due at this moment was not drawn before the run stopped here."""
+        """True where what is due at this moment was not drawn before the run stopped here."""
         return self._knows_its_past and self._done_at < method.clock.images
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draw when due."""
+        """Draw when the cadence is due."""
         assert isinstance(pl_module, Method)
         if self.cadence.due(pl_module.clock):
             self._draw_now(trainer, pl_module)
@@ -94,15 +94,15 @@ class PeriodicCallback(Callback, ABC):
                 self.draw(trainer, method)
             self._done_at = method.clock.images
         except Interrupted as stop:
-            print_note(f"{stop}: it is made when the run is continued")
+            print_note(f"{stop}; it is made when the run is continued")
             method.interrupted = True
         seconds = time.perf_counter() - began
         method.stopwatch.exclude(seconds)
-        for callback in own_callbacks(trainer):  # What measures the training's speed does not count this.
+        for callback in own_callbacks(trainer):  # They measure the training's speed.
             callback.exclude(seconds)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the end."""
+        """Draw at the end of the training."""
         assert isinstance(pl_module, Method)
         if self._done_at == pl_module.clock.images or pl_module.interrupted or not self.wanted(trainer, pl_module):
             return
@@ -110,12 +110,12 @@ class PeriodicCallback(Callback, ABC):
         self._draw_now(trainer, pl_module)
 
     def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
-        """Whether there is anything to draw."""
+        """True where there is anything to draw."""
         return True
 
     @abstractmethod
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
-        """Measure, save the picture and record its numbers; all processes come.
+        """Measure, save the picture and record its values; a collective call.
 
         Raises:
             Interrupted: if the run was asked to stop meanwhile; on all processes or on none.

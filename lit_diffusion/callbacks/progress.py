@@ -1,4 +1,4 @@
-"""What a person sees while it trains, and what metrics.jsonl keeps of it."""
+"""The progress bar of a training, and its telemetry in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lit_diffusion.training.module import TrainedModule
 
 
 class ProgressBar(TQDMProgressBar):
-    """One bar for the whole training, in images, with the loss and images/s."""
+    """Progress bar of the whole training, in images, with the loss and images/s."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ class ProgressBar(TQDMProgressBar):
         )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Nothing: there is one endless epoch."""
+        """Do nothing: there is one endless epoch."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing."""
+        """Do nothing: there is one endless epoch."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -88,11 +88,11 @@ class ProgressBar(TQDMProgressBar):
 
 
 LOSS_BINS = 10
-"""Equal parts of [0, 1] whose losses are told apart: ``loss@0.05`` is of the noise levels with t below 0.1."""
+"""Number of equal parts of [0, 1] with a loss each: ``loss@0.05`` is the mean loss at times t below 0.1."""
 
 
 class Telemetry(Callback):
-    """Writes what a training does to metrics.jsonl and the dashboard: losses, speed, memory.
+    """Write a training's losses, speed and memory to metrics.jsonl and the dashboard.
 
     An event ``train`` has the loss, its named terms, the gradient's norm and the loss by time, averages over the steps
     since the last event that were not skipped (of several networks each has its own, ``<network>/loss``, beside the
@@ -101,32 +101,35 @@ class Telemetry(Callback):
     floating-point operations a second on all processes, in 10^12; and the largest memory of process 0 so far, in GB.
 
     Args:
-        every_n_images: how often, in images seen; null: not by images.
-        every_n_steps: how often, in steps; null: not by steps. With both, when either is due.
+        every_n_images: interval in images seen; null: not by images.
+        every_n_steps: interval in steps; null: not by steps. With both, when either is due.
+
+    Raises:
+        UserError: for an interval that is not positive.
     """
 
     writes_to_run = True
 
     @property
     def state_key(self) -> str:
-        """Under which a checkpoint keeps the state."""
+        """Key of the state in a checkpoint."""
         return type(self).__name__
 
     def __init__(self, every_n_images: int | None = None, every_n_steps: int | None = 50) -> None:
         self.cadence = Cadence.of("telemetry", every_n_images, every_n_steps)
         self._values: dict[str, list[Tensor]] = {}
-        """Of every step since the last event."""
+        """Values of every step since the last event, by name."""
         self._by_time: dict[str, Tensor] = {}
-        """Sums of losses and their numbers in each part of the time, ``[2, LOSS_BINS]``, of each network's loss."""
+        """Sums and counts of each network's losses in each part of the time, ``[2, LOSS_BINS]``."""
         self._since = 0.0
         self._steps = 0
         self._trouble: Exception | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the watch; a continued run goes on with the averages that it was in the middle of."""
+        """Start the clock; a continued run goes on with the averages that it was in the middle of."""
         assert isinstance(pl_module, TrainedModule)
         self._values = {name: [v.to(pl_module.device) for v in values] for name, values in self._values.items()}
-        # Process 0 has taken the sums of all out of the checkpoint.
+        # Process 0 has the sums of all processes from the checkpoint.
         mine = 1.0 if trainer.is_global_zero else 0.0
         self._by_time = {name: mine * sums.to(pl_module.device) for name, sums in self._by_time.items()}
         pl_module.stopwatch.read()
@@ -134,11 +137,11 @@ class Telemetry(Callback):
         self._since, self._steps = time.perf_counter(), 0
 
     def exclude(self, seconds: float) -> None:
-        """Do not count what was no training: drawing, evaluating."""
+        """Leave ``seconds`` spent on drawing or evaluating out of the training time."""
         self._since += seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """What was added up since the last event, over all processes, which all come."""
+        """Return the sums since the last event, over all processes; a collective call."""
         world_size = dist.get_world_size() if many_processes() else 1
         return {
             "values": {name: sum_over_ranks(torch.stack(values)) / world_size for name, values in self._values.items()},
@@ -146,19 +149,19 @@ class Telemetry(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on adding up."""
+        """Restore the sums since the last event."""
         self._values = {name: list(values) for name, values in state_dict["values"].items()}
         self._by_time = {name: sums.clone() for name, sums in state_dict["by_time"].items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up; write when due."""
+        """Add the step to the sums, and write an event when due."""
         assert isinstance(pl_module, TrainedModule)
         if pl_module.last_step.made:
             try:
                 self._add_up(pl_module)
-            except Exception as error:  # Not told before the next event is due: a step has no exchange for it.
+            except Exception as error:  # Raised when the next event is due: a step has no exchange for it.
                 self._trouble = error
         self._steps += 1
         if not self.cadence.due(pl_module.clock):
@@ -192,7 +195,7 @@ class Telemetry(Callback):
             raise trouble
         agree()
         run = run_logger_of(trainer)
-        values = {"loss": float("nan"), "gradient_norm": float("nan")}  # As of an event of skipped steps alone.
+        values = {"loss": float("nan"), "gradient_norm": float("nan")}  # For an event of skipped steps alone.
         for name, each in self._values.items():
             values[name] = float(trainer.strategy.reduce(torch.stack(each).mean(), reduce_op="mean"))
         by_time = {}
@@ -237,4 +240,4 @@ class Telemetry(Callback):
 def resident_memory() -> int:
     """The largest memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # The one counts bytes, others kilobytes.
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, others kilobytes.

@@ -1,4 +1,4 @@
-"""Pictures of what the model makes while it learns, always from the same noise."""
+"""Pictures of samples during training, always from the same noise."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from lit_diffusion.samplers.base import Progress, Strays
 from lit_diffusion.training.datamodule import DataModule
 
 FILM_ROWS = 16
-"""A film strip has at most so many rows, evenly spaced over the levels."""
+"""Most rows of a film strip, evenly spaced over the noise levels."""
 
 
 class _Film:
-    """Keeps the state at the end of each noise level of a walk."""
+    """Recorder of a trajectory: the state at the end of each noise level."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
@@ -56,7 +56,7 @@ class _Film:
 
         Args:
             end: the finished samples.
-            decode: from the space that is diffused, where the frames are, to data.
+            decode: maps the frames, which are in the space that is diffused, to data.
         """
         frames = [frame for _, frame in self.frames]
         keep = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FILM_ROWS - 1)).round().astype(int))
@@ -64,7 +64,7 @@ class _Film:
 
 
 def in_their_order(shares: Sequence[Tensor]) -> Tensor:
-    """What all processes have of samples, of which process r made number r, r + world_size, ...: ``[N, ...]``."""
+    """Interleave samples of all processes, of which process r made numbers r, r + world_size, ...: ``[N, ...]``."""
     x = torch.empty(sum(len(share) for share in shares), *shares[0].shape[1:], dtype=shares[0].dtype)
     for rank, share in enumerate(shares):
         x[rank :: len(shares)] = share
@@ -72,17 +72,20 @@ def in_their_order(shares: Sequence[Tensor]) -> Tensor:
 
 
 class Samples(PeriodicCallback):
-    """Draws a grid of samples, and the film strip of their way from noise, every so many images and at the end.
+    """Draw a grid of samples, and a film strip of their trajectories from noise, at intervals and at the end.
 
-    In ``predict`` it brings the samples of all processes together, made with the same weights.
+    In ``predict`` it gathers the samples of all processes, made with the same weights.
 
     Args:
-        every_n_images: how often, in images seen; null: not by images.
-        every_n_steps: how often, in steps; null: not by steps. With both, when either is due; always at the end.
-        count: how many samples; 0 for no pictures.
-        weights: ``ema`` (the raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``: what they are made with.
-        seed: of the samples; the same noise every time, so that the pictures differ by the weights alone.
-        film_columns: samples in the film strip, one row a noise level; 0 for none.
+        every_n_images: interval in images seen; null: not by images.
+        every_n_steps: interval in steps; null: not by steps. With both, when either is due; always at the end.
+        count: number of samples; 0: no pictures.
+        weights: weights to sample with: ``ema`` (raw ones where no average is kept), ``ema:HALF_LIFE`` or ``raw``.
+        seed: seed of the samples; the same noise every time, so that the pictures differ by the weights alone.
+        film_columns: number of samples in the film strip, one row a noise level; 0: no film strip.
+
+    Raises:
+        UserError: for a negative ``count`` or ``film_columns``.
     """
 
     name = "samples"
@@ -110,18 +113,18 @@ class Samples(PeriodicCallback):
         self._numbers: list[Tensor] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse weights that are not kept before the work, not at the first picture."""
+        """Refuse weights that are not kept, before the work instead of at the first picture."""
         choose_average(averages_of(trainer).half_lives, self._weights(trainer))
 
     def _weights(self, trainer: pl.Trainer) -> str:
         return averages_of(trainer).kept(self.weights)
 
     def wanted(self, trainer: pl.Trainer, method: Method) -> bool:
-        """Whether there is anything to draw."""
+        """True where there is anything to draw."""
         return self.count > 0 and run_logger_of(trainer) is not None and method.require_data_spec().is_image
 
     def draw(self, trainer: pl.Trainer, method: Method) -> None:
-        """Make the samples, each process its share, and save their pictures."""
+        """Generate the samples, each process its share, and save their pictures."""
         run, data_spec = run_logger_of(trainer), method.require_data_spec()
         assert run is not None
         weights = self._weights(trainer)
@@ -159,19 +162,19 @@ class Samples(PeriodicCallback):
         x = in_their_order([x for x, _ in shares])
         self.last = run.picture("samples", image_grid(to_uint8(x, data_spec)), caption, values)
         if self.film_columns:
-            # Of a solver that chooses its steps processes may have different numbers: the ends are what they share.
+            # A solver that chooses its steps may give each process another number of frames: the last ones align.
             height = min(len(rows) for _, rows in shares)
             strip = torch.cat([in_their_order([rows[k - height] for _, rows in shares]) for k in range(height)])
             run.picture("film", image_grid(to_uint8(strip, data_spec), self.film_columns), caption, values)
 
     @torch.no_grad()
     def _decoded(self, method: Method, indices: Tensor, z: Tensor) -> Tensor:
-        """States of samples ``indices`` as data, decoded as the finished ones are."""
+        """Decode states of samples ``indices`` to data, as the finished samples are decoded."""
         noise = SampleNoise(self.seed, indices.to(method.device), method.sample_shape).stream("decode")
         return method.decode(z.to(method.device), noise, method.condition(indices))
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the model the weights that its samples are made with."""
+        """Give the model the weights to sample with."""
         assert isinstance(pl_module, Method)
         self._applied.enter_context(averages_of(trainer).applied(pl_module, self._weights(trainer)))
         self._farthest, self._numbers = [], []
@@ -185,21 +188,21 @@ class Samples(PeriodicCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep which its samples are, and how far they went astray."""
+        """Keep the numbers of the batch's samples, and how far they went astray."""
         assert isinstance(pl_module, Method)
         self._farthest.append(outputs.farthest.cpu())
         self._numbers.append(batch.cpu())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give it back its own."""
+        """Give the model its own weights back."""
         self._applied.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give it back its own."""
+        """Give the model its own weights back."""
         self._applied.close()
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the samples of all processes together, in their order, as ``samples/predict.npz``."""
+        """Gather the samples of all processes, in their order, into ``samples/predict.npz``."""
         assert isinstance(pl_module, Method)
         data_spec, run = pl_module.require_data_spec(), run_logger_of(trainer)
         made = [made.x.cpu() for made in trainer.predict_loop.predictions if isinstance(made, samplers.Samples)]
@@ -207,7 +210,7 @@ class Samples(PeriodicCallback):
         farthest = torch.cat([torch.zeros(0), *self._farthest])
         numbers = torch.cat([torch.zeros(0, dtype=torch.int64), *self._numbers])
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, DataModule):  # Without what was made for the other processes' sake.
+        if isinstance(data, DataModule):  # Without the padding rows.
             count = len(range(trainer.global_rank, data.predict_samples, trainer.world_size))
             mine, farthest, numbers = mine[:count], farthest[:count], numbers[:count]
         shares = all_gather_objects((mine, Strays.among(farthest), numbers))

@@ -1,4 +1,4 @@
-"""The two figures of the NCSN paper that courses ask students to reproduce, with the truth beside the estimate.
+"""Two figures of the NCSN paper (Song and Ermon 2019, https://arxiv.org/abs/1907.05600), the truth beside the estimate.
 
 Both need data whose score is known: ``GaussianMixturePoints`` in two dimensions.
 """
@@ -28,7 +28,7 @@ from lit_diffusion.training.sharding import ShardedStrategy
 
 
 def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
-    """The law of the data that are trained on.
+    """The distribution of the training data.
 
     Raises:
         UserError: if it is not a known mixture in the plane.
@@ -40,12 +40,12 @@ def mixture_of(trainer: pl.Trainer) -> GaussianMixture:
 
 
 class _AtEnd(pl.Callback, ABC):
-    """Draws with the averaged weights once the training is over; what would fail then is refused in ``setup``."""
+    """Base class of figures drawn with the averaged weights at a training's end; ``setup`` refuses what would fail."""
 
     writes_to_run = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse data without a known score before the work, not after it."""
+        """Refuse data without a known score, and sharded weights, before the work."""
         mixture_of(trainer)
         if isinstance(trainer.strategy, ShardedStrategy):
             raise UserError(
@@ -53,7 +53,7 @@ class _AtEnd(pl.Callback, ABC):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw."""
+        """Draw the figure."""
         assert isinstance(pl_module, Method)
         if run_logger_of(trainer) is None or pl_module.interrupted:
             return
@@ -72,18 +72,21 @@ class _AtEnd(pl.Callback, ABC):
 
     @abstractmethod
     def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:
-        """Make the figure and record its numbers."""
+        """Draw the figure and record its values."""
 
 
 class ScoreField(_AtEnd):
-    r"""The estimated against the true score field (Song and Ermon 2019, figure 2).
+    r"""The estimated against the true score field (Song and Ermon 2019, https://arxiv.org/abs/1907.05600, figure 2).
 
     Recorded in metrics.jsonl, event ``score_error``: ``score_error``, :math:`E |s - s^*|^2 / E |s^*|^2` under the
     smoothed density, and ``score_error_everywhere``, the same ratio over the whole square, most of which holds no data.
 
     Args:
-        sigma: the noise level to compare at; null: the smallest of the process.
-        half_side: of the square that is drawn, centred at 0.
+        sigma: noise level to compare at; null: the process's smallest.
+        half_side: half the side of the square that is drawn, centred at 0.
+
+    Raises:
+        UserError: for a half side that is not positive.
     """
 
     def __init__(self, sigma: float | None = None, half_side: float = 8.0) -> None:
@@ -93,7 +96,7 @@ class ScoreField(_AtEnd):
         self.half_side = half_side
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a level that the process has not, too."""
+        """Refuse also a noise level that the process does not have."""
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, Method)
         self._time(pl_module)
@@ -103,7 +106,7 @@ class ScoreField(_AtEnd):
         return process.t_min if self.sigma is None else process.t_at_sigma(self.sigma)
 
     def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:
-        """Three panels: truth, estimate, error."""
+        """Draw three panels: truth, estimate, error."""
         mixture, process = mixture_of(trainer), method.denoiser.process
         exact = ExactDenoiser(mixture, process)
         time = self._time(method)
@@ -154,16 +157,20 @@ class ScoreField(_AtEnd):
 
 
 class ModeWeights(_AtEnd):
-    """Langevin against annealed Langevin samples (Song and Ermon 2019, figure 3): wrong and right mode weights.
+    """Langevin against annealed Langevin samples: wrong and right mode weights.
 
-    Both walks take the same number of steps from the same uniform start, with the learned and with the true score.
-    Recorded in metrics.jsonl, event ``mode_weights``: the share of samples in the first mode for each.
+    Song and Ermon 2019, https://arxiv.org/abs/1907.05600, figure 3. Both samplers take the same number of steps from
+    the same uniform start, with the learned and with the true score. Recorded in metrics.jsonl, event ``mode_weights``:
+    the share of samples in the first mode for each.
 
     Args:
-        count: samples of each walk.
-        eta: of plain Langevin dynamics, ``x + (eta/2) s + sqrt(eta) z``, at the smallest level; null: the method's own
-            annealed step.
-        half_side: of the square that is drawn and that chains start in.
+        count: number of samples of each sampler.
+        eta: step size of plain Langevin dynamics, ``x + (eta/2) s + sqrt(eta) z``, at the smallest noise level; null:
+            the step size of the method's annealed sampler.
+        half_side: half the side of the square that is drawn and that chains start in.
+
+    Raises:
+        UserError: for a count or half side that is not positive.
     """
 
     def __init__(self, count: int = 2000, eta: float | None = None, half_side: float = 8.0) -> None:
@@ -174,12 +181,12 @@ class ModeWeights(_AtEnd):
         self.half_side = half_side
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse walks that cannot be made, too."""
+        """Refuse also samplers that do not fit the model."""
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, Method)
-        self._walks(pl_module)
+        self._samplers(pl_module)
 
-    def _walks(self, method: Method) -> tuple[Langevin, AnnealedLangevin]:
+    def _samplers(self, method: Method) -> tuple[Langevin, AnnealedLangevin]:
         annealed = method.sampler
         if not isinstance(annealed, AnnealedLangevin):
             raise UserError("ModeWeights compares with annealed Langevin dynamics: the method's sampler must be that")
@@ -193,8 +200,8 @@ class ModeWeights(_AtEnd):
         return plain, annealed
 
     def draw(self, trainer: pl.Trainer, method: Method, weights: str) -> None:
-        """Two rows, learned and true score; three columns, data, Langevin, annealed Langevin."""
-        plain, annealed = self._walks(method)
+        """Draw two rows, learned and true score, of three columns: data, Langevin, annealed Langevin."""
+        plain, annealed = self._samplers(method)
         mixture, process = mixture_of(trainer), method.denoiser.process
         noise = SampleNoise(0, torch.arange(self.count), (2,), dtype=torch.float64)
         data = mixture.sample(noise.normal(), noise.uniform(()))
@@ -208,11 +215,11 @@ class ModeWeights(_AtEnd):
         limits = (-self.half_side - 1.0, self.half_side + 1.0)
         for row, (score_name, denoiser) in enumerate(rows):
             points_panel(axes[row, 0], data.numpy(), f"data: {values['data']:.3f} in the first mode", limits)
-            for column, (walk_name, sampler) in enumerate(columns, start=1):
-                walk_noise = SampleNoise(1, torch.arange(self.count, device=method.device), (2,))
-                x = sampler.sample(denoiser, walk_noise).x.cpu()
-                share = values[f"{score_name}_{walk_name}"] = self._first_mode(mixture, x)
-                title = f"{walk_name} with the {score_name} score: {share:.3f}"
+            for column, (sampler_name, sampler) in enumerate(columns, start=1):
+                start = SampleNoise(1, torch.arange(self.count, device=method.device), (2,))
+                x = sampler.sample(denoiser, start).x.cpu()
+                share = values[f"{score_name}_{sampler_name}"] = self._first_mode(mixture, x)
+                title = f"{sampler_name} with the {score_name} score: {share:.3f}"
                 points_panel(axes[row, column], x.numpy(), title, limits)
         run = run_logger_of(trainer)
         assert run is not None

@@ -1,4 +1,4 @@
-"""The installation: versions, and whether what is installed can be imported. Each library is imported inside a try."""
+"""Checks of the installation: versions and imports. Each library is imported inside a try."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}
 """Releases that stole credentials (GHSA-w37p-236h-pfx3)."""
 
 NAMED = ("torch", "torchvision", "lightning", "jsonargparse")
-"""Have a line of their own; the others share one."""
+"""Packages with a line of their own; the others share one."""
 
 REINSTALL = "install both from one place: pip install --force-reinstall torch torchvision (see pytorch.org for the tag)"
 
 
 def declared() -> tuple[list[str], str]:
-    """What this project requires, and of which Python: of a checkout its pyproject.toml, else of what is installed.
+    """Requirements of this project, and of which Python: from a checkout's pyproject.toml, else from the installation.
 
     An editable installation keeps the requirements of the day it was made; the checkout's are those of its code.
 
     Raises:
-        metadata.PackageNotFoundError: if it is neither.
+        metadata.PackageNotFoundError: if there is neither.
     """
     pyproject = Path(__file__).parents[2] / "pyproject.toml"
     if pyproject.is_file():
@@ -46,7 +46,7 @@ def installed(name: str) -> str | None:
 
 
 def versions() -> Iterator[Finding]:
-    """Whether Python and each requirement have a version that this project was made for."""
+    """Check the versions of Python and of each requirement."""
     try:
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
@@ -76,7 +76,7 @@ def versions() -> Iterator[Finding]:
 
 
 def version_of(name: str, specifier: str, command: str) -> Iterator[Finding]:
-    """Whether one package has a version that fits."""
+    """Check the version of one package; ``command`` installs a right one."""
     from packaging.specifiers import SpecifierSet
 
     version = installed(name)
@@ -94,14 +94,15 @@ def version_of(name: str, specifier: str, command: str) -> Iterator[Finding]:
 
 
 def imports() -> Iterator[Finding]:
-    """Whether the libraries can be imported, those first on which the others stand; ends at the first that cannot.
+    """Check that the libraries can be imported, in the order of their dependence; end at the first that cannot.
 
-    Builds of torch and torchvision that do not fit each other show as a long trace out of lightning or torchmetrics.
+    Without this, builds of torch and torchvision that do not fit each other show as a long trace from lightning or
+    torchmetrics.
     """
     torch = yield from _imported("torch", "pip install --force-reinstall torch torchvision")
     if torch is None:
         return
-    torchvision = yield from _imported("torchvision", REINSTALL, _said_of_torchvision(torch))
+    torchvision = yield from _imported("torchvision", REINSTALL, _versions_of_torchvision(torch))
     if torchvision is None:
         return
     yield from builds(torch, torchvision)
@@ -113,25 +114,25 @@ def imports() -> Iterator[Finding]:
     yield from _imported("lit_diffusion.cli.lightning_cli", install)
 
 
-def _imported(name: str, mend: str, also: str = "") -> Generator[Finding, None, Any]:
-    """The module, or None and a problem."""
+def _imported(name: str, fix: str, also: str = "") -> Generator[Finding, None, Any]:
+    """Import a module; return it, or yield a problem and return None."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # A broken library raises whatever it may: OSError, RuntimeError, AttributeError.
-        yield problem(f"{name} cannot be imported{also} ({first_line(error)})", mend)
+        yield problem(f"{name} cannot be imported{also} ({first_line(error)})", fix)
         return None
 
 
-def _said_of_torchvision(torch: Any) -> str:
+def _versions_of_torchvision(torch: Any) -> str:
     return f": torchvision {installed('torchvision')} with torch {getattr(torch, '__version__', installed('torch'))}"
 
 
 def builds(torch: Any, torchvision: Any) -> Iterator[Finding]:
-    """Whether torch and torchvision were built for each other.
+    """Check that torch and torchvision were built for each other.
 
     Args:
-        torch: the module.
-        torchvision: the module.
+        torch: the module torch.
+        torchvision: the module torchvision.
     """
     pair = f"torch {torch.__version__} and torchvision {torchvision.__version__}"
     try:

@@ -1,4 +1,4 @@
-"""The machine: cores, GPUs, memory that processes share, disk, folders, limits."""
+"""Checks of the machine: cores, GPUs, shared memory, disk, folders, limits."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FEW_FILES = 1024
 
 
 def cores() -> int:
-    """That this process may use: of a container or a job with a quota fewer than there are."""
+    """Number of cores that this process may use; fewer than the machine's in a container or a job with a quota."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     return max(1, min([found, *map(round, quotas())]))
 
 
 def quotas() -> Iterator[float]:
-    """Cores that the control groups of this process, and those around them, leave to it: cgroups of version 2 and 1."""
-    own = {""}  # In a container the root that it sees is its own.
+    """Yield the core quotas of this process's control groups and their parents, of cgroups version 2 and 1."""
+    own = {""}  # In a container the visible root is its own group.
     with suppress(OSError):
         for line in OWN_GROUPS.read_text().splitlines():
             path = Path(line.split(":", 2)[-1].lstrip("/"))
@@ -52,7 +52,7 @@ def quotas() -> Iterator[float]:
 
 
 def cpu_flags() -> set[str]:
-    """What the CPU says it can do; nothing where the system does not tell."""
+    """Feature flags of the CPU; empty where the system does not show them."""
     with suppress(OSError):
         for line in CPU_INFO.read_text().splitlines():
             name, _, values = line.partition(":")
@@ -62,13 +62,13 @@ def cpu_flags() -> set[str]:
 
 
 def fast_bf16_on_cpu() -> bool | None:
-    """Whether the CPU multiplies bfloat16 by itself, or emulates it, slower than float32; None: nobody knows."""
+    """True where the CPU multiplies bfloat16 in hardware, false where it emulates it, slowly; None: not known."""
     flags = cpu_flags()
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) if flags else None
 
 
 def processor() -> Iterator[Finding]:
-    """CPU cores and the threads that a run would use on them."""
+    """Check the CPU's cores against the threads that a run would use, and its bfloat16."""
     from lit_diffusion.training.threads import suggested
 
     threads, mine = suggested(), cores()
@@ -88,11 +88,11 @@ def processor() -> Iterator[Finding]:
 
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables that say how threads wait for each other."""
+"""Environment variables of how threads wait for each other."""
 
 
 def load() -> Iterator[Finding]:
-    """What other programs take of the cores, a quota, and how threads wait for each other meanwhile."""
+    """Check the cores' load by other programs, a quota, and how threads wait for each other."""
     mine, busy = cores(), os.getloadavg()[0]
     limit = min(quotas(), default=None)
     said = f"{busy:.1f} programs run or wait for a core, of {mine}"
@@ -114,7 +114,7 @@ def load() -> Iterator[Finding]:
 
 
 def accelerators() -> Iterator[Finding]:
-    """GPUs, and a driver whose GPUs torch does not see."""
+    """Check the GPUs, and for a driver whose GPUs torch does not see."""
     import torch
 
     if torch.cuda.is_available():
@@ -140,14 +140,14 @@ def accelerators() -> Iterator[Finding]:
 
 
 def gpu(torch: Any, index: int) -> Finding:
-    """One GPU: name, memory, and which precisions it is fast in."""
+    """Check one GPU: name, memory, and the precisions that it is fast in."""
     properties = torch.cuda.get_device_properties(index)
     version = (properties.major, properties.minor)
     fast = [name for name, least in (("bf16-mixed", (8, 0)), ("16-mixed", (7, 0))) if version >= least]
     said = f"GPU {index}: {properties.name}, {in_bytes(properties.total_memory)}, capability {version[0]}.{version[1]}"
     try:
         free, total = torch.cuda.mem_get_info(index)
-    except Exception as error:  # Of a GPU that another program holds alone, or one that fell off the bus.
+    except Exception as error:  # A GPU held by another program alone, or fallen off the bus.
         return problem(
             f"{said} cannot be used ({first_line(error)})", "see nvidia-smi; leave it out by CUDA_VISIBLE_DEVICES"
         )
@@ -160,32 +160,32 @@ def gpu(torch: Any, index: int) -> Finding:
 
 
 def shared_memory(workers: int | None = None) -> Iterator[Finding]:
-    """Room in /dev/shm, through which data workers hand over their batches.
+    """Check the room in /dev/shm, through which data workers pass their batches.
 
     Args:
-        workers: of the recipe; None where there is no recipe.
+        workers: the recipe's number of data workers; None where there is no recipe.
     """
     if not SHARED_MEMORY.is_dir():
         return  # macOS has none.
     size = shutil.disk_usage(SHARED_MEMORY).total
     said = f"{SHARED_MEMORY} has {in_bytes(size)}"
-    mend = "give a container --shm-size=8g, or set data.num_workers 0"
+    fix = "give a container --shm-size=8g, or set data.num_workers 0"
     if size >= LITTLE_SHARED:
         yield ok(said)
     elif workers:
-        yield warning(f"{said}, and {workers} data workers hand over batches in it: they may die by a bus error", mend)
+        yield warning(f"{said}, and {workers} data workers pass batches through it: a bus error may end them", fix)
     else:
-        yield note(f"{said}: too little for data workers", mend)
+        yield note(f"{said}: too little for data workers", fix)
 
 
 def standing(path: Path) -> Path:
-    """The part of a path that exists."""
+    """The deepest part of a path that exists."""
     path = Path(os.path.abspath(path.expanduser()))
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def writable(path: Path) -> str | None:
-    """Why nothing could be written below a folder that may not be there yet; None where it could. Writes nothing."""
+    """Reason why a folder, which may not exist yet, could not be written to; None where it could. Writes nothing."""
     found = standing(path)
     if not found.is_dir():
         return f"{found} is a file"
@@ -193,12 +193,12 @@ def writable(path: Path) -> str | None:
 
 
 def disk(folder: Path, need: int | None = None, what: str = "") -> Iterator[Finding]:
-    """Free space where a run would be.
+    """Check the free space at a run's place.
 
     Args:
-        folder: of the run.
-        need: bytes that its checkpoints take; None where nobody knows.
-        what: takes them.
+        folder: the run's directory.
+        need: bytes needed; None where that is not known.
+        what: what needs them, for the message.
     """
     free = shutil.disk_usage(standing(folder)).free
     said = f"{in_bytes(free)} of disk are free at {standing(folder)}"
@@ -213,7 +213,7 @@ def disk(folder: Path, need: int | None = None, what: str = "") -> Iterator[Find
 
 
 def folders() -> Iterator[Finding]:
-    """Whether the folders that are written beside runs can be: caches of this project and of what it stands on."""
+    """Check that the cache folders of this project and its libraries can be written."""
     named = [
         ("cache", cache_folder("references"), "LIT_DIFFUSION_CACHE"),
         ("data", cache_folder("data", "LIT_DIFFUSION_DATA"), "LIT_DIFFUSION_DATA"),
@@ -240,7 +240,7 @@ def folders() -> Iterator[Finding]:
 
 
 def open_files(workers: int | None = None) -> Iterator[Finding]:
-    """How many files a process may hold open; each data worker takes some, and each tensor that it hands over."""
+    """Check the limit on open files; each data worker takes some, and each tensor that it passes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FEW_FILES:
         yield ok(f"a process may open {'any number of' if soft == resource.RLIM_INFINITY else soft} files")
@@ -251,12 +251,12 @@ def open_files(workers: int | None = None) -> Iterator[Finding]:
 
 
 def memory() -> int:
-    """Bytes of the machine's memory."""
+    """The machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def compiler(on_gpu: bool) -> str | None:
-    """What compiling a backbone lacks on this machine, None where there is all."""
+    """Text on the missing compiler for compiling a backbone, None where there is one."""
     names = ("cc", "gcc", "clang") if on_gpu else ("g++", "clang++", "c++")
     variable = "CC" if on_gpu else "CXX"
     given = os.environ.get(variable)

@@ -1,4 +1,4 @@
-"""A recipe before it is trained: what ``fit`` would make of the same arguments, looked at on its first data."""
+"""Checks of a recipe before it is trained: what ``fit`` would build from the same arguments, on its first data."""
 
 from __future__ import annotations
 
@@ -43,43 +43,43 @@ from lit_diffusion.training.precision import precision_name
 from lit_diffusion.training.trainer import Trainer, callbacks_of
 
 LOOKED_AT = 512
-"""So many of the first training data are measured."""
+"""Number of the first training data that are measured."""
 TOO_OFTEN = 1_000
-"""More drawings, evaluations or checkpoints than this cost more than they tell."""
+"""Number of drawings, evaluations or checkpoints above which they cost more than they tell."""
 TOO_MANY_EVENTS = 100_000
-"""Events of telemetry are small; so many make metrics.jsonl slow to read."""
+"""Number of telemetry events above which metrics.jsonl is slow to read."""
 LONG_AVERAGE = 0.2
-"""A half-life above this part of the run averages over its bad beginning."""
+"""Part of a run above which a half-life averages over its bad beginning."""
 PRIOR_GAP = 0.01
-"""Bits a dimension between the noised data and the prior, above which samples start from the wrong place."""
+"""Bits per dimension between the noised data and the prior above which samples start from the wrong place."""
 
 AnyCallback = TypeVar("AnyCallback", bound=pl.Callback)
 Check = Callable[["Recipe"], Iterator[Finding]]
 
 
 class Prepared(CLI):
-    """All that ``fit`` makes before it starts, and none of what it does then: no directory, no event, no step."""
+    """``fit`` up to its start, with none of its effects: no directory, no event, no step."""
 
     def run_command(self, subcommand: str) -> None:
-        """Nothing."""
+        """Do nothing: ``doctor`` stops before the work."""
 
     def _hold(self, run_dir: str | None, wait: bool = False) -> None:
-        """Nothing: nothing is written."""
+        """Do nothing: nothing is written."""
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:
-        """Nothing: that is for the run that is really continued."""
+        """Do nothing: the run is not continued."""
 
 
 @dataclass
 class Recipe:
-    """What would be trained.
+    """Everything that ``fit`` would train with.
 
     Attributes:
         method: the model.
-        data: it is trained on.
-        trainer: with the named callbacks.
-        logger: of the run, not opened.
-        dashboard: as configured.
+        data: its data.
+        trainer: the Trainer, with the named callbacks.
+        logger: the run's logger, not opened.
+        dashboard: the dashboard, as configured.
     """
 
     method: Method
@@ -89,45 +89,45 @@ class Recipe:
     dashboard: Dashboard
 
     def callback(self, kind: type[AnyCallback]) -> AnyCallback:
-        """The callback of a kind, or one with its defaults."""
+        """The Trainer's callback of a class, or one with its defaults."""
         return next((each for each in callbacks_of(self.trainer) if isinstance(each, kind)), kind())
 
     @property
     def processes(self) -> int:
-        """That train together."""
+        """Number of processes that train together."""
         return self.trainer.num_devices * self.trainer.num_nodes
 
     @property
     def batch(self) -> int:
-        """Images of a step over all processes."""
+        """Images per step, over all processes."""
         return self.data.global_batch_size
 
     @property
     def length(self) -> int | None:
-        """Images of the whole run; None where only a time or nothing ends it."""
+        """Images of the whole run; None where only a time, or nothing, ends it."""
         ends = [self.trainer.max_images, self.trainer.max_steps * self.batch if self.trainer.max_steps > 0 else None]
         return min((end for end in ends if end is not None), default=None)
 
     @property
     def on_cuda(self) -> bool:
-        """Whether it would train on CUDA GPUs."""
+        """True where it would train on CUDA GPUs."""
         return isinstance(self.trainer.accelerator, CUDAAccelerator)
 
     @property
     def half_lives(self) -> list[int]:
-        """Of the averages, in images."""
+        """Half-lives of the averages, in images."""
         averages = self.callback(EMA)
         averages.setup(self.trainer, self.method, "fit")  # Turns steps into images.
         return averages.half_lives
 
     @property
     def run_dir(self) -> Path:
-        """Where the run would be, or the folder in which it would get a directory of its own."""
+        """The run's directory, or the folder in which it would get one."""
         return self.logger.wanted or self.logger.root / self.logger.experiment_name
 
     @cached_property
     def first(self) -> Tensor:
-        """The first training data of the run, as the model would see them: float32 ``[N, ...]``.
+        """The run's first training data, as the model would see them: float32 ``[N, ...]``.
 
         Raises:
             UserError: if the source does not yield what it declares.
@@ -139,10 +139,10 @@ class Recipe:
 
 
 def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """What ``fit`` with these arguments would train, and what it would say on the way there.
+    """Build the recipe that ``fit`` would train with these arguments, and collect the lines that it would print.
 
     Raises:
-        UserError: as ``fit``.
+        UserError: where ``fit`` would raise it.
     """
     said = io.StringIO()
     with redirect_stdout(said):
@@ -153,7 +153,7 @@ def prepare(arguments: Sequence[str]) -> tuple[Recipe, list[str]]:
 
 
 def findings(recipe: Recipe, checks: Sequence[Check] | None = None) -> Iterator[Finding]:
-    """All checks, or some, in order; one that breaks is a line, and the others go on."""
+    """Run all checks, or the given ones, in order; a check that breaks yields a warning, and the others go on."""
     for check in CHECKS if checks is None else checks:
         try:
             yield from check(recipe)
@@ -162,7 +162,7 @@ def findings(recipe: Recipe, checks: Sequence[Check] | None = None) -> Iterator[
         except Exception as error:
             yield warning(
                 f"the check '{check.__name__.replace('_', ' ')}' broke ({first_line(error)})",
-                "the run may be sound all the same; please report this",
+                "the run may still be sound; please report this",
             )
 
 
@@ -170,7 +170,7 @@ def findings(recipe: Recipe, checks: Sequence[Check] | None = None) -> Iterator[
 
 
 def data_found(recipe: Recipe) -> Iterator[Finding]:
-    """What there is to train on."""
+    """Report the data to train on."""
     data = recipe.data
     data_spec = data.data_spec
     shape = " x ".join(str(side) for side in data_spec.shape)
@@ -183,7 +183,7 @@ def data_found(recipe: Recipe) -> Iterator[Finding]:
 
 
 def classes(recipe: Recipe) -> Iterator[Finding]:
-    """The backbone's classes against the data's, which ``fit`` refuses where the backbone has too few."""
+    """Check the backbone's classes against the data's; ``fit`` refuses a backbone with too few."""
     classes, data_spec = recipe.method.denoiser.backbone.num_classes, recipe.data.data_spec
     if classes is None or data_spec.num_classes is None or data_spec.class_counts is None:
         return
@@ -198,11 +198,11 @@ def classes(recipe: Recipe) -> Iterator[Finding]:
         )
     elif not empty:
         least, most = min(data_spec.class_counts), max(data_spec.class_counts)
-        yield ok(f"the model is told {classes} classes, of {least} to {most} training data each")
+        yield ok(f"the model is conditioned on {classes} classes, of {least} to {most} training data each")
 
 
 def data_range(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the first data, normalized, are finite, vary, and fill the range that they are said to have."""
+    """Check that the first data, normalized, are finite, vary, and fill their declared range."""
     x = recipe.first
     if not bool(torch.isfinite(x).all()):
         yield problem("the data hold values that are not finite", "clean the source")
@@ -226,7 +226,7 @@ def data_range(recipe: Recipe) -> Iterator[Finding]:
 
 
 def sigma_data(recipe: Recipe) -> Iterator[Finding]:
-    """``sigma_data`` against the measured deviation, where the model divides by it."""
+    """Check ``sigma_data`` against the measured deviation, where the model divides by it."""
     denoiser = recipe.method.denoiser
     if not denoiser.unit_variance:
         return
@@ -239,7 +239,11 @@ def sigma_data(recipe: Recipe) -> Iterator[Finding]:
 
 
 def largest_noise(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the largest noise of a variance-exploding process drowns the data (NCSNv2's technique 1)."""
+    """Check that the largest noise level of a variance-exploding process covers the data.
+
+    NCSNv2 (Song and Ermon 2020, https://arxiv.org/abs/2006.09011), technique 1: sigma_max as large as the largest
+    distance between two training data.
+    """
     process = recipe.method.denoiser.process
     if not isinstance(process, VE) or process.num_timesteps == 1:
         return
@@ -252,33 +256,36 @@ def largest_noise(recipe: Recipe) -> Iterator[Finding]:
     said = f"sigma_max is {process.sigma_max:.4g}"
     if process.sigma_max < widest:
         yield warning(
-            f"{said}, below the data's own {widest:.3g} along their widest direction: samples start where no data were",
+            f"{said}, below the data's {widest:.3g} along their widest direction: samples start where no data were",
             f"raise it to {farthest:.3g}, the largest distance among the first {len(flat)} data (NCSNv2, technique 1)",
         )
     elif process.sigma_max < 0.95 * farthest:  # Of all the data the largest is a little above that of the first.
         yield note(
             f"{said}, above the data's widest deviation {widest:.3g} and below their largest distance {farthest:.3g}",
-            "walks may not mix far modes; NCSNv2's technique 1 would raise it to that",
+            "sampling may not mix far modes; NCSNv2's technique 1 would raise it to that",
         )
     else:
         yield ok(f"{said}; the data's widest deviation is {widest:.3g}, their largest distance {farthest:.3g}")
 
 
 def prior_mismatch(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the most noised data of a variance-preserving process are its prior, from which samples start."""
+    """Check that the data at t_max match the prior, from which samples start, where the process is not VE.
+
+    The gap is ``E_x KL(N(alpha x, sigma^2) || N(0, prior_std^2))`` in bits per dimension.
+    """
     process = recipe.method.denoiser.process
     if isinstance(process, VE):
         return
     end = process.coefficients(torch.tensor([process.t_max], dtype=torch.float64))
     alpha, ratio = float(end.alpha), (float(end.sigma) / process.prior_std) ** 2
     power = float(recipe.first.double().square().mean()) / process.prior_std**2
-    # Of N(alpha x, sigma^2) from N(0, prior^2), averaged over the data.
+    # KL(N(alpha x, sigma^2) || N(0, prior^2)) in bits per dimension, averaged over the data.
     gap = 0.5 * (alpha**2 * power + ratio - 1.0 - math.log(ratio)) / math.log(2.0)
-    said = f"at t = {process.t_max:g} the data weigh alpha = {alpha:.2g}, {gap:.2g} bits a dimension from the prior"
+    said = f"at t = {process.t_max:g} the data weigh alpha = {alpha:.2g}, {gap:.2g} bits per dimension from the prior"
     if gap > PRIOR_GAP:
         yield warning(
             f"{said}: samples start from noise that training never saw",
-            "raise the last beta (a linear schedule of T levels wants beta_1 and beta_T times 1000 / T)",
+            "raise the last beta (a linear schedule of T timesteps wants beta_1 and beta_T times 1000 / T)",
         )
     else:
         yield ok(said)
@@ -291,7 +298,7 @@ def prior_mismatch(recipe: Recipe) -> Iterator[Finding]:
 
 
 def reverse_chain(recipe: Recipe) -> Iterator[Finding]:
-    """Whether samples are drawn with the variance of the reverse chain that the method trains."""
+    """Check that samples are drawn with the reverse variance that the method trains."""
     method = recipe.method
     trained = method.reverse_variance
     if trained is None or not isinstance(method.sampler, Ancestral):
@@ -311,7 +318,7 @@ def reverse_chain(recipe: Recipe) -> Iterator[Finding]:
 
 
 def length(recipe: Recipe) -> Iterator[Finding]:
-    """How long the run is; several checks go by it."""
+    """Report the length of the run, by which several checks go."""
     if recipe.trainer.endless:
         yield problem("a run needs an end", "give trainer.max_images, trainer.max_steps or trainer.max_time")
     elif recipe.length is None:
@@ -323,7 +330,7 @@ def length(recipe: Recipe) -> Iterator[Finding]:
 
 
 def averages(recipe: Recipe) -> Iterator[Finding]:
-    """The half-lives of the averaged weights against the run."""
+    """Check the averages' half-lives against the length of the run."""
     half_lives, length = recipe.half_lives, recipe.length
     if not half_lives:
         yield note("no averaged weights: samples of the raw ones are noisier", "set ema.half_lives_images")
@@ -341,7 +348,7 @@ def averages(recipe: Recipe) -> Iterator[Finding]:
 
 
 def warmup(recipe: Recipe) -> Iterator[Finding]:
-    """The warm-up of the learning rate against the run."""
+    """Check the learning rate's warm-up against the length of the run."""
     images = max(recipe.method.warmup_of(name, recipe.batch) for name in recipe.method.trained())
     if recipe.length is None or images == 0:
         return
@@ -353,7 +360,7 @@ def warmup(recipe: Recipe) -> Iterator[Finding]:
 
 
 def cadences(recipe: Recipe) -> Iterator[Finding]:
-    """How often things happen: never before the end, or so often that the run is spent on them."""
+    """Check for cadences that are never due before the end, or so often that the run is spent on them."""
     if recipe.length is None:
         return
     evaluator, samples, levels = recipe.callback(Evaluator), recipe.callback(Samples), recipe.callback(NoiseLevels)
@@ -377,21 +384,21 @@ def cadences(recipe: Recipe) -> Iterator[Finding]:
                 f"raise {name}.every_n_images to {max(1, recipe.length // 50)} or so",
             )
         elif times < 1:
-            mend = f"lower {name}.every_n_images below {recipe.length}"
+            fix = f"lower {name}.every_n_images below {recipe.length}"
             if name == "checkpoint":
-                yield warning(f"a checkpoint is written at the end alone: a kill before loses {recipe.length:,}", mend)
+                yield warning(f"a checkpoint is written at the end alone: a kill before loses {recipe.length:,}", fix)
             elif name == "telemetry":
-                yield warning("telemetry is never due: no loss is written", mend)
+                yield warning("telemetry is never due: no loss is written", fix)
             else:
-                yield note(f"{name} is due at the end alone", mend)
+                yield note(f"{name} is due at the end alone", fix)
         else:
             fine.append(f"{name} {times:,}")
     if fine:
-        yield ok(f"due so many times: {', '.join(fine)}")
+        yield ok(f"number of times due: {', '.join(fine)}")
 
 
 def how_often(cadence: Cadence, length: int, batch: int) -> int | None:
-    """How many times a cadence is due in a run; None for one that never is."""
+    """Number of times that a cadence is due in a run; None for an empty cadence."""
     steps = math.ceil(length / batch)
     by_images = 0 if cadence.images is None else min(steps, steps * batch // cadence.images)
     by_steps = 0 if cadence.steps is None else steps // cadence.steps
@@ -402,7 +409,7 @@ def how_often(cadence: Cadence, length: int, batch: int) -> int | None:
 
 
 def batches(recipe: Recipe) -> Iterator[Finding]:
-    """The global batch against processes, micro batch and data."""
+    """Check the global batch against processes, micro batch and data."""
     data, processes = recipe.data, recipe.processes
     if recipe.batch % processes != 0:
         yield problem(
@@ -436,7 +443,7 @@ def batches(recipe: Recipe) -> Iterator[Finding]:
 
 
 def samplers(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the walks fit the model, and the weights that they are to be made with are kept."""
+    """Check that the sampler fits the model, and that the weights to sample with are kept."""
     method = recipe.method
     method.sampler.check(method.denoiser)
     samples = recipe.callback(Samples)
@@ -447,20 +454,20 @@ def samplers(recipe: Recipe) -> Iterator[Finding]:
 
 
 def likelihoods(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the model knows the times that `test` would measure at."""
+    """Check that the model learns the times at which `test` would measure."""
     recipe.callback(Likelihood).check_times(recipe.method.denoiser.process)
     yield from ()
 
 
 def evaluation(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the figures that are asked for can be had."""
+    """Check that the configured metrics can be measured."""
     evaluator = recipe.callback(Evaluator)
     if evaluator.metrics == [] or evaluator.cadence == Cadence():
-        yield note("no figures of samples while training", "set eval.every_n_images")
+        yield note("no metrics of samples while training", "set eval.every_n_images")
         return
     averages = recipe.callback(EMA)
     averages.setup(recipe.trainer, recipe.method, "fit")  # Turns steps into images.
-    found, choice = evaluator.check(recipe.method, recipe.data, averages, "fit")  # And the weights' sha256.
+    found, choice = evaluator.check(recipe.method, recipe.data, averages, "fit")  # Checks the weights' sha256, too.
     name, real = found.extractor.name, found.data.reference
     if name in WEIGHTS:
         yield ok(f"weights of {name} are here, sha256 {found.extractor.sha256[:16]}...")
@@ -478,11 +485,11 @@ def evaluation(recipe: Recipe) -> Iterator[Finding]:
     yield ok(f"{measured}, against {real.count} data")
 
 
-# ---- what it runs on ---------------------------------------------------------------------------------------------
+# ---- device, memory, directory -----------------------------------------------------------------------------------
 
 
 def precision(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the device is fast in the precision that is asked for."""
+    """Check that the device is fast in the configured precision."""
     dtype, name = recipe.trainer.autocast_dtype, precision_name(recipe.trainer.autocast_dtype)
     device = type(recipe.trainer.accelerator).__name__.removesuffix("Accelerator")
     if dtype is not None and recipe.on_cuda:
@@ -503,7 +510,7 @@ def precision(recipe: Recipe) -> Iterator[Finding]:
 
 
 def compiling(recipe: Recipe) -> Iterator[Finding]:
-    """Whether ``trainer.compile`` finds its compiler."""
+    """Check that ``trainer.compile`` finds its compiler."""
     if not recipe.trainer.compile:
         return
     if reason := machine.compiler(recipe.on_cuda):
@@ -515,7 +522,7 @@ def compiling(recipe: Recipe) -> Iterator[Finding]:
 
 
 def states_of(make_optimizer: OptimizerCallable) -> int:
-    """Numbers that an optimizer keeps for each weight: 2 of Adam; found by a step on a tiny parameter."""
+    """Number of values that an optimizer keeps per weight (Adam: 2), found by a step on a tiny parameter."""
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
     optimizer = make_optimizer([weight])
@@ -526,7 +533,7 @@ def states_of(make_optimizer: OptimizerCallable) -> int:
 
 
 def sizes(recipe: Recipe) -> tuple[int, int, int]:
-    """Parameters that are trained; bytes of a checkpoint; bytes in training, but for activations."""
+    """Number of trained parameters, bytes of a checkpoint, and bytes in training without activations."""
     parameters = checkpoint = training = 0
     for name, network in recipe.method.trained().items():
         weights = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -539,7 +546,7 @@ def sizes(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def memory(recipe: Recipe) -> Iterator[Finding]:
-    """What weights, gradients, optimizer and averages take; activations come on top."""
+    """Check the memory for weights, gradients, optimizer and averages; activations come on top."""
     parameters, _, need = sizes(recipe)
     backbone, averages = type(recipe.method.denoiser.backbone).__name__, len(recipe.half_lives)
     said = (
@@ -559,7 +566,7 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
 
 
 def disk(recipe: Recipe) -> Iterator[Finding]:
-    """Room for the checkpoints that are kept, the newest and the one before it, and the one that is being written."""
+    """Check the room for the best checkpoints, the newest, the one before it, and the one being written."""
     _, size, _ = sizes(recipe)
     evaluator = recipe.callback(Evaluator)
     best = evaluator.keep if evaluator.metrics != [] and evaluator.cadence != Cadence() else 0
@@ -567,7 +574,7 @@ def disk(recipe: Recipe) -> Iterator[Finding]:
 
 
 def run_directory(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the run's directory can be made, or continued in."""
+    """Check that the run's directory can be made, or the run in it continued."""
     directory = recipe.run_dir
     if reason := machine.writable(directory):
         yield problem(f"run_dir {directory} cannot be written ({reason})", "choose another by --run_dir")
@@ -590,18 +597,18 @@ def run_directory(recipe: Recipe) -> Iterator[Finding]:
 
 
 def shared_memory(recipe: Recipe) -> Iterator[Finding]:
-    """Room for what data workers hand over, and open files."""
+    """Check the shared memory and the open files of data workers."""
     yield from machine.shared_memory(recipe.data.num_workers)
     yield from machine.open_files(recipe.data.num_workers)
 
 
 def dashboard(recipe: Recipe) -> Iterator[Finding]:
-    """How Weights & Biases would be used."""
+    """Report the run's use of Weights & Biases."""
     yield from weights_and_biases(recipe.dashboard)
 
 
 def weights_and_biases(view: Dashboard) -> Iterator[Finding]:
-    """How a run would be shown; asks no server."""
+    """Report the mode of a dashboard; asks no server."""
     if view.mode == "disabled":
         yield note("Weights & Biases is disabled: metrics.jsonl and `report` have all of a run")
         return
@@ -657,4 +664,4 @@ SAID_BY_FIT: tuple[Check, ...] = (
     averages,
     warmup,
 )
-"""Those that take no time and whose warnings ``fit`` says too: of what makes a run learn or sample something else."""
+"""Quick checks whose warnings ``fit`` prints, too: of what makes a run learn or sample something else."""

@@ -1,1 +1,1 @@
-"""The command line of fit, validate, test and predict: LightningCLI, resuming, the order of arguments."""
+"""Command line of fit, validate, test and predict: LightningCLI, resuming, the order of arguments."""

@@ -1,8 +1,8 @@
-"""The arguments of a command line in the order in which they count.
+"""Precedence of command-line arguments: sorted so that the later one wins.
 
 Configuration files come first, in their order, and everything that is given on the command line after them, wherever it
 stands: a value typed for this run beats a file. For the same reason a value for a whole group (``--trainer FILE``,
-``--model.sampler DDIM``) counts before the values inside of it (``--model.sampler.steps 20``). Of one key given twice
+``--model.sampler DDIM``) comes before the values inside of it (``--model.sampler.steps 20``). Of one key given twice
 the last counts.
 """
 
@@ -21,9 +21,9 @@ class _Given(NamedTuple):
     """An option as it was typed.
 
     Attributes:
-        key: its dotted key; empty for what stands before the first option.
-        value: None where there is none.
-        typed: the option and all that follows it.
+        key: its dotted key; empty for the words before the first option.
+        value: its value, None where there is none.
+        typed: the option and all words that follow it.
     """
 
     key: str
@@ -32,9 +32,9 @@ class _Given(NamedTuple):
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
-    """The same arguments, what counts least first.
+    """Sort the arguments by precedence, lowest first.
 
-    ``--config experiments/NAME.yaml`` means the packaged file where there is no such file here.
+    ``--config experiments/NAME.yaml`` means the packaged file where there is no such file in the working directory.
 
     Raises:
         UserError: for a configuration file that does not exist.
@@ -45,7 +45,7 @@ def in_order(arguments: Sequence[str]) -> list[str]:
     for given in _options(arguments):
         if given.key == "config" and given.value is not None:
             files += ["--config", str(_config_path(given.value))]
-            first += given.typed[2 if given.value in given.typed else 1 :]  # Too much, which the parser will say.
+            first += given.typed[2 if given.value in given.typed else 1 :]  # Too many: the parser refuses them.
         elif given.key in ("", "config"):
             first += given.typed
         else:
@@ -67,7 +67,7 @@ def last_value(arguments: Sequence[str], key: str) -> str | None:
 
 
 def _options(arguments: Sequence[str]) -> list[_Given]:
-    """What was typed, option by option.
+    """Split the arguments into options.
 
     A class is named by ``--model NAME`` or ``--model.class_path NAME``, and its keys are given with ``init_args`` in
     between or without: the dotted key has neither.
@@ -99,7 +99,7 @@ def _config_path(given: str) -> Path:
 
 
 def packaged_experiment(name: str) -> Path | None:
-    """The shipped configuration ``experiments/...`` of an installed package, None where there is none of that name."""
+    """Path of the shipped configuration ``experiments/...``, None where there is none of that name."""
     inside = _PACKAGE / name
     beside = _PACKAGE.parent / name
     if not name.startswith("experiments/"):

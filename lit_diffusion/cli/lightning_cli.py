@@ -1,7 +1,7 @@
 """fit, validate, test and predict: LightningCLI with this project's parser, precedence and run directory.
 
-What counts, from least to most: defaults, the configuration in ``--ckpt_path``, configuration files in their order, the
-command line.
+Precedence, from lowest to highest: defaults, the configuration in ``--ckpt_path``, configuration files in their order,
+the command line.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ from lit_diffusion.training.trainer import Trainer, callbacks_of
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 OF_THE_RUN = frozenset({"config", "run_dir", "resume", "ckpt_path", "init_from", "format_version", "experiment"})
-"""Keys that belong to one run, not to what is computed: not inherited from a checkpoint, not compared with it."""
+"""Keys of one run, not of what is computed: neither inherited from a checkpoint nor compared with it."""
 
 
 TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
-    # What Trainer settles for every run, so that config.yaml says what was done.
+    # Fixed by Trainer for every run; repeated here so that config.yaml says what was done.
     "max_epochs": -1,
     "inference_mode": False,
     "use_distributed_sampler": False,
@@ -93,7 +93,7 @@ CALLBACKS: dict[str, type[pl.Callback]] = {
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary with dotted keys."""
+    """Flatten a nested dictionary to dotted keys."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     flat: dict[str, Any] = {}
@@ -103,14 +103,14 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class LightningParser(Parser, LightningArgumentParser):
-    """The parser of LightningCLI's commands."""
+    """Parser of LightningCLI's commands."""
 
 
 class CLI(OpenCLI):
     """LightningCLI with named callbacks, checkpoint precedence, ``auto`` values and run directories."""
 
     lock: RunLock | None = None
-    """Of the run's directory where that is known before the Trainer has connected its processes."""
+    """Lock of the run's directory, if that is known before the Trainer has connected its processes."""
 
     def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
         self._command = args[0]
@@ -123,21 +123,23 @@ class CLI(OpenCLI):
     # ---- the parser --------------------------------------------------------------------------------------------
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning, which asks self
-        """The one that is run, without an option that would unpickle code.
+        """The running command alone, without the option ``weights_only``, which would unpickle code.
 
-        The parsers of the others, each with all keys, would take half of the time in which a command starts.
+        The parsers of the other commands, each with all keys, would take half of a command's start-up time.
         """
         return {self._command: OpenCLI.subcommands()[self._command] | {"weights_only"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed."""
+        """Add the seed."""
         parser.add_argument(
-            "--seed_everything", type=int, default=0, help="Seed of the run: data order, noise, weights."
+            "--seed_everything", type=int, default=0, help="Seed of data order, noise and initial weights."
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What a run has besides model, data and trainer; callbacks are named keys, so that no list can drop them."""
-        parser.add_argument("--format_version", type=int, default=FORMAT_VERSION, help="Of this configuration.")
+        """Add the keys besides model, data and trainer; callbacks are named keys, so that no list can drop them."""
+        parser.add_argument(
+            "--format_version", type=int, default=FORMAT_VERSION, help="Format version of this configuration."
+        )
         parser.add_argument(
             "--experiment", type=str | None, default=None, help="Family of runs; null: the configuration file's name."
         )
@@ -148,27 +150,27 @@ class CLI(OpenCLI):
             "--resume",
             type=Literal["auto"] | None,
             default=None,
-            help="auto: start in --run_dir where there is no run, continue the one that is there; null: start.",
+            help="auto: continue the run in --run_dir, or start it there; null: start a new run.",
         )
         parser.add_argument(
             "--init_from",
             type=str | None,
             default=None,
-            help="Checkpoint, or a run's directory, whose weights to start from, nothing else.",
+            help="Checkpoint, or a run's directory, to take the initial weights from, and nothing else.",
         )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.add_class_arguments(Dashboard, "wandb")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; with a checkpoint, parse again on top of its configuration."""
+        """Parse the arguments; with a checkpoint, parse them on top of its configuration."""
         self.checkpoint: dict[str, Any] | None = None
         self.inherited: dict[str, Any] = {}
         command, *rest = list(args)
         self.changed: dict[str, Any] = {}
-        """Values that differ from the checkpoint's, by dotted key: there and now."""
+        """Values that differ from the checkpoint's, by dotted key: the checkpoint's and the new one."""
         self.continues = False
-        """Whether the run that is in run_dir goes on."""
+        """True where the run in run_dir is continued."""
         ckpt_path, run_dir, resume = (last_value(rest, key) for key in ("ckpt_path", "run_dir", "resume"))
         if ckpt_path is None and (resume != "auto" or run_dir is None or not Path(run_dir, "checkpoints").is_dir()):
             self.config = _parsed(parser, [command, *rest])
@@ -199,9 +201,10 @@ class CLI(OpenCLI):
             self.config = _parsed(parser, [command, "--config", str(path), *rest])
 
     def _hold(self, run_dir: str | None, wait: bool = False) -> None:
-        """Take the lock of a run's directory before anything in it is read or touched; of several processes the first.
+        """Take the lock of a run's directory before anything in it is read or touched; only in the first process.
 
-        Where they were started together, a refusal waits until they are connected and hear of it from the run's logger.
+        Where several processes were started together, a refusal is raised later by the run's logger, once they are
+        connected, so that all of them end.
         """
         if run_dir is None or self.lock is not None or not is_first_process():
             return
@@ -215,7 +218,7 @@ class CLI(OpenCLI):
                 raise
 
     def _newest(self, command: str, ckpt_path: str | None, run_dir: str | None) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint that ``--resume auto`` means."""
+        """The checkpoint that ``--resume auto`` continues from, None where there is none yet."""
         if command != "fit":
             raise UserError(f"--resume continues a training; {command} takes --ckpt_path")
         if run_dir is None:
@@ -232,13 +235,13 @@ class CLI(OpenCLI):
         return self.config[self.subcommand]
 
     def instantiate_classes(self) -> None:
-        """Data first, then the values that the model takes from them, then the model, then the Trainer."""
+        """Instantiate the data, then the values that the model takes from them, then the model, then the Trainer."""
         section = self._section
         require_known_format(section.format_version, "the configuration")
         if section.eval.samples == "auto" and isinstance(self.inherited.get("eval", {}).get("samples"), int):
-            # A continued run keeps the number that it was started with, so that its figures stay comparable.
+            # A continued run keeps its number of samples, so that its metrics stay comparable.
             section["eval.samples"] = self.inherited["eval"]["samples"]
-        self._settle_threads(section)
+        self._set_threads(section)
         model = section.pop("model")
         with users_own_errors():
             self.config_init = self.parser.instantiate(self.config)
@@ -248,8 +251,8 @@ class CLI(OpenCLI):
         self.model = self._build_model(section)
         self.trainer = self.instantiate_trainer()
 
-    def _settle_threads(self, section: Namespace) -> None:
-        """The number of threads, before any work: as given, else the run's own, else this machine's."""
+    def _set_threads(self, section: Namespace) -> None:
+        """Set the number of threads before any work: the one given, else the continued run's, else this machine's."""
         here = threads.suggested(threads.local_processes(section.trainer.devices, section.trainer.accelerator))
         own = self.inherited.get("trainer", {}).get("threads")
         if section.trainer.threads is None:
@@ -288,10 +291,10 @@ class CLI(OpenCLI):
             if trained is not None and method.num_classes is not None:
                 trained = DataSpec.from_plain(trained)
                 self.datamodule.data_spec.require_classes_of(trained, f"checkpoint {section.ckpt_path}")
-            method.on_load_checkpoint(self.checkpoint)  # Now, so that the first event of the run says where it starts.
+            method.on_load_checkpoint(self.checkpoint)  # So that the run's first event has its clock.
             print_note(f"checkpoint {section.ckpt_path}: {method.clock.images} images seen")
             self._print_differences(section)
-        if section.init_from is not None and not self.continues:  # A continued run has its own weights.
+        if section.init_from is not None and not self.continues:  # A continued run has weights.
             if self.checkpoint is not None:
                 raise UserError("give --ckpt_path (continue a run) or --init_from (start from weights), not both")
             path, checkpoint = open_checkpoint(section.init_from)
@@ -300,7 +303,7 @@ class CLI(OpenCLI):
             print_note(f"weights from {path}")
 
     def _require_same_method(self, section: Namespace) -> None:
-        """Methods on one network have weights of equal shapes: only their names tell them apart."""
+        """Refuse a checkpoint of another method: weights of equal shapes do not distinguish methods on one network."""
         then, now = (str(model["class_path"]).rsplit(".", 1)[-1] for model in (self.inherited["model"], section.model))
         if then != now:
             raise UserError(
@@ -317,7 +320,7 @@ class CLI(OpenCLI):
                 self.changed[key] = [then.get(key), now.get(key)]
 
     def _config_text(self, section: Namespace) -> str:
-        """config.yaml: complete, resolved, runnable again as it is."""
+        """Text of config.yaml: complete, resolved, runnable as it is."""
         again = section.clone()
         for key in ("run_dir", "resume", "ckpt_path", "init_from"):
             again[key] = None
@@ -332,7 +335,7 @@ class CLI(OpenCLI):
         return files[-1].stem if files else "run"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With the run's logger in front of any others, and the named callbacks."""
+        """Instantiate the Trainer with the run's logger before any others, and the named callbacks."""
         section = self._section
         others = self.config_init[self.subcommand]["trainer"]["logger"]
         fast = bool(section.trainer.fast_dev_run)
@@ -348,7 +351,7 @@ class CLI(OpenCLI):
         except (MisconfigurationException, ValueError, TypeError, KeyError, ImportError) as error:
             raise UserError(f"Lightning refuses the keys of trainer: {' '.join(str(error).split())[:300]}") from error
         assert isinstance(trainer, Trainer)
-        if self.continues:  # Only now, when nothing is wrong with what was asked for.
+        if self.continues:  # Only now, when the configuration is known to be right.
             self._set_lost_events_aside(Path(section.run_dir))
         if trainer.progress_bar_callback is not None:
             callbacks = callbacks_of(trainer)
@@ -360,7 +363,7 @@ class CLI(OpenCLI):
         run_dir = None if section.run_dir is None else Path(section.run_dir)
         if self.subcommand == "fit" and run_dir is not None and self.checkpoint is not None:
             self.continues = run_dir.resolve() in Path(section.ckpt_path).resolve().parents
-        self._hold(section.run_dir)  # Where parse_arguments could not see it, below --ckpt_path in a file.
+        self._hold(section.run_dir)  # If it comes from a file below --ckpt_path.
         return RunLogger(
             experiment=self._experiment(section),
             config_text=config_text,
@@ -373,7 +376,7 @@ class CLI(OpenCLI):
         )
 
     def _set_lost_events_aside(self, run_dir: Path) -> None:
-        if self.lock is None or not self.lock.held:  # Another's business, or refused, as the logger will say.
+        if self.lock is None or not self.lock.held:  # Another process does it, or the logger will refuse.
             return
         seen, again = -1, set[str]()  # Killed before its first checkpoint: all events are made again.
         if self.checkpoint is not None:
@@ -381,11 +384,11 @@ class CLI(OpenCLI):
         lost = drop_lost_events(run_dir, seen, again)
         print_note(f"continuing the run in {run_dir}" + (f" ({lost} later events set aside)" if lost else ""))
 
-    # ---- what is said at the start and at the end --------------------------------------------------------------
+    # ---- lines at the start and at the end ---------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """The warnings of ``doctor`` that take no time; of a run that goes on they were said when it started."""
-        from lit_diffusion.checks import recipe  # It prepares what it looks at by this very module.
+        """Print the warnings of ``doctor`` that take no time; a continued run printed them when it started."""
+        from lit_diffusion.checks import recipe  # It imports this module.
 
         if not self.trainer.is_global_zero or self.continues or self._section.trainer.fast_dev_run:
             return
@@ -397,7 +400,7 @@ class CLI(OpenCLI):
                 print_note(str(finding))
 
     def after_fit(self) -> None:
-        """Where everything is, and what to do next."""
+        """Print where everything is, and what to do next."""
         if not self.trainer.is_global_zero or self._section.trainer.fast_dev_run:
             return
         run_dir = _short(self.run_logger.run_dir)
@@ -436,7 +439,7 @@ def _parsed(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
 
 
 def made_again(checkpoint: dict[str, Any]) -> tuple[int, set[str]]:
-    """The images that a checkpoint has seen, and what a run that continues it makes again at that very moment."""
+    """Images seen at a checkpoint, and names of events and pictures that a run continued from it makes again there."""
     state, callbacks = checkpoint[CHECKPOINT_KEY], checkpoint.get("callbacks", {})
     again = {"metrics"} if state.get("validation_due", False) else set[str]()
     for callback in CALLBACKS.values():
@@ -446,7 +449,7 @@ def made_again(checkpoint: dict[str, Any]) -> tuple[int, set[str]]:
 
 
 def _short(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
+    """Make a path relative to the working directory, if it is below it."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -462,7 +465,7 @@ def _import(class_path: str) -> type[Method]:
 
 
 def main(arguments: Sequence[str], cli: type[CLI] = CLI) -> CLI:
-    """Run one of LightningCLI's commands; ``doctor`` brings a CLI of its own, which stops before the work."""
+    """Run one of LightningCLI's commands; ``doctor`` passes a CLI that stops before the work."""
     # Lightning's hints on hardware and workers are not about this run; its warnings and errors stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,1 +1,1 @@
-"""The commands beside fit, validate, test and predict: one file each."""
+"""Commands besides fit, validate, test and predict: one file each."""

@@ -1,6 +1,6 @@
-"""``doctor``: what is wrong with this machine or a recipe, found before hours are spent on it.
+"""``doctor``: find what is wrong with this machine or a recipe, before hours are spent on it.
 
-It must be of use where the installation is broken: nothing heavy is imported before it is tried.
+It must work where the installation is broken: nothing heavy is imported before it is tried.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ USAGE = """usage: python -m lit_diffusion doctor [--config FILE] [--KEY VALUE ..
 Checks this machine and, with a configuration or any other arguments of fit, what would be trained: exactly as fit reads
 them, on the first data, without a run directory, a step, or the network. One line a finding:
 
-  ok       as it should be
+  ok       nothing to do
   note     good to know
   warning  it runs, and probably not as meant
   problem  it cannot run; then the exit code is 2"""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
+    """Run ``doctor``.
 
     Raises:
-        UserError: where there are problems.
+        UserError: if there are problems.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)  # noqa: T201 (this is its output)
@@ -39,19 +39,19 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.flush()  # Some checks take seconds.
         counts[finding.severity] += 1
     plural = {"ok": "ok", "note": "notes", "warning": "warnings", "problem": "problems"}
-    said = [f"{counts[severity]} {severity if counts[severity] == 1 else plural[severity]}" for severity in SEVERITIES]
-    sys.stdout.write(f"{', '.join(said)}\n")
+    totals = [f"{counts[each]} {each if counts[each] == 1 else plural[each]}" for each in SEVERITIES]
+    sys.stdout.write(f"{', '.join(totals)}\n")
     if counts["problem"]:
-        raise UserError(f"{said[0]}; each line above says how to mend it, the first one first")
+        raise UserError(f"{totals[0]}; each line above says how to fix it, the first one first")
 
 
 def findings(arguments: Sequence[str]) -> Iterator[Finding]:
-    """Everything that is found, in order."""
+    """Yield all findings, in order."""
     yield from installation.versions()
     importing = list(installation.imports())
     yield from importing
     if any(finding.severity == "problem" for finding in importing):
-        yield note("the machine and the recipe were not looked at", "mend the installation first")
+        yield note("the machine and the recipe were not checked", "fix the installation first")
         return
     yield from machine.processor()
     yield from machine.load()

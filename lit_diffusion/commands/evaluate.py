@@ -1,4 +1,4 @@
-"""``evaluate``: figures of anybody's images."""
+"""``evaluate``: metrics of any images, of this project's models or others'."""
 
 from __future__ import annotations
 
@@ -39,58 +39,58 @@ from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.formats import FORMAT_VERSION
 
 DARK = 32
-"""Images whose values all lie below it are said to be: one in eight of the range, rather another scale than night."""
+"""Images whose values all lie below an eighth of the range get a note: probably another scale, not night."""
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m lit_diffusion evaluate",
-        description="Figures of images against real ones: FID and its kin, each with the protocol that it was made by. "
-        "Images are .npz (arr_0, uint8 [N, H, W, C]; of points float [N, D]), a folder or a zip file; nothing is cut "
-        "or resized but by the extractor.",
+        description="Metrics of images against real ones, FID and related metrics, each with its protocol. Images are "
+        ".npz (arr_0, uint8 [N, H, W, C]; points: float [N, D]), a folder or a zip file; only the extractor crops or "
+        "resizes them.",
     )
-    parser.add_argument("--samples", type=str, required=True, help="The images to judge.")
+    parser.add_argument("--samples", type=str, required=True, help="Images to evaluate.")
     parser.add_argument(
         "--reference",
         type=str,
         required=True,
-        help="The real ones: images as above, an .npz with mu and sigma (for fid alone), or a data source by its name, "
+        help="Real images as above, an .npz with mu and sigma (for fid alone), or a data source by its name, "
         "e.g. CIFAR10.",
     )
     parser.add_argument(
         "--metrics",
         type=str | None,
         default=None,
-        help=f"With commas: {','.join(CATALOGUE)}. Default: of {','.join(default_metrics())} all that fit. Of features "
-        "that are not Inception's, the Frechet distance is named fd/..., the kernel distance kd/....",
+        help=f"Metrics, with commas: {','.join(CATALOGUE)}. Default: those of {','.join(default_metrics())} that fit. "
+        "In features that are not Inception's, the Frechet distance is named fd/..., the kernel distance kd/....",
     )
     parser.add_argument(
         "--extractor",
         type=Literal["auto", "inception", "dinov2", "clip", "vgg16", "digits", "points"],
         default="auto",
-        help="Of the features; auto: of 8 x 8 grey images the digits' own, of points the points, else inception.",
+        help="Feature extractor; auto: digits for 8 x 8 grey images, points for points, else inception.",
     )
     parser.add_argument(
-        "--weights_path", type=str | None, default=None, help="Its weights; default: what `fetch weights` brought."
+        "--weights_path", type=str | None, default=None, help="File of its weights; default: the fetched one."
     )
     parser.add_argument(
-        "--captions", type=str | None, default=None, help="For clip_score: one line an image, in the images' order."
+        "--captions", type=str | None, default=None, help="Text file for clip_score: a line for each image, in order."
     )
     parser.add_argument(
-        "--clip_weights_path", type=str | None, default=None, help="CLIP's weights; default: the fetched ones."
+        "--clip_weights_path", type=str | None, default=None, help="File of CLIP's weights; default: the fetched one."
     )
     parser.add_argument("--batch_size", type=int, default=250, help="Images at a time.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_threads_option(parser)
     parser.add_argument(
-        "--out", type=str | None, default=None, help=f"NAME.json: values, errors, intervals, protocol. {RULE}"
+        "--out", type=str | None, default=None, help=f"NAME.json for values, errors, intervals and protocol. {RULE}"
     )
     parser.add_class_arguments(ScoreOptions)
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``evaluate``."""
     parser = _parser()
     options = parser.parse_args(list(arguments))
     require_positive(options, "batch_size")
@@ -146,19 +146,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _caveat(samples: RealData, brightest: int, reference: dict[str, Any]) -> str | None:
-    """What makes all the figures worth less than they look."""
+    """A reason why all the metrics mean less than they seem, None where there is none."""
     if samples.record["fingerprint"] == reference.get("fingerprint"):
-        return "the samples are the reference itself, so these figures are of no model"
+        return "the samples are the reference itself, so these values say nothing about a model"
     if 0 < brightest < DARK:
         return (
-            f"the brightest value of the samples is {brightest} of 255: if they are levels 0 .. {brightest}, bring "
-            f"them to 0 .. 255 first"
+            f"the brightest value of the samples is {brightest} of 255: if they are grey levels 0 .. {brightest}, "
+            f"scale them to 0 .. 255 first"
         )
     return None
 
 
 def as_plain(result: Result) -> dict[str, Any]:
-    """A result as JSON takes it."""
+    """Convert a result to plain types for JSON."""
     return {
         "format_version": FORMAT_VERSION,
         "values": result.values,
@@ -189,15 +189,15 @@ def _captions(path: Path, count: int) -> list[str]:
 
 
 OTHER_SHARES = 0.05
-"""So much of the samples in other classes than the reference's is worth a word."""
+"""Part of the samples that may be of other classes than the reference's without a note."""
 
 
 def other_shares(samples: Sequence[str] | None, real: Sequence[str] | None) -> str | None:
-    """What is to be said where samples have their classes less or more often than the real data; None for nothing.
+    """A note where the classes have other frequencies among the samples than among the real data, None otherwise.
 
-    The part of the samples that would have to be of other classes, half the sum of the differences of the shares, is
-    compared with what it comes to by chance: below ``sqrt(K / n)`` for K classes and n of the fewer data. Of names on
-    one side and numbers on the other nothing is known.
+    The total variation distance ``1/2 sum_k |p_k - q_k|`` of the frequencies, the part of the samples that would have
+    to be of other classes, is compared with what chance gives: below ``sqrt(K / n)`` for K classes and n of the fewer
+    data. Names on one side and numbers on the other are not compared.
     """
     if samples is None or real is None:
         return None
@@ -211,17 +211,17 @@ def other_shares(samples: Sequence[str] | None, real: Sequence[str] | None) -> s
     name = max(gaps, key=lambda name: abs(gaps[name]))
     return (
         f"the classes are not as often as in the reference ({name}: {mine[name] / len(samples):.1%} of the samples, "
-        f"{theirs[name] / len(real):.1%} there), and the figures compare that, too"
+        f"{theirs[name] / len(real):.1%} there), and the metrics compare that, too"
     )
 
 
 def _reference(
     given: str, shape: tuple[int, ...], extractor: Extractor
 ) -> tuple[RealData | Reference, list[str] | None]:
-    """Of images, of moments, or of a data source; and the classes of its images, where they are known.
+    """The reference by its path or its source's name, and the classes of its images, where they are known.
 
     Raises:
-        UserError: if there is nothing of that name, or its images are of another size.
+        UserError: if there is no such file, folder or source, or its images are of another size.
     """
     path = Path(given).expanduser()
     if path.suffix.lower() == ".npz" and path.is_file() and _has_moments_only(path):
@@ -237,8 +237,8 @@ def _reference(
         raise UserError(f"the samples have {shape[0]} dimensions, the reference has {source.shape[0]}")
     if tuple(source.shape[1:]) != tuple(shape[1:]):
         raise UserError(
-            f"the samples are {shape[1]} x {shape[2]}, the reference is {source.shape[1]} x {source.shape[2]}: bring "
-            f"both to one size; how they are resized is part of the protocol, so it is not done here"
+            f"the samples are {shape[1]} x {shape[2]}, the reference is {source.shape[1]} x {source.shape[2]}: resize "
+            f"both to one size; the way of resizing is part of the protocol, so it is not done here"
         )
     extractor.require_fit(tuple(source.shape))
     _say_notes(source)
@@ -254,7 +254,7 @@ def _has_moments_only(path: Path) -> bool:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {"mu", "sigma"} <= set(archive.files) and "arr_0" not in archive.files
-    except Exception:  # What is no archive is said by what reads it next.
+    except Exception:  # Whatever reads it next refuses what is no archive.
         return False
 
 

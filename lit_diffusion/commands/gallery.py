@@ -1,4 +1,4 @@
-"""``gallery``: one page on which a person looks at images side by side, and judges them blind, two by two."""
+"""``gallery``: one HTML page to compare images side by side, and to judge them blind, two by two."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ REAL = "real data"
 _PLACE_OF_DATA = "GALLERY_DATA"
 _PATCH = 9
 _JUDGED_ALONE_FROM = 32
-"""Pixels of the shorter side; of smaller images a patch of `_PATCH` is judged, since one is too little to judge by."""
+"""Shorter side in pixels from which single images are judged; of smaller images a patch of `_PATCH` is."""
 _HEAVY_BYTES = 50_000_000
 _COUNTED = re.compile(r"-\d+(\.\d+)?[kM]?$")
-"""The end of a figure's name, ``fid-2k``: of how many images it is. Times and counters have none."""
+"""End of a metric's name that counts its images, ``fid-2k``; times and counters have none."""
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m lit_diffusion gallery",
-        description="One HTML file for human judgement, with everything in it: images side by side with their figures "
-        "and how these were made, and a blind comparison two by two.",
+        description="One HTML file for human judgement, with everything in it: images side by side with their metrics "
+        "and protocols, and a blind comparison two by two.",
     )
     parser.add_argument(
         "entries",
         type=str,
         nargs="*",
         help="Runs' directories (their last evaluation's samples), .npz files, folders or zip files of images; "
-        "NAME=PATH gives one a name. Figures of SAMPLES.json beside SAMPLES.npz are shown.",
+        "NAME=PATH gives an entry a name. Metrics in SAMPLES.json beside SAMPLES.npz are shown.",
     )
-    parser.add_argument("--out", type=str, default="gallery.html", help=f"NAME.html: the page. {RULE}")
-    parser.add_argument("--count", type=int, default=64, help="Images an entry: the first so many.")
+    parser.add_argument("--out", type=str, default="gallery.html", help=f"NAME.html for the page. {RULE}")
+    parser.add_argument("--count", type=int, default=64, help="Number of images per entry, the first ones.")
     parser.add_argument(
         "--reference",
         type=str | None,
         default=None,
-        help=f"Real images (.npz, folder or zip), as an entry named {REAL!r}; the first --count of them, so let their "
-        "order be no order of classes.",
+        help=f"Real images (.npz, folder or zip), as an entry named {REAL!r}; the first --count of them, which should "
+        "not be sorted by class.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the blind comparison's order.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the blind comparison's order.")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``gallery``."""
     options = _parser().parse_args(arguments)
     require_positive(options, "count")
     if not 0 <= options.seed < 2**32:
@@ -81,24 +81,27 @@ def main(arguments: Sequence[str]) -> None:
         file.write(page)
     sys.stdout.write(f"wrote {options.count} images each of {', '.join(entry.name for entry in entries)} to {out}\n")
     if difference := _difference(entries):
-        sys.stdout.write(f"note: {difference}: the figures are no ranking\n")
+        sys.stdout.write(f"note: {difference}: the metrics are no ranking\n")
     if len(page) > _HEAVY_BYTES:
         sys.stdout.write(f"note: {out} is {len(page) / 1e6:.0f} MB, slow in a browser: give a smaller --count\n")
 
 
 @dataclass
 class Entry:
-    """What the page shows of one run or one set of images.
+    """One run or one set of images on the page.
 
     Attributes:
-        name: unique on the page.
-        source: where the images are from, as the person wrote it.
+        name: name, unique on the page.
+        source: origin of the images, as typed.
         images: PNG files in base64.
-        available: how many images the source has.
-        values: figures by name.
-        protocol: how the figures were made, None where nobody says.
-        note: how far training was.
-        real: whether these are real images.
+        available: number of images in the source.
+        width: width of an image in pixels.
+        height: height of an image in pixels.
+        channels: number of channels.
+        values: metrics by name.
+        protocol: protocol of the metrics, None where it is not known.
+        note: progress of the training.
+        real: true for real images.
     """
 
     name: str
@@ -115,7 +118,7 @@ class Entry:
 
 
 def _entry(given: str, count: int) -> Entry:
-    """The entry of ``PATH`` or ``NAME=PATH``; a path that exists is a path, whatever is in its name."""
+    """The entry of ``PATH`` or ``NAME=PATH``; a path that exists is a path, even with a ``=`` in its name."""
     name, equals, rest = given.partition("=")
     named = bool(equals) and not Path(given).expanduser().exists()
     if named and not (name.strip() and rest):
@@ -128,21 +131,21 @@ def _entry(given: str, count: int) -> Entry:
 
 
 def _run(directory: Path, count: int) -> Entry:
-    """The samples and the figures of a run's last evaluation."""
+    """The samples and metrics of a run's last evaluation."""
     checkpoint = directory / "checkpoints" / "last.ckpt"
-    mend = f"make one with `test --ckpt_path {checkpoint}`, or give samples as an .npz file"
+    fix = f"make one with `test --ckpt_path {checkpoint}`, or give samples as an .npz file"
     event = _last_evaluation(directory / "metrics.jsonl")
     if event is None:
-        raise UserError(f"the run {directory} has no evaluation: {mend}")
+        raise UserError(f"the run {directory} has no evaluation: {fix}")
     samples = directory / str(event.get("samples_file"))
     if not samples.is_file():
-        raise UserError(f"the samples of the last evaluation of {directory} are gone or were not kept: {mend}")
+        raise UserError(f"the samples of the last evaluation of {directory} are gone or were not kept: {fix}")
     protocol = event.get("protocol")
     return Entry(
         _run_name(directory),
         str(samples),
         **_images(samples, count),
-        values={key: value for key, value in event.items() if _COUNTED.search(key) and _is_figure(value)},
+        values={key: value for key, value in event.items() if _COUNTED.search(key) and _is_value(value)},
         protocol=protocol if isinstance(protocol, dict) and protocol else None,
         note=f"after {event.get('images', 0):,} images of training",
     )
@@ -164,50 +167,50 @@ def _last_evaluation(path: Path) -> dict[str, Any] | None:
 
 
 def _run_name(directory: Path) -> str:
-    """``<experiment>/<run id>`` as the run itself says, else the names of its folders."""
+    """``<experiment>/<run id>`` from the run's files, else the names of its folders."""
     directory = directory.resolve()
     experiment, run_id = directory.parent.name, directory.name
     try:
         run_id = (directory / "run_id").read_text().strip() or run_id
         experiment = read_yaml(directory / "config.yaml")["experiment"] or experiment
     except (OSError, ValueError, TypeError, KeyError, UserError):
-        pass  # a name is no reason to show nothing
+        pass  # The folders' names will do.
     return f"{experiment}/{run_id}"
 
 
 def _samples(path: Path, count: int) -> Entry:
-    """Images that somebody gives, with the figures that ``evaluate --out`` wrote beside them."""
+    """Images given by a path, with the metrics that ``evaluate --out`` wrote beside them."""
     images = _images(path, count)
     stem = path.resolve().name if path.is_dir() else path.stem
-    values, protocol = _figures_beside(path.resolve().with_name(f"{stem}.json"))
+    values, protocol = _metrics_beside(path.resolve().with_name(f"{stem}.json"))
     return Entry(stem, str(path), **images, values=values, protocol=protocol)
 
 
-def _figures_beside(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _metrics_beside(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if not path.is_file():
         return {}, None
     try:
-        said = _from_json(path.read_text())
+        content = _from_json(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the figures {path} beside the samples: {error}; write or move it away") from error
-    values, protocol = (said.get(key, {}) if isinstance(said, dict) else None for key in ("values", "protocol"))
+        raise UserError(f"cannot read the metrics {path} beside the samples: {error}; write or move it away") from error
+    values, protocol = (content.get(key, {}) if isinstance(content, dict) else None for key in ("values", "protocol"))
     if not (isinstance(values, dict) and isinstance(protocol, dict)):
         raise UserError(f"{path} beside the samples has no values and protocol of `evaluate --out`: move it away")
-    return {key: value for key, value in values.items() if _is_figure(value)}, protocol or None
+    return {key: value for key, value in values.items() if _is_value(value)}, protocol or None
 
 
 def _from_json(text: str) -> Any:
-    """JSON, and Python's own NaN and infinity, which no browser reads, as strings."""
+    """Parse JSON, with Python's NaN and infinity, which no browser reads, as strings."""
     return json.loads(text, parse_constant=lambda word: str(float(word)))
 
 
-def _is_figure(value: object) -> bool:
-    """A number; NaN and infinity are strings, see `_from_json`."""
+def _is_value(value: object) -> bool:
+    """True for a number; NaN and infinity are strings, see `_from_json`."""
     return value in ("nan", "inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _images(path: Path, count: int) -> dict[str, Any]:
-    """The first ``count`` images as PNG, their shape, and how many there are."""
+    """The first ``count`` images as PNG, their shape, and the number of images."""
     source = images_as_given(path)
     if len(source.shape) != 3:
         raise UserError(f"{path} holds points; the gallery shows images")
@@ -226,7 +229,7 @@ def _images(path: Path, count: int) -> dict[str, Any]:
 
 
 def _png(image: np.ndarray) -> str:
-    """uint8 ``[C, H, W]`` as a PNG file in base64."""
+    """Encode uint8 ``[C, H, W]`` as a PNG file in base64."""
     return base64.b64encode(png_bytes(as_shown(image.transpose(1, 2, 0)))).decode()
 
 
@@ -241,7 +244,7 @@ def _make_names_unique(entries: Iterable[Entry]) -> None:
 
 
 def _comparability(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
-    """Keys that differ between the entries with figures, and the names of those whose protocol nobody knows."""
+    """Protocol keys that differ between the entries with metrics, and names of those without a protocol."""
     measured = [entry for entry in entries if entry.values]
     unknown = [entry.name for entry in measured if entry.protocol is None] if len(measured) > 1 else []
     return differing_keys([entry.protocol for entry in measured if entry.protocol is not None]), unknown
@@ -255,7 +258,7 @@ def _difference(entries: Sequence[Entry]) -> str:
 
 
 def _page(entries: Sequence[Entry], seed: int) -> bytes:
-    """The whole file.
+    """Make the whole file.
 
     Raises:
         UserError: if there are too few images for a side of the blind comparison.

@@ -1,4 +1,4 @@
-"""``interpolate``: a picture of what lies between samples, or between real images, in the noise of the DDIM walk."""
+"""``interpolate``: a picture of interpolations between samples, or real images, in the noise of the DDIM sampler."""
 
 from __future__ import annotations
 
@@ -25,39 +25,38 @@ from lit_diffusion.samplers import DDIM
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m lit_diffusion interpolate",
-        description="A picture of what lies between pairs of samples, or of held-out images, by the DDIM walk.",
+        description="A picture of interpolations between pairs of samples, or of held-out images, by the DDIM sampler.",
     )
     add_model_options(parser)
-    parser.add_argument("--out", type=str, required=True, help=f"NAME.png: one row a pair. {RULE}")
+    parser.add_argument("--out", type=str, required=True, help=f"NAME.png, a row for each pair. {RULE}")
     parser.add_argument(
         "--between",
         type=Literal["samples", "images"],
         default="samples",
-        help="samples: between two draws of noise; images: held-out images of the run's data, encoded to noise first, "
-        "shown at both ends of their row.",
+        help="samples: between two draws of noise; images: between held-out images of the run's data, encoded to noise "
+        "first and shown at both ends of their row.",
     )
     parser.add_argument(
         "--label",
         type=str | None,
         default=None,
-        help="Class of all, by name or number: of the samples, or which held-out images are taken. Default: row i of "
-        "samples has the i-th class of the data; an image has its own, and a point between two images that of the "
-        "nearer one.",
+        help="Class of all samples, or of the held-out images taken, by name or number. Default: row i of samples has "
+        "the i-th class of the data; an image has its own, and a point between two images the nearer one's.",
     )
-    parser.add_argument("--pairs", type=int, default=8, help="Rows of the picture.")
-    parser.add_argument("--columns", type=int, default=11, help="Points on the way, both ends included.")
+    parser.add_argument("--pairs", type=int, default=8, help="Number of rows of the picture.")
+    parser.add_argument("--columns", type=int, default=11, help="Number of points in a row, both ends included.")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    asked = parse(_parser(), arguments, "\nThe walk is DDIM's, by default in 50 steps: --sampler.steps 200")
+    """Run ``interpolate``."""
+    asked = parse(_parser(), arguments, "\nThe sampler is DDIM, by default in 50 steps: --sampler.steps 200")
     if asked is None:
         return
     options, name, keys = asked
     require_positive(options, "pairs", "columns")
     if options.columns < 2:
-        raise UserError("--columns is 1; the way has two ends")
+        raise UserError("--columns is 1; a row has two ends, so give at least 2")
     out = output_path(options.out, (".png",))
     method = load_model(options)
     data_spec = method.require_data_spec()
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     default = method.sampler if isinstance(method.sampler, DDIM) else DDIM()
     sampler = choose_sampler(default, name, keys)
     if not isinstance(sampler, DDIM) or sampler.eta != 0.0:
-        raise UserError("interpolation needs the deterministic walk: --sampler ddim with eta 0")
+        raise UserError("interpolation needs the deterministic sampler: --sampler ddim with eta 0")
     sampler.check(method.denoiser)
     pairs = options.pairs
     cond = method.condition(torch.arange(pairs), options.label)
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
             f"encoded and decoded images differ from themselves by {float(error):.4g} (root mean square)\n"
         )
     if not torch.isfinite(made).all():
-        raise UserError("the walk diverged (NaN or infinity): use other weights")
+        raise UserError("the sampler diverged (NaN or infinity): use other weights")
     save_png(image_grid(to_uint8(made.flatten(0, 1), data_spec), made.shape[1]), out)
     sys.stdout.write(f"wrote {pairs} rows of {made.shape[1]} images to {out} ({found.evaluations} evaluations each)\n")
     if shown := about_shown(data_spec.shape[0]):
@@ -103,12 +102,15 @@ def _held_out(method: Method, count: int, label: str | None) -> tuple[Tensor, Te
     """The first held-out images of the run's data, or of one class, on the method's device.
 
     Returns:
-        Normalized ``[count, ...]``, and their classes ``[count]`` where the model is told them.
+        Normalized ``[count, ...]``, and their classes ``[count]`` where the model is conditioned on them.
+
+        Raises:
+            UserError: if the run has no data section, or too few held-out images.
     """
     config = method.run_config or {}
     if "data" not in config:
         raise UserError(
-            "--between images: the checkpoint does not say its data, which were a DataLoader of one's own; leave it out"
+            "--between images: the checkpoint does not name its data, which came from a DataLoader; leave it out"
         )
     data = build_datamodule(config["data"])
     chosen, labels = torch.arange(len(data.held_out_indices)), None

@@ -1,4 +1,4 @@
-"""What the commands that sample from a checkpoint share: the model, the sampler and where results go."""
+"""Options shared by the commands that sample from a checkpoint: the model, the device and the sampler."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lit_diffusion.training.precision import PrecisionName, autocast_dtype
 
 
 def add_model_options(parser: Parser) -> None:
-    """The checkpoint, its weights and how they run."""
+    """Add the options of the checkpoint, its weights and the device that they run on."""
     parser.add_argument(
-        "--ckpt_path", type=str, required=True, help="Checkpoint, or a run's directory, whose last one is taken."
+        "--ckpt_path", type=str, required=True, help="Checkpoint, or a run's directory, whose newest is taken."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the samples.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     parser.add_argument(
-        "--weights", type=str | None, default=None, help="raw, ema or ema:HALF_LIFE; default: ema where it is kept."
+        "--weights", type=str | None, default=None, help="raw, ema or ema:HALF_LIFE; default: ema if kept, else raw."
     )
-    parser.add_argument("--precision", type=PrecisionName, default="32-true", help="Of the backbone.")
+    parser.add_argument("--precision", type=PrecisionName, default="32-true", help="Precision of the backbone.")
     parser.add_argument("--compile", type=bool, default=False, help="Compile the backbone first; for many samples.")
     parser.add_argument("--cuda_graphs", type=bool, default=False, help="Record the backbone and replay it; CUDA only.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -36,17 +36,17 @@ def add_model_options(parser: Parser) -> None:
 
 
 def add_threads_option(parser: Parser) -> None:
-    """The number of threads of the CPU, for :func:`use_threads`."""
+    """Add the option of the number of CPU threads, for :func:`use_threads`."""
     parser.add_argument(
-        "--threads", type=int | None, default=None, help="Of the CPU; default: this machine's, from its cores."
+        "--threads", type=int | None, default=None, help="Number of CPU threads; default: from this machine's cores."
     )
 
 
 def use_threads(options: Namespace) -> None:
-    """Compute with as many threads as ``--threads`` says.
+    """Set the number of threads that ``--threads`` gives.
 
     Raises:
-        UserError: if that is no number of threads.
+        UserError: if it is not positive.
     """
     threads.use(threads.suggested() if options.threads is None else options.threads, "--threads")
 
@@ -65,7 +65,7 @@ def choose_device(given: str) -> torch.device:
 
 
 def load_model(options: Namespace) -> Method:
-    """The method that :func:`add_model_options` ask for, on its device.
+    """Load the method that the options of :func:`add_model_options` name, on its device.
 
     Raises:
         UserError: for a checkpoint, weights, a device or a number of threads that cannot be used.
@@ -87,12 +87,12 @@ def load_model(options: Namespace) -> Method:
 def parse(
     parser: Parser, arguments: Sequence[str], about_samplers: str
 ) -> tuple[Namespace, str | None, dict[str, str]] | None:
-    """A command line with a sampler in it, or None where it asked for help and got it.
+    """Parse a command line with a sampler in it; None where it asked for help, which was printed.
 
     Args:
-        parser: of the other options.
-        arguments: all of them.
-        about_samplers: added to the help.
+        parser: parser of the other options.
+        arguments: the whole command line.
+        about_samplers: text added to the help.
 
     Returns:
         The options, the sampler's name or None, and its keys, for :func:`choose_sampler`.
@@ -106,7 +106,7 @@ def parse(
 
 
 def sampler_help() -> str:
-    """The samplers and their keys, for ``--help``."""
+    """Text for ``--help`` on the samplers and their keys."""
     lines = ["", "samplers (--sampler NAME, or a class path; --sampler.KEY VALUE; default: the method's own):"]
     for name, sampler in SAMPLERS.items():
         defaults = {key: p.default for key, p in inspect.signature(sampler).parameters.items()}
@@ -116,7 +116,7 @@ def sampler_help() -> str:
 
 
 def split_sampler_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None, dict[str, str]]:
-    """Take ``--sampler NAME`` and ``--sampler.KEY VALUE`` out of a command line.
+    """Separate ``--sampler NAME`` and ``--sampler.KEY VALUE`` from a command line.
 
     Returns:
         The other arguments, the name or None, and the keys with their values as typed.
@@ -145,9 +145,9 @@ def split_sampler_arguments(arguments: Sequence[str]) -> tuple[list[str], str | 
 
 
 def choose_sampler(default: Sampler, name: str | None, keys: dict[str, str]) -> Sampler:
-    """The sampler that the command line asks for.
+    """Instantiate the sampler that the command line asks for.
 
-    Keys that are not given are the method's own where the class is the method's, else the class's defaults.
+    Keys that are not given come from the method's sampler where the class is the same, else from the class's defaults.
 
     Raises:
         UserError: for an unknown name or key, or a value that does not fit.
@@ -157,7 +157,7 @@ def choose_sampler(default: Sampler, name: str | None, keys: dict[str, str]) -> 
     start = own if class_path == own["class_path"] else {"class_path": class_path}
     parser = Parser()
     parser.add_subclass_arguments(Sampler, "sampler")
-    # A sampler inside a sampler may be named as briefly as the one around it.
+    # A sampler inside a sampler may be given by its short name, too.
     given = {key: _class_path(value) if value in SAMPLERS else value for key, value in keys.items()}
     config = parser.parse_args([f"--sampler={json.dumps(start)}", *(f"--sampler.{k}={v}" for k, v in given.items())])
     with users_own_errors():

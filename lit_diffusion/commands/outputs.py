@@ -1,4 +1,4 @@
-"""Where a command's result goes: its ending, what was there before, and whether it can be written at all."""
+"""Checks of a command's ``--out``: its ending, what would be replaced, and whether it can be written."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.files import SET_FILE, set_in
 
 RULE = (
-    "A file that is there is replaced if it is of the kind that this command writes, else refused; an ending may be in "
+    "An existing file is replaced if it is of the kind that this command writes, else refused; an ending may be in "
     "upper case."
 )
-"""What --help says of every --out."""
+"""Help text of every --out."""
 
 
 def output_path(given: str, endings: tuple[str, ...], folder: bool = False) -> Path:
-    """The file that ``--out`` names, or the folder where it may name one, checked before the work.
+    """Check, before the work, the file that ``--out`` names, or the folder where it may name one.
 
-    A folder is what ends in a slash, is a directory already, or has no ending at all.
+    A name means a folder if it ends in a slash, is a directory already, or has no ending at all.
 
     Args:
-        given: as typed.
-        endings: of files, in lower case: ``(".npz", ".png")``.
-        folder: whether it may be a folder.
+        given: the name as typed.
+        endings: endings of files, in lower case: ``(".npz", ".png")``.
+        folder: if true, it may be a folder.
 
     Raises:
         UserError: for another ending, a directory for a file, a file for a directory, a file of another kind that
@@ -57,7 +57,7 @@ def output_path(given: str, endings: tuple[str, ...], folder: bool = False) -> P
 
 
 def is_folder(out: Path, endings: tuple[str, ...]) -> bool:
-    """Whether :func:`output_path` took a name for a folder's."""
+    """True where :func:`output_path` took a name for a folder's."""
     return out.suffix.lower() not in endings
 
 
@@ -65,7 +65,7 @@ def require_free_for_a_set(folder: Path, overwrite: bool) -> None:
     """Refuse a folder in which other images would mix with a set of samples.
 
     Raises:
-        UserError: saying what is there.
+        UserError: naming what is in it.
     """
     if not folder.is_dir():
         return
@@ -93,7 +93,7 @@ def require_free_for_a_set(folder: Path, overwrite: bool) -> None:
 
 
 def require_reports_folder(folder: Path) -> None:
-    """Refuse a folder with files of others, some of which a report might replace.
+    """Refuse a folder with other files, some of which a report might replace.
 
     Raises:
         UserError: naming one of them.
@@ -106,13 +106,13 @@ def require_reports_folder(folder: Path) -> None:
 
 
 def _require_own_kind(path: Path, given: str) -> None:
-    """Refuse to replace what this command would not have written; an empty file holds nothing to lose."""
+    """Refuse to replace a file that this command would not have written; an empty file may be replaced."""
     own = False
     with suppress(OSError, ValueError, zipfile.BadZipFile):
         own = path.is_file() and (path.stat().st_size == 0 or _KINDS[path.suffix.lower()](path))
     if not own:
         raise UserError(
-            f"--out {given} is there and is no {path.suffix.lower()} file of this command's kind: it is not replaced; "
+            f"--out {given} exists and is no {path.suffix.lower()} file of this command's kind: it is not replaced; "
             f"move it away or give another name"
         )
 
@@ -128,8 +128,8 @@ def _is_archive_of_samples(path: Path) -> bool:
 
 
 def _is_result(path: Path) -> bool:
-    said = json.loads(path.read_bytes())
-    return isinstance(said, dict) and {"format_version", "values", "protocol"} <= said.keys()
+    content = json.loads(path.read_bytes())
+    return isinstance(content, dict) and {"format_version", "values", "protocol"} <= content.keys()
 
 
 def _is_page(path: Path) -> bool:
@@ -141,7 +141,7 @@ _KINDS = {".png": _is_png, ".npz": _is_archive_of_samples, ".json": _is_result, 
 
 
 def _require_writable(out: Path, folder: Path) -> None:
-    """Find out before the work, not after it; makes nothing."""
+    """Refuse a place that cannot be written to, before the work; creates nothing."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent

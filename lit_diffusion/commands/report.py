@@ -1,4 +1,4 @@
-"""``report``: a run's dashboard without an account, from what it wrote: a web page of one file, and its pictures."""
+"""``report``: a run's dashboard without an account, from its own files: a web page of one file, and its pictures."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ FIGURES = {
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m lit_diffusion report",
-        description="A run's curves, pictures and results as one web page, report.html, that needs nothing else.",
+        description="A run's curves, pictures and results as one self-contained web page, report.html.",
     )
     parser.add_argument("run", type=str | None, nargs="?", default=None, help="The run's directory.")
     parser.add_argument(
         "--out",
         type=str | None,
         default=None,
-        help="Folder of report.html and its pictures; default: RUN/report. A report that is there is replaced; a "
-        "folder that holds others' files alone is refused.",
+        help="Folder of report.html and its pictures; default: RUN/report. An existing report is replaced; a folder "
+        "with other files and no report is refused.",
     )
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``report``."""
     options = _parser().parse_args(list(arguments))
     if options.run is None:
         raise UserError("report takes a run's directory: python -m lit_diffusion report runs/<experiment>/<run id>")
@@ -85,7 +85,7 @@ def write_report(run: RecordedRun, out: Path) -> Path:
     """Write ``report.html`` and a PNG of each panel into a folder.
 
     Returns:
-        The page.
+        The page's path.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -113,12 +113,12 @@ def write_report(run: RecordedRun, out: Path) -> Path:
     here = Path(__file__)
     style = here.with_suffix(".css").read_text()
     page = Template(here.with_suffix(".html").read_text()).substitute(
-        # The page may load nothing, run nothing and look only as this style says, whatever a run's texts hold.
+        # The page may load nothing, run nothing and use this style only, whatever a run's texts hold.
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         style=style,
         title=escape(_title(run, config)),
         lead=escape(_lead(config)),
-        data_spec=_data_spec(run),
+        about=_about_run(run),
         main="\n".join(main),
         footer=escape(f"lit_diffusion {__version__}, from {run.folder.name}/metrics.jsonl, {_date(time.time())}"),
     )
@@ -129,14 +129,14 @@ def write_report(run: RecordedRun, out: Path) -> Path:
 
 
 class _Drawn:
-    """Draws panels, as files beside the page and inside it."""
+    """Writer of panels, as files beside the page and inside it."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.names: set[str] = set()
 
     def panels(self, panels: Sequence[Panel]) -> str:
-        """The panels as a part of the page."""
+        """HTML of the panels."""
         return _grid("panels", (self._card(panel) for panel in panels))
 
     def _card(self, panel: Panel) -> str:
@@ -174,7 +174,7 @@ def _grid(kind: str, cards: Iterable[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:
-    """A table of texts; marked rows stand out."""
+    """HTML of a table of texts, with marked rows highlighted."""
     if not rows:
         return ""
     marks = [*marked, *[False] * (len(rows) - len(marked))]
@@ -191,7 +191,7 @@ def _short(value: float) -> str:
 
 
 def _text(value: object) -> str:
-    """A value of an event or a protocol as a person reads it."""
+    """Format a value of an event or a protocol for a reader."""
     if value is None:
         return "none"
     if isinstance(value, float):
@@ -218,7 +218,7 @@ def _torn(count: int) -> str:
     return f"{lines} torn, as a kill leaves them, and left out"
 
 
-# ---- what and when -----------------------------------------------------------------------------------------------
+# ---- the head of the page ----------------------------------------------------------------------------------------
 
 
 def _config(run: RecordedRun) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _title(run: RecordedRun, config: dict[str, Any]) -> str:
 
 
 def _lead(config: dict[str, Any]) -> str:
-    """What was trained on what, as far as the configuration says."""
+    """Names of method, backbone and data source, as far as the configuration has them."""
     model, data = config.get("model"), config.get("data")
     inside = model.get("init_args") if isinstance(model, dict) else None
     parts = [
@@ -251,30 +251,30 @@ def _lead(config: dict[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _data_spec(run: RecordedRun) -> str:
+def _about_run(run: RecordedRun) -> str:
     starts, last = run.of("start"), run.events[-1]
     ended = [event for event in run.events if event["event"] in ("start", "end")][-1]
     status = str(ended.get("status")) if ended["event"] == "end" else "not ended: it runs, or was killed"
     resumed = [f"{event['images']:,}" for event in starts if event.get("resumed") is True]
-    data_spec = {
+    about = {
         "Run": str(starts[0].get("run_id", "unknown")),
         "Status": status,
         "Images seen": f"{run.images:,}",
         "Steps": _text(max((number(event.get("step")) or 0.0 for event in run.events), default=0.0)),
         "Started": _date(starts[0]["time"]),
         "Last event": _date(last["time"]),
-        # Of a run that was continued days later, the time between is no work.
+        # Without the time between a run and its continuation.
         "Time": _duration(sum(end - begin for begin, end in _segments(run))),
         "Resumed": f"at {', '.join(resumed)} images" if resumed else "no",
     }
     if skipped := curves_by_key(run.of("train"), lambda key: key == "skipped_steps"):
-        data_spec["Skipped steps"] = _short(skipped["skipped_steps"].y[-1])
-    items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in data_spec.items())
-    return f'<dl class="data_spec">{items}</dl>'
+        about["Skipped steps"] = _short(skipped["skipped_steps"].y[-1])
+    items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in about.items())
+    return f'<dl class="about">{items}</dl>'
 
 
 def _segments(run: RecordedRun) -> list[tuple[float, float]]:
-    """When each process that wrote to the run began and last wrote."""
+    """Times at which each process that wrote to the run began and last wrote."""
     segments: list[tuple[float, float]] = []
     for event in run.events:
         if event["event"] == "start" or not segments:
@@ -284,7 +284,7 @@ def _segments(run: RecordedRun) -> list[tuple[float, float]]:
 
 
 def _notes(run: RecordedRun, missing: Sequence[str]) -> list[str]:
-    """What a reader must know before the curves."""
+    """Warnings to read before the curves."""
     notes = []
     if run.torn:
         notes.append(f"{_torn(run.torn)}.")
@@ -301,7 +301,7 @@ def _notes(run: RecordedRun, missing: Sequence[str]) -> list[str]:
 
 
 def _latest_pictures(run: RecordedRun) -> tuple[list[tuple[Event, bytes]], list[str]]:
-    """The last picture of each name, in the order of the page, and the files that are missing."""
+    """The last picture of each name, in the order of the page, and names of missing files."""
     latest = {event["name"]: event for event in run.of("picture") if isinstance(event.get("name"), str)}
     order = dict.fromkeys([*SAMPLES, *FIGURES, *sorted(latest)])
     found, missing = [], []
@@ -353,14 +353,14 @@ def _evaluation(run: RecordedRun, protocols: Sequence[Protocol], differing: Sequ
                 row += [_short(y), f"{x:,.0f}"]
             rows.append([*row, "", ""][:7])
     head = ["metric", "protocol", "last", "uncertainty", "at images", "best", "at images"]
-    # Columns that say nothing here are left out.
+    # Empty columns are left out.
     kept = [place for place in range(7) if (place != 1 or len(protocols) > 1) and any(row[place] for row in rows)]
     head, rows = [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
     return said + drawn.panels(metric_panels(run)) + "<h2>Last and best</h2>\n" + _table(head, rows)
 
 
 def _uncertainty(events: Sequence[Event], key: str) -> str:
-    """Standard error and interval of a key's last value, where its event has them."""
+    """Text of the standard error and interval of a key's last value, where its event has them."""
     event = next(event for event in reversed(events) if number(event.get(key)) is not None)
     errors, intervals = event.get("errors"), event.get("intervals")
     error = number(errors.get(key)) if isinstance(errors, dict) else None
@@ -373,7 +373,7 @@ def _uncertainty(events: Sequence[Event], key: str) -> str:
 
 
 def _test_table(run: RecordedRun) -> str:
-    """Every number of the ``test`` events with its standard error, and how it was measured."""
+    """Table of the ``test`` events' values with their standard errors and settings."""
     rows = []
     for event in run.of("test"):
         found = {key: value for key, raw in event.items() if (value := number(raw)) is not None}
@@ -416,11 +416,11 @@ def _smallest_time_table(run: RecordedRun) -> str:
 
 
 KNOWN_EVENTS = ("start", "end", "train", "metrics", "picture", "test", "smallest_time", "evaluation", "noise_levels")
-"""What has a place of its own on the page, ``noise_levels`` as its picture."""
+"""Events with a section of their own on the page, ``noise_levels`` as its picture."""
 
 
 def _other_events_table(run: RecordedRun) -> str:
-    """The last of each other kind of event."""
+    """Table of the last event of each other kind."""
     last = {event["event"]: event for event in run.events if event["event"] not in KNOWN_EVENTS}
     rows = []
     for kind, event in last.items():

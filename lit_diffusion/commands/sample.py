@@ -34,13 +34,13 @@ def _parser() -> Parser:
         description="Images from a checkpoint alone. Sample i depends on (seed, i, its label) and nothing else.",
     )
     add_model_options(parser)
-    parser.add_argument("--num_samples", type=int, required=True, help="How many.")
+    parser.add_argument("--num_samples", type=int, required=True, help="Number of samples.")
     parser.add_argument(
         "--out",
         type=str,
         required=True,
-        help="NAME.npz: key arr_0, uint8 [N, H, W, C] (points: float32 [N, D]); NAME.png: one grid; FOLDER/: one PNG "
-        "each of grey or RGB images, and samples.json, which lists them and says how they were made. "
+        help="NAME.npz: key arr_0, uint8 [N, H, W, C] (points: float32 [N, D]); NAME.png: one grid; FOLDER/: a PNG of "
+        "each grey or RGB image, and samples.json, which lists them and how they were made. "
         f"Classes are in the key labels, or in the folder's dataset.json. {RULE} A folder holds one set.",
     )
     parser.add_argument(
@@ -49,7 +49,7 @@ def _parser() -> Parser:
         nargs="?",
         const=True,
         default=False,
-        help="Where --out is a folder that is not empty: replace what `sample` wrote there, and nothing else.",
+        help="If true and --out is a folder that is not empty, replace what `sample` wrote there, and nothing else.",
     )
     parser.add_argument("--batch_size", type=int, default=250, help="Samples at a time; changes memory and speed only.")
     parser.add_argument(
@@ -57,13 +57,13 @@ def _parser() -> Parser:
         type=str | None,
         default=None,
         help="Class of all samples, by name or number. Default: classes as often as in the training data, so that the "
-        "samples can be evaluated; in turn in a grid.",
+        "samples can be evaluated; in a grid all classes in turn.",
     )
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
+    """Run ``sample``."""
     asked = parse(_parser(), arguments, sampler_help())
     if asked is None:
         return
@@ -110,17 +110,17 @@ def main(arguments: Sequence[str]) -> None:
         write_points(torch.cat(list(drawn())).numpy(), out, data_spec, labels)
     sys.stdout.write(f"wrote {options.num_samples} samples to {out} ({evaluations} network evaluations each)\n")
     if labels is not None:
-        said = "all classes in turn" if counts is None else "as often as in the training data"
+        described = "all classes in turn" if counts is None else "as often as in the training data"
         if options.label is not None:
             number = int(labels[0])
-            said = f"all {number}" + (f" ({data_spec.class_names[number]})" if data_spec.class_names else "")
-        sys.stdout.write(f"labels: {said}\n")
+            described = f"all {number}" + (f" ({data_spec.class_names[number]})" if data_spec.class_names else "")
+        sys.stdout.write(f"labels: {described}\n")
     if data_spec.is_image and out.suffix.lower() == ".png" and (shown := about_shown(data_spec.shape[0])):
         sys.stdout.write(f"note: {shown}\n")
 
 
 def require_fitting(out: Path, data_spec: DataSpec) -> None:
-    """Refuse a folder of PNG files for samples that none would hold.
+    """Refuse a folder of PNG files for samples that are no PNG.
 
     Raises:
         UserError: for points, and for images of other than 1 or 3 channels.
@@ -138,9 +138,14 @@ def write_images(
     labels: Tensor | None = None,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """uint8 ``[N, H, W, C]`` as an archive, a grid or a folder, by the name's ending, with their classes ``[N]``.
+    """Write images as an archive, a grid or a folder, by the ending of ``out``.
 
-    ``about`` says how they were made, for a folder's list.
+    Args:
+        images: uint8 ``[N, H, W, C]``.
+        out: the file or folder.
+        about: how they were made, for a folder's list.
+        labels: their classes ``[N]``.
+        class_names: names of the classes.
     """
     if out.suffix.lower() == ".npz":
         with atomic_write(out) as file:
@@ -158,7 +163,7 @@ def write_images(
 
 
 def write_points(points: np.ndarray, out: Path, data_spec: DataSpec, labels: Tensor | None = None) -> None:
-    """float32 ``[N, D]`` as an archive, or a scatter plot of the first two coordinates, by the name's ending."""
+    """Write float32 ``[N, D]`` as an archive, or as a scatter plot of the first two coordinates, by the ending."""
     if out.suffix.lower() == ".npz":
         with atomic_write(out) as file:
             np.savez_compressed(file, allow_pickle=False, arr_0=points, **label_arrays(labels, data_spec.class_names))

@@ -1,4 +1,4 @@
-"""``wandb-sync``: a run that was recorded before as one Weights & Biases run, replayed from what is true: its files."""
+"""``wandb-sync``: replay a recorded run from its files as one Weights & Biases run."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ server has already is refused, because its history would double: give a new one 
 def _parser() -> Parser:
     parser = Parser(prog="python -m lit_diffusion wandb-sync", description=DESCRIPTION)
     parser.add_argument("run", type=str | None, nargs="?", default=None, help="The run's directory.")
-    parser.add_argument("--project", type=str | None, default=None, help="Default: the run's own.")
+    parser.add_argument("--project", type=str | None, default=None, help="Project; default: the run's own.")
     parser.add_argument("--entity", type=str | None, default=None, help="User or team; default: the run's own.")
     parser.add_argument(
         "--mode",
         type=Literal["online", "offline"],
         default="online",
-        help="offline: into a folder below RUN/wandb-sync, for `wandb sync` from a machine with a network.",
+        help="online, or offline: into a folder below RUN/wandb-sync, for `wandb sync` from a machine with a network.",
     )
-    parser.add_argument("--id", type=str | None, default=None, help="Of the Weights & Biases run; default: the run's.")
+    parser.add_argument("--id", type=str | None, default=None, help="Id on Weights & Biases; default: the run's.")
     return parser
 
 
 class Replay(Dashboard):
-    """The dashboard of a run that is over: trouble is an error, and a run that is there already is never added to."""
+    """Dashboard of a run that is over: trouble is an error, and an existing Weights & Biases run is never added to."""
 
     resume: Literal["allow", "never"] = "never"
 
     def __init__(self, mode: Literal["online", "offline"], project: str, entity: str | None, tags: Any) -> None:
         super().__init__(mode, project, entity, tags)
         self.time = 0.0
-        """Of the event that is shown; without, all would have happened now."""
+        """Time of the event that is shown; without it, all events would have today's."""
 
     @contextmanager
     def _trouble_is_a_note(self) -> Iterator[None]:
@@ -61,7 +61,7 @@ class Replay(Dashboard):
         except Exception as error:
             begun, self._run = self._run, None
             if begun is not None:
-                with suppress(Exception):  # The first trouble is the one to tell of.
+                with suppress(Exception):  # The first error is the one to report.
                     begun.finish(exit_code=1)
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
@@ -74,20 +74,20 @@ class Replay(Dashboard):
 
     @property
     def place(self) -> str:
-        """Where it can be seen: the address of the run, or its folder."""
+        """Address of the Weights & Biases run, or its folder."""
         return str(self._run.url) if self.mode == "online" else str(Path(self._run.dir).parent)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
+    """Run ``wandb-sync``.
 
     Raises:
-        UserError: if the run cannot be read, or Weights & Biases does not take it.
+        UserError: if the run cannot be read, or Weights & Biases refuses it.
     """
     options = _parser().parse_args(list(arguments))
     if options.run is None:
         raise UserError("wandb-sync takes a run's directory: python -m lit_diffusion wandb-sync runs/ncsn/<run id>")
-    RunLock(Path(options.run), print_note).require_free()  # What is still being written would be shown in part.
+    RunLock(Path(options.run), print_note).require_free()  # A run being written would be shown in part.
     run = read_run(Path(options.run))
     config = read_config(run.folder)
     own = config.get("wandb") if isinstance(config.get("wandb"), dict) else {}
@@ -104,10 +104,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The run's config.yaml.
+    """Read the run's config.yaml.
 
     Raises:
-        UserError: if it is not there or no configuration.
+        UserError: if it is missing or no configuration.
     """
     path = folder / "config.yaml"
     try:
@@ -121,10 +121,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def require_login(replay: Dashboard) -> None:
-    """Refuse what would stop at a question for a key.
+    """Refuse to start where wandb would ask for a key.
 
     Raises:
-        UserError: if wandb is not there, or nobody is logged in and it is to be online.
+        UserError: if wandb cannot be used, or no user is logged in for an online replay.
     """
     try:
         known = logged_in()
@@ -136,13 +136,13 @@ def require_login(replay: Dashboard) -> None:
 
 
 def replayed(run: RecordedRun, replay: Replay, run_id: str, config: dict[str, Any]) -> str:
-    """Show all events in their order.
+    """Replay all events in their order.
 
     Returns:
-        What was shown, and where.
+        Text on what was replayed, and where it is.
 
     Raises:
-        UserError: if Weights & Biases does not take it.
+        UserError: if Weights & Biases refuses it.
     """
     folder = run.folder / "wandb-sync"
     try:
@@ -156,7 +156,7 @@ def replayed(run: RecordedRun, replay: Replay, run_id: str, config: dict[str, An
         values = {key: value for key, value in event.items() if key not in ("event", "step", "images", "time")}
         clock.steps = int(event.get("step") or 0)
         if event["event"] == "test" and "protocol" not in event:
-            values["images"] = event["images"]  # Those it measured, not those that the model has seen.
+            values["images"] = event["images"]  # Images measured, not images seen.
         else:
             clock.images = event["images"]
         replay.time = float(event["time"])
@@ -182,7 +182,7 @@ def replayed(run: RecordedRun, replay: Replay, run_id: str, config: dict[str, An
 
 
 def _picture(folder: Path, event: Event) -> np.ndarray | None:
-    """A recorded picture, uint8 ``[H, W, C]``; None where the file is not there or no PNG."""
+    """Read a recorded picture, uint8 ``[H, W, C]``; None where the file is missing or no PNG."""
     png = recorded_png(folder, event.get("file"))
     if png is None:
         return None

@@ -1,1 +1,1 @@
-"""Configurations as they are read: YAML, the parser, and one plain sentence for each mistake."""
+"""Reading configurations: YAML, the parser, and one plain sentence for each mistake."""

@@ -24,49 +24,49 @@ OFF = {
     "eval": "--eval.every_n_images null --eval.every_n_steps null evaluates nothing while training, --eval.metrics "
     "'[]' nothing at all",
     "samples": "--samples.count 0 draws none",
-    "noise_levels": "--noise_levels.levels 0 draws none",
+    "noise_levels": "--noise_levels.num_levels 0 draws none",
     "likelihood": "--likelihood.metrics '[]' measures none",
     "ema": "--ema.half_lives_images null --ema.half_lives_steps null keeps no average",
     "telemetry": "--telemetry.every_n_images null --telemetry.every_n_steps null records none",
     "checkpoint": "--checkpoint.every_n_images null --checkpoint.every_n_steps null writes one at the end only",
     "wandb": "--wandb.mode disabled leaves it out",
 }
-"""How what a group of keys configures is switched off."""
+"""Advice on switching off what a group of keys configures."""
 
 
 class Refusal(NamedTuple):
-    """What is wrong with a key.
+    """A mistake in a key.
 
     Attributes:
-        key: dotted, as seen by the parser; empty for the whole.
-        words: what is said; ``<key>`` stands for the key, ``<key.>`` for the key and a dot.
+        key: the dotted key, as seen by the parser; empty for the whole.
+        words: the message; ``<key>`` stands for the key, ``<key.>`` for the key and a dot.
     """
 
     key: str
     words: str
 
     def sentence(self) -> str:
-        """The words with the key in them."""
+        """The message with the key filled in."""
         dotted = f"{self.key}." if self.key else ""
         return self.words.replace("<key.>", dotted).replace("<key>", self.key)
 
     def packed(self) -> str:
-        """In one word, which jsonargparse neither breaks nor abridges."""
+        """Encode it as one word, which jsonargparse neither breaks nor abridges."""
         return f"\x02{quote(json.dumps(self))}\x03"
 
     @classmethod
     def unpack(cls, message: str) -> Refusal | None:
-        """The deepest of those that a message holds."""
+        """Decode the refusal with the deepest key in a message; None where there is none."""
         found = [cls(*json.loads(unquote(text))) for text in re.findall("\x02(.*?)\x03", message)]
         return max(found, key=lambda refusal: refusal.key.count("."), default=None)
 
     def below(self, key: str) -> Refusal:
-        """The same, seen from the parser around."""
+        """The same refusal with the key that the enclosing parser knows."""
         return self._replace(key=".".join(part for part in (key, self.key) if part))
 
 
 def explain(parser: Parser, message: str) -> Refusal:
-    """What a report of jsonargparse comes down to: the key, the value, what the key takes, the fix."""
+    """Translate a report of jsonargparse: the key, the value, what the key takes, the fix."""
     named = max(re.findall(r'Parser key "([^"]+)"', message), key=len, default="")
     key = re.sub(r"(^|\.)init_args\.", r"\1", re.sub(rf"^({'|'.join(_subcommands(parser)) or '-'})\.", "", named))
     if refusal := Refusal.unpack(message):
@@ -207,7 +207,7 @@ def _wrong_value(parser: Parser, key: str, match: re.Match[str], message: str) -
 
 
 def _wrong_section(parser: Parser, key: str, value: str) -> Refusal | None:
-    """What is wrong with the mapping that is given for a class; None where it is no mapping."""
+    """Refuse a wrong mapping for a class; None where it is no mapping, or nothing is wrong."""
     try:
         section = ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -254,7 +254,7 @@ REPORTS: Mapping[str, Callable[[Parser, str, re.Match[str], str], Refusal]] = {
     r"Expected a dot import path string: (\S+)": _no_class,
     r"(?:Expected|Does not validate|Not a valid|expects|not among choices|not a valid|[Ii]nvalid)": _wrong_value,
 }
-"""What jsonargparse 4.53 reports, and what it comes down to; the first that is found counts."""
+"""Patterns of jsonargparse 4.53's reports, and the functions that translate them; the first match counts."""
 
 
 def _subcommands(parser: Parser) -> list[str]:
@@ -274,7 +274,7 @@ def _keys(parser: Parser) -> list[str]:
 
 
 def _type_of(parser: Parser, key: str) -> Any:
-    """The type of what a key takes; None where it is not known."""
+    """The type of a key's value; None where it is not known."""
     parsers: list[Any] = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -291,10 +291,10 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def class_names(bases: Collection[type]) -> list[str]:
-    """The classes that can be named where one of these is taken."""
+    """Names of the classes that can be given where one of ``bases`` is taken."""
     found = dict.fromkeys(child for base in bases for child in (base, *_subclasses(base)))
     names = [child.__name__ for child in found if _is_public(child)]
-    # A base that is no abstract class is not what anybody means, unless it is all there is.
+    # A base class is hardly meant, unless it is the only one.
     return sorted({*names} - {base.__name__ for base in bases}) or sorted({*names})
 
 
@@ -305,7 +305,7 @@ def _is_public(child: type) -> bool:
 
 
 def _families() -> dict[str, type]:
-    """The base class of what each key of ``fit`` names."""
+    """Base classes by the keys of ``fit`` that name a class."""
     from lit_diffusion.backbones.base import Backbone
     from lit_diffusion.data.source import Source
     from lit_diffusion.methods.base import Method
@@ -334,7 +334,7 @@ def _known_elsewhere(parser: Parser) -> list[str]:
 
 
 def _owners(owner: type, key: str) -> str:
-    """Which relatives of a class have a key."""
+    """Text naming the relatives of a class that have a key; empty where there are none."""
     family = [base for base in owner.__mro__ if base.__module__.startswith("lit_diffusion.")]
     relatives = [child for child in _subclasses(family[-1]) if _is_public(child)] if family else []
     name = key.partition(".")[0]
@@ -343,7 +343,7 @@ def _owners(owner: type, key: str) -> str:
 
 
 def _guess(typed: str, own: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    """The key that may have been meant: one of this name further inside, or one that is written nearly so."""
+    """Text asking for the key that may have been meant: the same name further inside, or one spelled nearly so."""
     inside = [key for key in (*own, *elsewhere) if key.endswith(f".{typed}")]
     own, elsewhere = ([key for key in keys if not typed.startswith(f"{key}.")] for keys in (own, elsewhere))
     near = inside[0] if inside else (nearest(typed, own) or nearest(typed, elsewhere))
@@ -360,7 +360,7 @@ _UNIONS = (Union, UnionType)
 
 
 def takes_of(hint: Any) -> str:
-    """What a key of this type takes, in words."""
+    """Description of the values that a key of this type takes."""
     if get_origin(hint) in _UNIONS:
         members = [member for member in get_args(hint) if not _is_other(member, hint)]
         said = list(dict.fromkeys(takes_of(member) for member in members if member is not NoneType))
@@ -385,7 +385,7 @@ def takes_of(hint: Any) -> str:
 
 
 def _one_of(names: Sequence[str]) -> str:
-    """Of a few all, of many the first and how many there are."""
+    """List a few names in full, of many the first ones and their number."""
     return f"one of {', '.join(names if len(names) < 15 else [*names[:3], f'... ({len(names)} classes)'])}"
 
 
@@ -396,13 +396,13 @@ def _of_many(hint: Any) -> str:
 
 
 def _is_other(member: Any, union: Any) -> bool:
-    """Whether a member of a union is a class that nobody can write, as a tensor beside a number."""
+    """True for a member of a union that YAML cannot express, such as a tensor beside a number."""
     simple = any(each in _WORDS for each in get_args(union) if each is not NoneType)
     return simple and inspect.isclass(member) and member not in _WORDS and not class_names([member])
 
 
 def _classes(hint: Any) -> list[type]:
-    """The classes in a type, or that a callable in it makes."""
+    """The classes in a type, and those that a callable in it returns."""
     if get_origin(hint) in (*_UNIONS, list, tuple, Sequence, Iterable):
         return [found for member in get_args(hint) for found in _classes(member)]
     if get_origin(hint) is Callable and get_args(hint):

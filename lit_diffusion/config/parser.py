@@ -1,9 +1,8 @@
 """The command line's parser: jsonargparse, with one plain sentence for each mistake.
 
-A class in a configuration has a parser of its own, and a mistake inside of it passes through all parsers around. The
-innermost knows most: which class it is, which keys it has, what each takes. It makes a
-:class:`~lit_diffusion.config.messages.Refusal`, and those around it put the key by which they know it in front of its
-own.
+A class in a configuration has a parser of its own, and a mistake inside of it passes through all enclosing parsers. The
+innermost knows most: the class, its keys, and their types. It makes a
+:class:`~lit_diffusion.config.messages.Refusal`, and each enclosing parser puts its own key in front.
 """
 
 from __future__ import annotations
@@ -20,29 +19,33 @@ from lit_diffusion.errors import UserError
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong in one line, and imports nothing from packages that are not allowed."""
+    """Parser that explains a mistake in one line, and imports nothing from packages that are not allowed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         allow_packages()
-        # A key is given by its name: one that is cut short would count without being where its name is looked for.
+        # An abbreviated key would count, but not be found where this project looks for its full name.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.of_class: type | None = None
-        """The class whose arguments these are, where it is the parser of a class in a configuration."""
+        """The class whose arguments it parses, None for the parser of a command."""
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; remembers the class."""
+        """Add a class's arguments as jsonargparse does, and remember the class."""
         if nested_key is None and not self.exit_on_error:
             self.of_class = theclass
         return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
 
     def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, which takes null and numbers for a group of keys and then leaves them out in silence."""
+        """Refuse null and numbers for a group of keys, which jsonargparse accepts and silently ignores."""
         if type(action).__name__ == "_ActionConfigLoad" and not isinstance(value, (str, Mapping, Namespace)):
             raise TypeError(f"Parser key \"{key}\": Unable to load config '{'null' if value is None else value}'")
         return super()._check_value_key(action, value, key, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what the command line prints as one line."""
+        """Raise the explained mistake.
+
+        Raises:
+            UserError: with the one line that the command line prints.
+        """
         refusal = explain(self, message)
         if not self.exit_on_error:  # The parser of a class inside a configuration.
             super().error(refusal.packed(), ex)  # Which raises.
@@ -51,7 +54,7 @@ class Parser(ArgumentParser):
 
 @contextmanager
 def users_own_errors() -> Iterator[None]:
-    """Let a constructor's own UserError through where jsonargparse wraps it in one of its types."""
+    """Context that raises a constructor's own UserError where jsonargparse has wrapped it."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Which packages a configuration may name: importing a module runs it."""
+"""Packages that a configuration may name, since importing a module runs it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jsonargparse import set_parsing_settings
 from lit_diffusion.errors import UserError
 
 ALLOWED = ("lit_diffusion", "torch.optim", "lightning.pytorch")
-"""Packages whose classes a configuration may name, and a checkpoint's, which may be a stranger's: importing a module
-runs it. Each value must also be a class of the kind that its key takes."""
+"""Packages whose classes may be named by a configuration, or by a checkpoint's, which may be a stranger's. Each value
+must also be a class of the kind that its key takes."""
 
 ALLOW = "LIT_DIFFUSION_ALLOW"
-"""Variable of the environment with further packages, separated by commas."""
+"""Environment variable with further packages, separated by commas."""
 
 
 def allow_packages() -> None:
@@ -29,5 +29,5 @@ def allow_packages() -> None:
 
 
 def allowed_packages() -> list[str]:
-    """The names of all packages that a configuration may name."""
+    """Names of all packages that a configuration may name."""
     return [*ALLOWED, *(name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip())]

@@ -1,7 +1,7 @@
-"""YAML as this project reads it, in one loader for every file and value.
+"""The YAML loader for every file and value.
 
-It differs from PyYAML's in three ways. A key that is given twice is an error, where PyYAML lets the last one win in
-silence (YAML 1.2.2, section 3.2.1.3, forbids it); merge keys (``<<``) may be overridden as always. Numbers are those of
+It differs from PyYAML's in three ways. A key that is given twice is an error, where PyYAML silently takes the last one
+(YAML 1.2.2, section 3.2.1.3, forbids it); merge keys (``<<``) may be overridden as always. Numbers are those of
 YAML 1.2: ``1e-4`` is a number and not text. And ``1e5`` is the whole number 100000, which is what people type for a
 number of images; where a key takes any number it is the same.
 """
@@ -23,10 +23,10 @@ _EXPONENT = re.compile(r"([-+]?[0-9][0-9_]*)(\.[0-9_]*)?[eE]\+?([0-9]+)")
 
 
 class Loader(loaders.get_yaml_default_loader()):  # type: ignore[misc]  # a class made by a function
-    """jsonargparse's loader, which refuses a key that is given twice."""
+    """jsonargparse's loader, but with duplicate keys refused."""
 
     def construct_document(self, node: yaml.Node) -> Any:
-        """The document's value.
+        """Construct the document's value.
 
         Raises:
             UserError: if a key is given twice, nested or with dots.
@@ -41,7 +41,7 @@ def _number(loader: Any, node: yaml.ScalarNode) -> int | float:
 
 
 def _whole(text: str) -> int | None:
-    """The whole number that ``1e5`` or ``1.5e3`` says, None for any other text."""
+    """The whole number that ``1e5`` or ``1.5e3`` stands for, None for any other text."""
     match = _EXPONENT.fullmatch(text.strip())
     if match is None or not 0 < int(match[3]) < 300 or not float(text).is_integer():
         return None
@@ -52,7 +52,7 @@ Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def _require_unique(node: yaml.Node, path: str, seen: dict[str, int], above: tuple[int, ...]) -> None:
-    if id(node) in above:  # An anchor inside of itself.
+    if id(node) in above:  # An anchor inside itself.
         return
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -75,7 +75,7 @@ def _require_unique(node: yaml.Node, path: str, seen: dict[str, int], above: tup
 
 
 def being_read() -> str:
-    """The file that the parser reads now, and what names it, for the front of a message; empty where it reads none."""
+    """Start of a message naming the file that is being parsed, and the file that names it; empty outside of files."""
     names = [name for _, name in config_load_stack.get()]
     if not names:
         return ""
@@ -83,10 +83,10 @@ def being_read() -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """A file's content.
+    """Read a YAML file.
 
     Raises:
-        UserError: if it is no YAML, or has a key twice; naming the file.
+        UserError: naming the file, if it is no YAML or has a key twice.
         OSError: if it cannot be read.
     """
     try:
@@ -102,8 +102,8 @@ def _load_basic(text: str) -> Any:
     return _jsonargparse_basic(text) if whole is None else whole
 
 
-# jsonargparse reads files through the loader that this variable names, whatever the parser's mode, and words of the
+# jsonargparse reads files through the loader that this variable names, whatever the parser's mode, and values on the
 # command line through this function first. tests/config/test_yaml_files.py reads both ways.
-loaders.yaml_default_loader = Loader  # type: ignore[assignment]  # which declares what it starts with: None
+loaders.yaml_default_loader = Loader  # type: ignore[assignment]  # declared as None
 _jsonargparse_basic = loaders.load_basic
 loaders.load_basic = _load_basic

@@ -1,1 +1,1 @@
-"""Plots: axes, figures of points and curves, and the panels of a run."""
+"""Figures of points, fields and curves, and the panels of a run."""

@@ -1,4 +1,4 @@
-"""Figures: scatter plots, score fields, lines, curves, bars. Matplotlib without a display, imported when used."""
+"""Scatter plots, score fields, lines, curves and bars by Matplotlib, without a display, imported when used."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CYCLES = {
 
 @contextmanager
 def theme(name: str) -> Iterator[None]:
-    """Draw for a ``light`` or a ``dark`` page."""
+    """Context with the colors of a ``light`` or a ``dark`` page."""
     from cycler import cycler
     from matplotlib import rc_context
 
@@ -52,7 +52,7 @@ def theme(name: str) -> Iterator[None]:
 
 
 def new_figure(rows: int, columns: int, side: float = 3.4) -> tuple[Any, Any]:
-    """A figure and its axes ``[rows, columns]``."""
+    """Make a figure and its axes ``[rows, columns]``, each of ``side`` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,14 +63,14 @@ def new_figure(rows: int, columns: int, side: float = 3.4) -> tuple[Any, Any]:
 
 
 def render(figure: Any, dpi: int = 110) -> np.ndarray:
-    """A figure as uint8 ``[H, W, 3]``."""
+    """Render a figure to uint8 ``[H, W, 3]``."""
     figure.set_dpi(dpi)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 def points_panel(axes: Any, points: np.ndarray, title: str, limits: tuple[float, float] | None = None) -> None:
-    """A scatter plot of ``[N, 2]``, or a histogram of ``[N, 1]``."""
+    """Draw a scatter plot of ``[N, 2]``, or a histogram of ``[N, 1]``."""
     axes.set_title(title, fontsize=9)
     if points.shape[1] == 1:
         axes.hist(points[:, 0], bins=100, color="tab:blue")
@@ -83,7 +83,7 @@ def points_panel(axes: Any, points: np.ndarray, title: str, limits: tuple[float,
 
 
 def field_panel(axes: Any, grid: np.ndarray, vectors: np.ndarray, shade: np.ndarray, title: str) -> None:
-    """Arrows ``[n, n, 2]`` on a square grid of coordinates ``[n]`` over a shading ``[n, n]``."""
+    """Draw arrows ``[n, n, 2]`` on a square grid of coordinates ``[n]`` over a shading ``[n, n]``."""
     axes.pcolormesh(grid, grid, shade, cmap=SHADE, shading="gouraud")
     every = max(1, len(grid) // 20)
     thin = slice(every // 2, None, every)
@@ -102,7 +102,7 @@ def lines_panel(
     log_x: bool = False,
     log_y: bool = False,
 ) -> None:
-    """Named lines over common positions, with a mark at each."""
+    """Draw named lines over common positions, with a mark at each."""
     for name, y in lines.items():
         axes.plot(x, y, marker="o", markersize=3, label=name)
     if log_x:
@@ -125,15 +125,15 @@ def curves_panel(
     colors: str | None = None,
     faint: str | None = None,
 ) -> None:
-    """Named curves, each over positions of its own; logarithmic where they span more than a factor of 10.
+    """Draw named curves, each over its own positions; logarithmic where values span more than a factor of 10.
 
     Args:
-        axes: to draw on.
-        curves: positions and values by name; what is not finite is a gap.
-        x_label: of the positions.
-        y_label: of the values.
-        colors: a color map, for curves that have an order; None: distinct colors.
-        faint: the name of a curve that is drawn behind the others.
+        axes: axes to draw on.
+        curves: positions and values by name; a value that is not finite is a gap.
+        x_label: label of the positions.
+        y_label: label of the values.
+        colors: name of a color map, for curves that have an order; None: distinct colors.
+        faint: name of a curve that is drawn thin and pale.
     """
     from matplotlib import colormaps
 
@@ -154,7 +154,7 @@ def curves_panel(
 
 
 def counts_axis(axes: Any) -> None:
-    """Positions that are large counts, from 0, in thousands and millions: 240k."""
+    """Format an x axis of large counts, from 0, in thousands and millions: 240k."""
     from matplotlib.ticker import EngFormatter
 
     axes.set_xlim(left=0.0)
@@ -162,12 +162,12 @@ def counts_axis(axes: Any) -> None:
 
 
 def literal(text: str) -> str:
-    """Text for matplotlib that stays as it is: a ``$`` in a name begins no mathematics."""
+    """Escape a text for matplotlib: a ``$`` in a name begins no mathematics."""
     return text.replace("$", r"\$")
 
 
 def set_scale(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis for positive values that span more than a factor of 10."""
+    """Make the y axis logarithmic for positive values that span more than a factor of 10."""
     finite = np.asarray([value for value in values if np.isfinite(value)])
     if len(finite) and finite.min() > 0.0 and finite.max() > 10.0 * finite.min():
         axes.set_yscale("log")
@@ -176,7 +176,7 @@ def set_scale(axes: Any, values: Sequence[float]) -> None:
 def bars_panel(
     axes: Any, labels: Sequence[str], heights: Sequence[float], x_label: str, y_label: str, title: str
 ) -> None:
-    """A bar for each label."""
+    """Draw a bar for each label."""
     positions = range(len(labels))
     axes.bar(positions, heights)
     axes.set_xticks(positions, labels, rotation=90, fontsize=7)
@@ -186,7 +186,7 @@ def bars_panel(
 
 
 def scatter(points: np.ndarray, path: Path, title: str) -> None:
-    """A scatter plot of the first two coordinates of ``[N, D]`` as a PNG."""
+    """Save a scatter plot of the first two coordinates of ``[N, D]`` as a PNG."""
     from lit_diffusion.images import save_png
 
     figure, axes = new_figure(1, 1, side=5.0)

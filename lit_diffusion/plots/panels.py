@@ -1,4 +1,4 @@
-"""A run read back: its events as series, and the panels that show them. metrics.jsonl in, pictures out."""
+"""Panels of a run: curves of the events in metrics.jsonl, drawn as PNG."""
 
 from __future__ import annotations
 
@@ -15,27 +15,24 @@ from lit_diffusion.metrics.catalogue import CATALOGUE, metric_of, row_of
 from lit_diffusion.plots.figures import counts_axis, curves_panel, new_figure, render, theme
 from lit_diffusion.runs.events import Event, RecordedRun, number
 
-# ---- reading -----------------------------------------------------------------------------------------------------
-
-
-# ---- series ------------------------------------------------------------------------------------------------------
+# ---- curves ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Curve:
-    """Values of one key by images seen."""
+    """Values of one key, y, by images seen, x."""
 
     x: list[float] = field(default_factory=list)
     y: list[float] = field(default_factory=list)
 
     def add(self, event: Event, value: float) -> None:
-        """One more point."""
+        """Append a point."""
         self.x.append(float(event["images"]))
         self.y.append(value)
 
     @property
     def finite(self) -> list[tuple[float, float]]:
-        """Points that can be drawn."""
+        """Points with a finite value."""
         return [(x, y) for x, y in zip(self.x, self.y, strict=True) if math.isfinite(y)]
 
 
@@ -43,7 +40,7 @@ Curves = dict[str, Curve]
 
 
 def curves_by_key(events: Sequence[Event], wanted: Callable[[str], bool]) -> Curves:
-    """A curve for each key that is wanted, in order of their first appearance."""
+    """Curves of the keys that are wanted, in order of their first appearance."""
     curves: Curves = {}
     for event in events:
         for key, value in event.items():
@@ -53,7 +50,7 @@ def curves_by_key(events: Sequence[Event], wanted: Callable[[str], bool]) -> Cur
 
 
 def smoothed(curve: Curve) -> tuple[Curve, int]:
-    """An exponential average without a pull towards zero, over what is finite, and its half-life in events."""
+    """Bias-corrected exponential moving average of the finite values, and its half-life in events."""
     half_life = max(2, len(curve.x) // 40)
     keep = 0.5 ** (1.0 / half_life)
     out, total, weight = Curve(), 0.0, 0.0
@@ -66,7 +63,7 @@ def smoothed(curve: Curve) -> tuple[Curve, int]:
 
 @dataclass
 class Protocol:
-    """Evaluations that were made in the same way, the only ones that may be compared."""
+    """Evaluations with one protocol, the only ones that may be compared."""
 
     name: str
     values: dict[str, Any]
@@ -74,7 +71,7 @@ class Protocol:
 
 
 def protocols_of(evaluations: Sequence[Event]) -> list[Protocol]:
-    """The evaluations of a run by their protocol, in order of first appearance."""
+    """Group a run's evaluations by their protocol, in order of first appearance."""
     found: dict[str, Protocol] = {}
     for event in evaluations:
         values = event.get("protocol")
@@ -92,11 +89,11 @@ class Panel:
     """One picture of curves.
 
     Args:
-        name: of its file.
-        title: above it.
-        hint: what to look for.
-        curves: by their label in it.
-        draw: on axes.
+        name: stem of its file.
+        title: title above it.
+        hint: text below it on what to look for.
+        curves: curves by their label.
+        draw: function that draws them on axes.
     """
 
     name: str
@@ -106,7 +103,7 @@ class Panel:
     draw: Callable[[Any], None]
 
     def png(self, colors: Literal["light", "dark"]) -> bytes:
-        """As a file, for a light or a dark page."""
+        """Draw it as PNG bytes, for a light or a dark page."""
         with theme(colors):
             figure, axes = new_figure(1, 1)
             figure.set_size_inches(4.5, 2.9)
@@ -124,7 +121,7 @@ def panel(
     colors: str | None = None,
     faint: str | None = None,
 ) -> list[Panel]:
-    """The panel of some curves; none where there is nothing to draw."""
+    """Make a list of one panel; empty where there is nothing to draw."""
     drawn = {label: curve for label, curve in curves.items() if curve.finite}
     if not drawn:
         return []
@@ -141,7 +138,7 @@ def _draw(curves: Curves, x_label: str, y_label: str, colors: str | None, faint:
 
 
 def metric_panels(run: RecordedRun) -> list[Panel]:
-    """Evaluations: a panel of the catalogue for each extractor, a curve for each value and protocol."""
+    """Panels of evaluations: one for each extractor and panel of the catalogue, a curve for each value and protocol."""
     protocols = protocols_of(run.of("evaluation"))
     groups: dict[tuple[str, str], Curves] = {}
     for protocol in protocols:
@@ -162,7 +159,7 @@ def metric_panels(run: RecordedRun) -> list[Panel]:
 
 
 def training_panels(run: RecordedRun) -> list[Panel]:
-    """Loss, held-out loss, gradient norm, learning rate, skipped steps."""
+    """Panels of loss, held-out loss, gradient norm, learning rate and skipped steps."""
     train = curves_by_key(run.of("train"), lambda key: "@" not in key)
     panels: list[Panel] = []
     if "loss" in train:
@@ -177,7 +174,7 @@ def training_panels(run: RecordedRun) -> list[Panel]:
     panels += panel(
         "held-out-loss",
         "Held-out loss",
-        "Rising while the training loss falls: the model learns its images by heart.",
+        "Rising while the training loss falls: the model memorizes its images.",
         held_out,
         "val/loss",
     )
@@ -194,7 +191,7 @@ def training_panels(run: RecordedRun) -> list[Panel]:
 
 
 def noise_level_panels(run: RecordedRun) -> list[Panel]:
-    """The training loss by time: how each part of it develops, and the whole curve at several moments."""
+    """Panels of the training loss by time t: each part of [0, 1] over the run, and whole curves at several moments."""
     pattern = re.compile(r"loss@(\d\.\d+)")
     events = run.of("train")
     by_time = {
@@ -233,7 +230,7 @@ def noise_level_panels(run: RecordedRun) -> list[Panel]:
 
 
 def _stretches(seen: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """First and last of the stretches of a training that are drawn: each twice as long as the one before."""
+    """First and last images seen of the stretches of a training that are drawn, each twice as long as the last."""
     begin = 0
     for share in (16, 8, 4, 2, 1):
         end = math.ceil(len(seen) / share)
@@ -243,7 +240,7 @@ def _stretches(seen: Sequence[float]) -> Iterator[tuple[float, float]]:
 
 
 def speed_panels(run: RecordedRun) -> list[Panel]:
-    """Throughput, and what the evaluations cost."""
+    """Panels of throughput, and of the evaluations' time."""
     throughput = curves_by_key(run.of("train"), lambda key: key == "images_per_second")
     seconds = curves_by_key(run.of("evaluation"), lambda key: key == "seconds")
     hint = "A drop is another program on the machine, or data that arrive too slowly."
@@ -254,6 +251,6 @@ def speed_panels(run: RecordedRun) -> list[Panel]:
 
 
 def other_panels(run: RecordedRun) -> list[Panel]:
-    """What callbacks of the user's log through Lightning."""
+    """Panels of values that the user's callbacks log through Lightning."""
     mine = curves_by_key(run.of("metrics"), lambda key: key != "val/loss" and not key.startswith("test/"))
     return [each for key, curve in mine.items() for each in panel(f"metrics-{key}", key, "", {key: curve}, key)]

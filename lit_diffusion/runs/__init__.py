@@ -1,1 +1,1 @@
-"""What a run's directory holds."""
+"""A run's directory: lock, events, configuration, best checkpoints, dashboard."""

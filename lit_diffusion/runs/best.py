@@ -1,4 +1,4 @@
-"""The best checkpoints of a run: a list beside them says which they are, best first.
+"""The best checkpoints of a run, in a list beside them, best first.
 
 The list is the truth: a checkpoint is written before it is listed, and removed only once it is off the list.
 """
@@ -14,13 +14,13 @@ from lit_diffusion.metrics.catalogue import CATALOGUE, is_better
 from lit_diffusion.runs.console import print_note
 
 BEST = "best.json"
-"""Lists the best checkpoints, best first: file, metric, value, images."""
+"""File name of the list of the best checkpoints, best first: file, metric, value, images."""
 
 Entry = dict[str, Any]
 
 
 def read_best(folder: Path) -> list[Entry]:
-    """The best checkpoints that a folder lists; none where there is no list."""
+    """Read the list of a folder's best checkpoints; empty where there is no list."""
     path = folder / BEST
     if not path.is_file():
         return []
@@ -34,27 +34,27 @@ def read_best(folder: Path) -> list[Entry]:
 
 
 def best_name(key: str, value: float, images: int) -> str:
-    """The file of a checkpoint that is among the best."""
+    """File name of a checkpoint that is among the best."""
     return f"best-{images:010d}-{key.replace('/', '-')}-{value:.4g}.ckpt"
 
 
 def is_among_best(listed: list[Entry], metric: str, key: str, value: float, images: int, keep: int) -> bool:
-    """Whether a checkpoint belongs on the list.
+    """True where a checkpoint belongs on the list.
 
     Args:
-        listed: as :func:`read_best` finds them.
-        metric: of the catalogue.
+        listed: the list, from :func:`read_best`.
+        metric: name of the metric in the catalogue.
         key: the value's name; only values of one name are compared.
-        value: of the checkpoint.
-        images: seen when it was made; an earlier entry of the same moment does not count.
-        keep: how many stay.
+        value: the checkpoint's value.
+        images: images seen at the checkpoint; an earlier entry with the same number does not count.
+        keep: number of checkpoints kept.
     """
     others = [entry for entry in listed if entry["metric"] == key and entry["images"] != images]
     return is_better(metric, value, others[keep - 1]["value"] if len(others) >= keep else None)
 
 
 def list_best(folder: Path, listed: list[Entry], metric: str, key: str, value: float, images: int, keep: int) -> None:
-    """Put a checkpoint that was written as :func:`best_name` on the list; what falls off it is removed.
+    """Put a checkpoint that was written as :func:`best_name` on the list; remove the files that fall off it.
 
     Values of other names stay, with their checkpoints. The arguments are those of :func:`is_among_best`.
     """

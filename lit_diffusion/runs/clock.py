@@ -1,4 +1,4 @@
-"""The clock of a run: images seen. Steps, warm-ups, half-lives and cadences are read off it."""
+"""The clock of a run, images seen, from which steps, warm-ups, half-lives and cadences follow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lit_diffusion.errors import UserError
 
 @dataclass
 class Clock:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        images: training images seen by all processes together, a skipped batch included.
-        steps: optimizer steps asked for, a skipped one included.
-        batch: images of one step over all processes; set when training starts.
+        images: training images seen by all processes together, skipped batches included.
+        steps: optimizer steps, skipped ones included.
+        batch: images per step over all processes; set when training starts.
     """
 
     images: int = 0
@@ -22,24 +22,24 @@ class Clock:
     batch: int = 1
 
     def tick(self) -> None:
-        """One step is done."""
+        """Count one step."""
         self.images += self.batch
         self.steps += 1
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often something happens, in images seen or in steps; with both, when either is due; with neither, never."""
+    """Interval in images seen or in steps; with both, due when either is; with neither, never due."""
 
     images: int | None = None
     steps: int | None = None
 
     @classmethod
     def of(cls, owner: str, images: int | None, steps: int | None) -> Cadence:
-        """Checked.
+        """Make a cadence from the keys of ``owner``.
 
         Raises:
-            UserError: if a number is not positive.
+            UserError: for an interval that is not positive.
         """
         for key, value in (("every_n_images", images), ("every_n_steps", steps)):
             if value is not None and value < 1:
@@ -47,7 +47,7 @@ class Cadence:
         return cls(images, steps)
 
     def due(self, clock: Clock) -> bool:
-        """Whether it is due after the step that the clock just counted."""
+        """True where it is due after the step that the clock just counted."""
         by_images = (
             self.images is not None and clock.images // self.images > (clock.images - clock.batch) // self.images
         )
@@ -55,7 +55,7 @@ class Cadence:
 
 
 def in_images(owner: str, key: str, images: int | None, steps: int | None, batch: int) -> int:
-    """A length that the YAML gives as ``<key>_images`` or ``<key>_steps``, in images; 0 when neither is given.
+    """Convert a length given as ``<key>_images`` or ``<key>_steps`` to images; 0 when neither is given.
 
     Raises:
         UserError: if both are given or one is negative.

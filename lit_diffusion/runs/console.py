@@ -1,4 +1,4 @@
-"""What a run says to the person at the terminal."""
+"""Lines that a run prints to the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lit_diffusion.failures import is_first_process
 
 
 def print_note(line: str) -> None:
-    """One line for the person at the terminal, outside the progress bar; of several processes the first says it."""
+    """Print one line to the terminal, outside the progress bar; of several processes only the first prints."""
     from tqdm import tqdm
 
     if not is_first_process():

@@ -16,22 +16,22 @@ from lit_diffusion.runs.clock import Clock
 from lit_diffusion.runs.console import print_note
 
 SETTINGS = frozenset({"seed", "rtol", "atol", "t_min", "steps", "sampled"})
-"""Numbers of an event that say how something was measured, not what was found: no curves."""
+"""Keys of an event that are settings of a measurement, not its results: no curves."""
 
 
 class Dashboard:
-    """Weights & Biases, as a view of the run: absent or in trouble, it changes nothing else.
+    """Weights & Biases as a view of the run; if it is absent or fails, nothing else changes.
 
     Args:
         mode: ``auto``: online when you are logged in, offline otherwise; ``online``; ``offline``; ``disabled``: wandb
             is not even imported.
-        project: of the dashboard.
+        project: name of the Weights & Biases project.
         entity: user or team that owns the project, null for your default.
         tags: words to find the run by.
     """
 
     resume: Literal["allow", "never"] = "allow"
-    """What wandb does where it has a run of this id already."""
+    """wandb's behavior where it has a run of this id already."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class Dashboard:
         self.entity = entity
         self.tags = tags
         self.on_trouble: Callable[[], None] = lambda: None
-        """Called when the view is lost; a run counts it."""
+        """Callback for a view that is lost; a run counts it."""
         self._run: Any = None
         self._defined: set[str] = set()
 
     def resolved_mode(self) -> str:
-        """``online``, ``offline`` or ``disabled``; the variable WANDB_MODE settles ``auto``."""
+        """``online``, ``offline`` or ``disabled``; ``auto`` follows the variable WANDB_MODE, then the login."""
         if self.mode != "auto":
             return self.mode
         chosen = os.environ.get("WANDB_MODE")
@@ -60,17 +60,17 @@ class Dashboard:
 
     @contextmanager
     def _trouble_is_a_note(self) -> Iterator[None]:
-        """Whatever wandb or its service does, or where it is not installed: the run goes on without this view."""
+        """Context in which any failure of wandb, or its absence, drops the view and lets the run go on."""
         try:
             yield
         except Exception as error:
             print_note(f"Weights & Biases is off: {(str(error) or type(error).__name__).splitlines()[0]}")
             self._run = None
-            if not isinstance(error, ModuleNotFoundError):  # Absent is one of the three ways to have it.
+            if not isinstance(error, ModuleNotFoundError):  # Not installed is a choice.
                 self.on_trouble()
 
     def open(self, run_id: str, run_dir: Path, experiment: str, config: dict[str, Any]) -> None:
-        """Start the view of a run."""
+        """Open the view of a run."""
         with self._trouble_is_a_note():
             mode = self.resolved_mode()
             if mode == "disabled":
@@ -95,11 +95,11 @@ class Dashboard:
             self._defined.clear()
 
     def log(self, event: str, values: Mapping[str, Any], clock: Clock) -> None:
-        """One event, its numbers in the section of its name."""
+        """Show an event's numbers, in the section of its name."""
         self._send(dashboard_values(event, values), clock)
 
     def picture(self, name: str, picture: np.ndarray, caption: str, clock: Clock) -> None:
-        """One picture, uint8 ``[H, W, C]``."""
+        """Show a picture, uint8 ``[H, W, C]``."""
         if self._run is not None:
             with self._trouble_is_a_note():
                 import wandb
@@ -111,7 +111,7 @@ class Dashboard:
         if self._run is None or not values:
             return
         with self._trouble_is_a_note():
-            # By its whole name: which of several patterns that fit a key counts, wandb leaves open.
+            # By its whole name: wandb leaves open which of several matching patterns counts.
             for key in values.keys() - self._defined:
                 if best := better(key.removeprefix("evaluation/")):
                     self._run.define_metric(key, step_metric="images", summary=f"last,{best}")
@@ -119,7 +119,7 @@ class Dashboard:
             self._run.log({**values, "images": clock.images, "trainer/global_step": clock.steps})
 
     def close(self, failed: bool) -> None:
-        """Say whether it ended well."""
+        """Close the view, with the run's exit status."""
         if self._run is not None:
             with self._trouble_is_a_note():
                 self._run.finish(exit_code=1 if failed else 0)
@@ -127,19 +127,19 @@ class Dashboard:
 
 
 def logged_in() -> bool:
-    """Whether this machine has a key of Weights & Biases; asks no server."""
+    """True where this machine has a key of Weights & Biases; asks no server."""
     import wandb
 
     return bool(wandb.api.api_key)
 
 
 def dashboard_values(event: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dashboard shows of an event, as docs/dashboard.md says: numbers, and the protocol as JSON.
+    """The values of an event that a dashboard shows (docs/dashboard.md): numbers, and the protocol as JSON.
 
-    The part of a key before its first slash is the panel's section. What modules log through Lightning, event
-    ``metrics``, brings its own (``val/loss``).
+    The part of a key before its first slash is the panel's section. Values that modules log through Lightning, event
+    ``metrics``, bring their own section (``val/loss``).
     """
-    if event in ("start", "end", "picture"):  # pictures are shown themselves
+    if event in ("start", "end", "picture"):  # Pictures are shown by picture().
         return {}
     section = "" if event == "metrics" else f"{event}/"
     shown: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The events of a run, metrics.jsonl: read back, and set right where a run is continued."""
+"""The events of a run, metrics.jsonl: read back, and cut back where a run is continued."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run's directory holds, as far as it is whole.
+    """The events of a run's directory.
 
     Args:
-        folder: of the run.
-        events: in their order.
-        torn: lines of metrics.jsonl that are no whole event, as a kill leaves them.
+        folder: the run's directory.
+        events: its whole events, in their order.
+        torn: number of lines of metrics.jsonl that are no whole event, as a kill leaves them.
     """
 
     folder: Path
@@ -33,13 +33,13 @@ class RecordedRun:
     torn: int
 
     def of(self, *kinds: str) -> list[Event]:
-        """The events of some kinds."""
+        """Events of the given kinds."""
         return [event for event in self.events if event["event"] in kinds]
 
     @property
     def images(self) -> int:
-        """Images seen."""
-        # A test's `images` are those it measured.
+        """Number of images seen."""
+        # A test's `images` are the measured ones.
         return max((event["images"] for event in self.events if event["event"] != "test"), default=0)
 
 
@@ -80,7 +80,7 @@ def _event(line: str) -> Event | None:
 
 
 def recorded_png(folder: Path, name: object) -> bytes | None:
-    """A picture of the run's own samples folder; a name that leads out of it is not followed."""
+    """A picture in the run's samples folder as PNG bytes; None if it is missing, no PNG, or outside of that folder."""
     from PIL import Image
 
     try:
@@ -90,7 +90,7 @@ def recorded_png(folder: Path, name: object) -> bytes | None:
         png = path.read_bytes()
         with Image.open(path, formats=("PNG",)) as picture:
             picture.verify()
-    except (OSError, ValueError, SyntaxError):  # The last is what Pillow says of a broken PNG.
+    except (OSError, ValueError, SyntaxError):  # Pillow raises the last for a broken PNG.
         return None
     return png
 
@@ -106,7 +106,7 @@ def number(value: object) -> float | None:
 
 
 def _failed_before(path: Path) -> list[str]:
-    """What failed, once for each time, by the events of a run that is continued."""
+    """Names of what failed, one for each time, from the events of a run that is continued."""
     if not path.exists():
         return []
     names = []
@@ -118,10 +118,10 @@ def _failed_before(path: Path) -> list[str]:
 
 
 def require_known_events(run_dir: Path) -> None:
-    """Refuse to continue a run whose events are not there or of another format.
+    """Refuse to continue a run whose events are missing or of another format.
 
     Raises:
-        UserError: saying which.
+        UserError: naming the file.
     """
     path = run_dir / "metrics.jsonl"
     try:
@@ -141,16 +141,16 @@ def drop_lost_events(run_dir: Path, images_seen: int, again: Collection[str] = (
     Of several processes, which are not connected yet, only the first does it.
 
     Args:
-        run_dir: of the run that is continued.
-        images_seen: by the checkpoint; -1 where there is none, so that all events are made again.
-        again: events, and names of pictures, of the checkpoint's own moment that were written after it, if they were:
-            they are made again too.
+        run_dir: directory of the run that is continued.
+        images_seen: images seen at the checkpoint; -1 where there is none, so that all events are made again.
+        again: names of events and pictures of the checkpoint's own moment that may have been written after it, and
+            are made again too.
 
     Returns:
-        How many events were moved.
+        The number of events moved.
 
     Raises:
-        UserError: if there are none, or of an unknown format; then nothing is touched.
+        UserError: if the events are missing or of an unknown format; then nothing is touched.
     """
     if not is_first_process():
         return 0

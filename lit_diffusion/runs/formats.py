@@ -1,4 +1,4 @@
-"""The version of everything a run writes: checkpoints, config.yaml and metrics.jsonl."""
+"""Format version of everything a run writes: checkpoints, config.yaml and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lit_diffusion.errors import UserError
 
 FORMAT_VERSION = 1
 CHECKPOINT_KEY = "lit_diffusion"
-"""Under which a checkpoint holds what is ours."""
+"""Key of this project's own entries in a checkpoint."""
 
 
 def require_known_format(version: object, what: str) -> None:

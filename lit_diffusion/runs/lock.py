@@ -1,14 +1,13 @@
 """One writer a run: ``RUN/lock`` names the process that writes into a run's directory, and no other may.
 
-The file is made by what every shared file system does for one process only (link(2), or O_EXCL where there are no hard
-links; no flock, which NFS may not pass on). While the process lives, a thread renews the file's time every
-:data:`BEAT` seconds: no block of a full disk is needed for it, no random number is drawn, and it takes no part in
-what is computed.
+The file is made by an operation that every shared file system grants to one process only (link(2), or O_EXCL where
+there are no hard links; no flock, which NFS may not pass on). While the process lives, a thread renews the file's time
+every :data:`BEAT` seconds, which needs no block of a full disk, draws no random number and computes nothing.
 
-Whether a holder is dead is decided
+A holder counts as dead
 
-- on one machine by its process: gone, a zombie, or another one that got its number, which its start time tells. Of a
-  process in another container or before a reboot nothing can be said this way: pid namespace and boot id must agree;
+- on one machine by its process: gone, a zombie, or another process with its number and another start time. This says
+  nothing of a process in another container or before a reboot: pid namespace and boot id must agree;
 - otherwise by its sign of life: a time that did not change while this process watched for :data:`SILENCE` seconds.
   The clocks of two machines are never compared.
 
@@ -39,13 +38,13 @@ from lit_diffusion import interrupts
 from lit_diffusion.errors import UserError
 
 LOCK = "lock"
-"""The file's name in a run's directory."""
+"""Name of the lock file in a run's directory."""
 
 BEAT = 15.0
-"""Seconds between two signs of life."""
+"""Seconds between two renewals of the file's time, the signs of life."""
 
 SILENCE = 90.0
-"""Seconds without a sign of life after which a holder that cannot be seen is dead."""
+"""Seconds without a sign of life after which a holder whose process cannot be seen counts as dead."""
 
 PROC = Path("/proc")
 
@@ -54,7 +53,7 @@ PROC = Path("/proc")
 
 
 class Place(NamedTuple):
-    """Where process numbers mean the same: machine, boot and pid namespace; None where the system does not tell."""
+    """Scope of process numbers: machine, boot and pid namespace; None where the system does not show it."""
 
     host: str
     boot: str | None
@@ -62,7 +61,7 @@ class Place(NamedTuple):
 
 
 def this_place() -> Place:
-    """Of this process."""
+    """The scope of this process's number."""
     boot = namespace = None
     with suppress(OSError):
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
@@ -72,16 +71,16 @@ def this_place() -> Place:
 
 
 def started(pid: int) -> str | None:
-    """When a process of this place started, in whatever the system counts; empty where it exists and does not show it.
+    """Start time of a process of this place, in the system's own unit; empty where it exists and does not show it.
 
-    None: there is none of this number, or only a zombie, which writes nothing any more.
+    None: there is no process of this number, or only a zombie, which writes nothing any more.
     """
     hidden = False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # Somebody else's, which /proc may be told to hide.
+    except PermissionError:  # Another user's, which /proc may hide.
         hidden = True
     if not (PROC / "self/stat").exists():  # macOS
         return _started_by_ps(pid)
@@ -105,24 +104,24 @@ def _started_by_ps(pid: int) -> str | None:
 
 @cache
 def _started_here(pid: int) -> str | None:
-    """Of this process, asked once: it does not change."""
+    """Start time of this process, cached: it does not change."""
     return started(pid)
 
 
-# ---- what a lock says --------------------------------------------------------------------------------------------
+# ---- the content of a lock ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
         token: random, so that no two locks are equal.
-        place: where ``pid`` means something.
-        pid: of the process.
-        started: when it started, see :func:`started`.
-        since: the time by its own clock, for a reader.
-        command: that it runs.
+        place: scope of ``pid``.
+        pid: the process's number.
+        started: its start time, see :func:`started`.
+        since: time of the lock by the process's own clock, for a reader.
+        command: the command that it runs.
     """
 
     token: str
@@ -133,16 +132,16 @@ class Holder:
     command: str
 
     def __str__(self) -> str:
-        """In a sentence."""
+        """The holder as a part of a sentence."""
         return f"process {self.pid} on {self.place.host} since {self.since} ({self.command})"
 
     def to_json(self) -> bytes:
-        """For the file."""
+        """Content of the lock file."""
         return f"{json.dumps({**asdict(self), 'place': self.place._asdict()}, indent=1)}\n".encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Holder | None:
-        """Of a file's content; None where a crash or a full disk has left no whole one."""
+        """Parse a lock file's content; None where a crash or a full disk has left no whole one."""
         try:
             found = json.loads(content)
             holder = cls(**{**found, "place": Place(**found["place"])})
@@ -151,11 +150,11 @@ class Holder:
         return holder if isinstance(holder.pid, int) and holder.pid > 0 else None
 
     def is_this_process(self) -> bool:
-        """Whether the lock was taken here, perhaps by another object."""
+        """True where the lock was taken by this process, perhaps by another object."""
         return self.pid == os.getpid() and self.place == this_place() and self.started == _started_here(self.pid)
 
     def lives(self) -> bool | None:
-        """Whether its process runs; None where that cannot be seen from here."""
+        """True where its process runs, false where it does not, None where that cannot be seen from here."""
         if self.place != this_place():
             return None
         now = started(self.pid)
@@ -179,16 +178,16 @@ def _this_holder() -> Holder:
 
 
 class _Sign(NamedTuple):
-    """A lock as it was seen: what it says, and when it was last renewed."""
+    """A lock file as seen: its content, and the time of its last renewal in ns."""
 
     content: bytes
     time: int
 
 
 def _look(path: Path) -> _Sign | None:
-    """A lock; None where there is none."""
+    """Read a lock file; None where there is none."""
     try:
-        # To open a file asks a network's server how it is now; its status alone may be minutes old.
+        # Opening a file makes a network file system ask its server; the status alone may be minutes old.
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
@@ -199,14 +198,14 @@ def _look(path: Path) -> _Sign | None:
 
 
 def _make(path: Path, content: bytes) -> bool:
-    """Make a file that is whole from its first moment; whether it was made, and not there already."""
+    """Make a file that is whole from its first moment; false where it was there already."""
     temporary = path.with_name(f".{LOCK}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_bytes(content)
         try:
             os.link(temporary, path)
         except FileExistsError:
-            found = _look(path)  # A network that lost the server's answer asks again, and is told that it is there.
+            found = _look(path)  # A network that lost the server's answer asks again, and finds it.
             return found is not None and found.content == content
         except OSError:  # A file system without hard links.
             try:
@@ -222,7 +221,7 @@ def _make(path: Path, content: bytes) -> bool:
 
 
 def _heir(path: Path, content: bytes) -> Path:
-    """The file that only one process can make to succeed a dead lock of that content."""
+    """Path of the file that only one process can make, to succeed a dead lock of that content."""
     return path.with_name(f".{LOCK}.{hashlib.sha256(content).hexdigest()[:16]}")
 
 
@@ -235,8 +234,8 @@ class RunLock:
     It ends by :meth:`release`, with this object, or with the interpreter. A killed process leaves it to be taken over.
 
     Args:
-        run_dir: of the run; made if it is not there, and removed again if nothing was written into it.
-        say: tells the person at the terminal that a lock is waited for or taken over.
+        run_dir: the run's directory; made if it is not there, and removed again if nothing was written into it.
+        say: prints that a lock is waited for or taken over.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
@@ -250,24 +249,25 @@ class RunLock:
         self._held: _Held | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a process that is spawned: it takes over from its parent, see :meth:`take`."""
+        """State for a process that is spawned, which takes over from its parent, see :meth:`take`."""
         return {**self.__dict__, "_held": None}
 
     @property
     def held(self) -> bool:
-        """Whether this process took it and did not give it back."""
+        """True where this process took the lock and did not release it."""
         return self._held is not None and self._pid == os.getpid()
 
     def take(self, wait: bool = False) -> None:
-        """Take the lock, a dead holder's too; nothing happens where it is held already.
+        """Take the lock, a dead holder's too; do nothing where it is held already.
 
         A process that was forked or spawned by the holder to do its work succeeds it: it may outlive its parent.
 
         Args:
-            wait: for a holder that cannot be seen from here, until it gives a sign of life or :data:`SILENCE` is over.
+            wait: if true, wait for a holder that cannot be seen from here, until it gives a sign of life or
+                :data:`SILENCE` seconds are over.
 
         Raises:
-            UserError: if another process holds it, or the directory cannot be written; always the same after the first.
+            UserError: if another process holds it, or the directory cannot be written; repeated by later calls.
         """
         if self.held:
             return
@@ -293,7 +293,7 @@ class RunLock:
         weakref.finalize(self, self._held.release)
 
     def _taken(self, content: bytes, wait: bool) -> bool:
-        """One attempt; whether it came to an end, since another process may be at it."""
+        """Make one attempt; false where it must be repeated, since another process changed the lock meanwhile."""
         path, dead = self.path, list[tuple[Path, _Sign, str]]()
         while not _make(path, content):
             there = _look(path)
@@ -308,7 +308,7 @@ class RunLock:
             return True
         first, sign, why = dead[0]
         now = _look(first)
-        if now is None or now.content != sign.content:  # It had an heir before.
+        if now is None or now.content != sign.content:  # Another process succeeded it first.
             path.unlink(missing_ok=True)
             return False
         path.replace(first)
@@ -319,10 +319,10 @@ class RunLock:
         return True
 
     def _why_free(self, path: Path, there: _Sign, wait: bool) -> str | None:
-        """Why a lock that is there may be taken, empty where that is no news; None: it is not there any more.
+        """Reason why an existing lock may be taken, empty where there is nothing to report; None: it is gone.
 
         Raises:
-            UserError: if its holder lives, or nobody can tell.
+            UserError: if its holder lives, or may live.
         """
         holder = Holder.from_json(there.content)
         who = "somebody" if holder is None else str(holder)
@@ -353,7 +353,7 @@ class RunLock:
         return f"took over {self.given} from {who}: no sign of life for {SILENCE:.0f} s"
 
     def require_free(self) -> None:
-        """Refuse where a run is being written, after a wait where that cannot be seen at once.
+        """Refuse a run that is being written, after a wait where that cannot be seen at once.
 
         Raises:
             UserError: naming the writer.
@@ -363,9 +363,9 @@ class RunLock:
                 self._why_free(self.path, there, wait=True)
 
     def lost(self) -> str | None:
-        """Why this process may no longer write, None where it may: it was silent, and another has taken the run over.
+        """Reason why this process may no longer write (another has taken the run over); None where it may.
 
-        A lock that is not there may have been taken over and given back since: it is not made again.
+        A lock that is gone may have been taken over and released since: it is not made again.
         """
         if self._held is None or not self.held or self._held.is_there():
             return None
@@ -376,14 +376,14 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """Give it back, if it is held."""
+        """Release the lock, if it is held."""
         if self._held is not None:
             self._held.release()
             self._held = None
 
 
 def writer_of(run_dir: Path) -> str | None:
-    """Who writes into a run's directory, as far as the file says; None for nobody, or a process that is gone."""
+    """The process that writes into a run's directory, by its lock file; None if there is none, or it is gone."""
     with suppress(OSError):
         if (there := _look(Path(run_dir) / LOCK)) is not None:
             holder = Holder.from_json(there.content)
@@ -392,11 +392,11 @@ def writer_of(run_dir: Path) -> str | None:
 
 
 class _Held:
-    """A lock that is held, and the thread that says so.
+    """A lock that is held, and the thread that renews its time.
 
     Args:
-        path: of the file.
-        content: of it.
+        path: the lock file.
+        content: its content.
         made: folders that were made for it, the innermost first.
     """
 
@@ -414,7 +414,7 @@ class _Held:
                 os.utime(self.path)
 
     def is_there(self) -> bool:
-        """Whether the file is still this one; a disk in trouble says nothing of other writers."""
+        """True where the file is still this one; a failing disk says nothing of other writers."""
         try:
             there = _look(self.path)
         except OSError:
@@ -422,9 +422,9 @@ class _Held:
         return there is not None and there.content == self.content
 
     def release(self) -> None:
-        """End the beat and remove the file, and what else was made for it if that is empty."""
+        """Stop the thread and remove the file, and the folders made for it if they are empty."""
         self._ended.set()
-        if os.getpid() == self._pid and self.is_there():  # Of a forked child it is its parent's.
+        if os.getpid() == self._pid and self.is_there():  # In a forked child it is the parent's.
             with suppress(OSError):
                 self.path.unlink()
                 _remove_empty(self.made)

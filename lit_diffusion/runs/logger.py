@@ -1,4 +1,4 @@
-"""A run: the directory it owns and what it writes there. metrics.jsonl is the truth, dashboards are views of it."""
+"""The logger of a run, which owns its directory: metrics.jsonl is the record, dashboards are views of it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ RUN_DIR_FILES = ("config.yaml", "metrics.jsonl", "run_id")
 
 
 def new_run_id() -> str:
-    """The time and eight random hexadecimal digits, not from the run's seed: ``20260131-142501-9f3a01c7``."""
+    """Time and eight random hexadecimal digits, not from the run's seed: ``20260131-142501-9f3a01c7``."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON takes it; NaN and infinity, which JSON lacks, as strings."""
+    """Convert a value for JSON; NaN and infinity, which JSON lacks, become strings."""
     if isinstance(value, Tensor | np.generic):
         value = value.item()
     if isinstance(value, dict):
@@ -51,21 +51,21 @@ def _plain(value: Any) -> Any:
 
 
 class RunLogger(Logger):
-    """Owns a run's directory and writes its events.
+    """Logger that owns a run's directory and writes its events.
 
-    Process 0 chooses the id and the directory and tells the others when the Trainer has connected them, which is before
-    anything is logged.
+    Process 0 chooses the id and the directory and sends them to the others when the Trainer has connected them, which
+    is before anything is logged.
 
     Args:
         experiment: the run's family, the folder below ``root``.
         config_text: the complete resolved configuration, for config.yaml.
-        config: the same as plain types, for the dashboard.
-        run_dir: the directory; None for ``<root>/<experiment>/<run id>``.
-        root: of all runs.
+        config: the configuration as plain types, for the dashboard.
+        run_dir: the run's directory; None for ``<root>/<experiment>/<run id>``.
+        root: folder of all runs.
         dashboard: Weights & Biases or None.
-        continues: whether an existing run in ``run_dir`` is being continued from a checkpoint of its own.
-        changed: what is configured differently than in the checkpoint, by dotted key: there and now.
-        lock: of ``run_dir``, where it was taken before; else it is taken when the directory is opened.
+        continues: if true, an existing run in ``run_dir`` is continued from a checkpoint of its own.
+        changed: values configured differently than in the checkpoint, by dotted key: the checkpoint's and the new one.
+        lock: lock of ``run_dir``, if it was taken before; else it is taken when the directory is opened.
     """
 
     def __init__(
@@ -91,27 +91,27 @@ class RunLogger(Logger):
         self.continues = continues
         self.changed = changed or {}
         self.interrupted = False
-        """Whether the run ends because it was asked to stop; it can be continued."""
+        """True where the run ends because it was asked to stop; it can be continued."""
         self.failed: Counter[str] = Counter()
-        """How often each thing beside the training failed, in the whole run."""
-        self._told: set[tuple[str, str, str]] = set()
+        """Number of failures of each picture, metric and the like, in the whole run."""
+        self._reported: set[tuple[str, str, str]] = set()
         self._has_begun = False
-        """Whether anything was recorded beyond that the run started."""
+        """True once anything besides the start was recorded."""
         self._folders_made: list[Path] = []
         if dashboard is not None:
             dashboard.on_trouble = lambda: self.failed.update(["dashboard"])
         self.weights = "raw"
-        """What the model has at the moment; whoever gives it an average for a while says so here."""
+        """Name of the weights that the model has at the moment, set by code that gives it an average for a while."""
         self.wanted = run_dir
-        """The directory asked for, None for one of its own below the root."""
+        """The directory asked for, None for a new one below the root."""
         self._run_dir: Path | None = None
         self._run_id: str | None = None
 
-    # ---- what Lightning asks for -------------------------------------------------------------------------------
+    # ---- Lightning's interface ---------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """The experiment."""
+        """Name of the experiment."""
         return self.experiment_name
 
     @property
@@ -128,20 +128,20 @@ class RunLogger(Logger):
 
     @property
     def experiment(self) -> RunLogger:
-        """Itself; the Trainer asks for it once all processes are connected, and that opens the directory."""
+        """The logger itself; the Trainer reads it once all processes are connected, which opens the directory."""
         self.open()
         return self
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml has them all."""
+        """Do nothing: config.yaml has all hyperparameters."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """What modules log through Lightning, with the weights that it was measured with."""
+        """Record what modules log through Lightning, with the name of the weights it was measured with."""
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         self.record("metrics", {**values, "weights": self.weights})
 
     def finalize(self, status: str) -> None:
-        """The dashboard's end, and the last event of a fit, validate, test or predict, with the count of failures."""
+        """Close the dashboard, and record the end of a fit, validate, test or predict with its count of failures."""
         if self._run_dir is None:
             return
         try:
@@ -153,18 +153,18 @@ class RunLogger(Logger):
             if self.failed:
                 end["failed"] = dict(self.failed)
             self.record("end", end)
-            if self.lock is not None:  # What is recorded later takes it again.
+            if self.lock is not None:  # A later record takes it again.
                 self.lock.release()
 
     def withdraw(self) -> None:
-        """Leave nothing of a new run that was refused before anything happened in it: its name is free again."""
+        """Remove a new run that was refused before anything happened in it, so that its name is free again."""
         if self._run_dir is None or self._has_begun or self.continues:
             return
         directory, self._run_dir = self._run_dir, None
         if self.dashboard is not None:
             self.dashboard.close(failed=True)
         if not self._is_writer or self.lock is None or not self.lock.held or self.lock.lost() is not None:
-            return  # What is there may be another's by now.
+            return  # The files may be another process's by now.
         for name in RUN_DIR_FILES:
             (directory / name).unlink(missing_ok=True)
         for folder in self._folders_made:
@@ -181,7 +181,7 @@ class RunLogger(Logger):
         return self._run_dir
 
     def open(self) -> None:
-        """Choose id and directory on process 0, tell the others, write config.yaml and the first event."""
+        """Choose id and directory on process 0, send them to the others, write config.yaml and the first event."""
         if self._run_dir is not None:
             return
         many = dist.is_available() and dist.is_initialized()
@@ -207,7 +207,7 @@ class RunLogger(Logger):
                 self.dashboard.open(run_id, self._run_dir, self.experiment_name, self.config)
 
     def lost(self) -> str | None:
-        """Why this process, which writes for all, may no longer write; None where it may."""
+        """Reason why this process, which writes for all, may no longer write; None where it may."""
         self.open()
         assert self.lock is not None
         try:
@@ -220,7 +220,7 @@ class RunLogger(Logger):
         """Refuse to write where another process writes.
 
         Raises:
-            UserError: naming it.
+            UserError: naming that process.
         """
         if (lost := self.lost()) is not None:
             raise UserError(lost, ends_run=True)
@@ -239,7 +239,7 @@ class RunLogger(Logger):
                 f"run_dir {directory} already holds a run; choose another, or continue that one with --resume auto"
             )
         path = directory / "metrics.jsonl"
-        if self.continues and path.exists() and path.stat().st_size > 0:  # Empty if no checkpoint was written before.
+        if self.continues and path.exists() and path.stat().st_size > 0:  # Empty where a run had no checkpoint yet.
             require_known_events(directory)
         try:
             if self.continues:
@@ -254,13 +254,13 @@ class RunLogger(Logger):
         if not self.continues:
             with atomic_write(directory / "run_id") as id_file:
                 id_file.write(f"{run_id}\n".encode())
-        if not (directory / "config.yaml").exists():  # Which a kill at the very beginning may have left out.
+        if not (directory / "config.yaml").exists():  # A kill at the beginning may have left it out.
             with atomic_write(directory / "config.yaml") as config_file:
                 config_file.write(self.config_text.encode())
         return run_id, str(directory.resolve()), _failed_before(path) if self.continues else []
 
-    def settle(self, key: str, value: Any) -> None:
-        """Write a value that the run has found for itself where config.yaml said ``auto``; a dotted key."""
+    def write_resolved(self, key: str, value: Any) -> None:
+        """Write the value found for an ``auto`` of config.yaml, by its dotted key."""
         if not self._is_writer:
             return
         import yaml
@@ -301,19 +301,19 @@ class RunLogger(Logger):
             self.dashboard.log(event, plain, self.clock)
 
     def fail(self, name: str, failures: list[Failure], said: bool = False) -> None:
-        """Say, record and count that something beside the training failed: event ``failed``; all processes come.
+        """Print, record and count a failure that does not end the training: event ``failed``; a collective call.
 
-        In full the first time; where the same fails at the same place again, in short.
+        The first time in full, in short where the same fails at the same place again.
 
         Args:
-            name: of what failed.
-            failures: of the processes; the first is recorded.
-            said: whether the person at the terminal knows already.
+            name: name of what failed.
+            failures: the processes' failures; the first is recorded.
+            said: if true, it was printed already.
         """
         first = failures[0]
         key = (name, first.kind, first.place)
-        again = key in self._told
-        self._told.add(key)
+        again = key in self._reported
+        self._reported.add(key)
         self.failed[name] += 1
         if not said:
             print_note(_failed_line(name, first, self.clock, again))
@@ -323,7 +323,11 @@ class RunLogger(Logger):
         self.record("failed", values if again else {**values, "traceback": first.traceback})
 
     def picture(self, name: str, picture: np.ndarray, caption: str, values: Mapping[str, Any] | None = None) -> Path:
-        """Save a picture as ``samples/<name>-<images>.png``, record it, and show it; uint8 ``[H, W, C]``."""
+        """Save a picture, uint8 ``[H, W, C]``, as ``samples/<name>-<images>.png``, record it, and show it.
+
+        Raises:
+            TypeError: for another type.
+        """
         if picture.dtype != np.uint8:
             raise TypeError(f"picture {name} is {picture.dtype}, not uint8: wandb shows other types as black")
         path = self.run_dir / "samples" / f"{name}-{self.clock.images:010d}.png"
@@ -337,19 +341,19 @@ class RunLogger(Logger):
 
 
 def run_logger_of(trainer: Any) -> RunLogger | None:
-    """The run's own logger among a Trainer's, None in a bare Trainer."""
+    """The RunLogger among a Trainer's loggers, None where it has none."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
 @contextmanager
 def survived(trainer: Any, name: str) -> Iterator[None]:
-    """What is done beside the training, and must not end it: a failure is said, recorded and counted, and that is all.
+    """Context whose failure is printed, recorded and counted, and does not end the training.
 
-    All processes come, and a failure of one is one of all, see :mod:`lit_diffusion.failures`.
+    Collective: a failure of one process is one of all, see :mod:`lit_diffusion.failures`.
 
     Args:
-        trainer: whose run it is.
-        name: of what is done; the event ``failed`` has it.
+        trainer: the run's Trainer.
+        name: name of what is done, which the event ``failed`` records.
     """
     with Attempt() as attempt:
         yield
@@ -358,7 +362,7 @@ def survived(trainer: Any, name: str) -> Iterator[None]:
 
 
 def tell_of(trainer: Any, name: str, failures: list[Failure], said: bool = False) -> None:
-    """Say, record and count a failure that was survived, see :meth:`RunLogger.fail`; where there is no run, say it."""
+    """Print, record and count a failure, see :meth:`RunLogger.fail`; only print it where there is no run."""
     run = run_logger_of(trainer)
     if run is not None:
         run.fail(name, failures, said)

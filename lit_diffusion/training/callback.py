@@ -1,4 +1,4 @@
-"""What a callback of this package is: Lightning's, with two hooks of our own."""
+"""The base class of this package's callbacks: Lightning's, with three hooks of our own."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Callback(pl.Callback):
     """A callback of a :class:`~lit_diffusion.training.module.TrainedModule`."""
 
     writes_to_run = False
-    """Whether it writes into the run's directory: without a RunLogger there is nothing to do."""
+    """True for a callback that writes into the run's directory, and has nothing to do without a RunLogger."""
 
     def after_step(self, module: TrainedModule) -> None:
-        """Follow a step that changed the weights; no hook of Lightning's sees it before."""
+        """React to a step that changed the weights, before any hook of Lightning's sees the step."""
 
     @classmethod
     def made_again(cls, state: Mapping[str, Any], images: int) -> set[str]:
-        """Events, and names of pictures, that a continued run makes again at the moment of its checkpoint.
+        """Names of the events and pictures that a continued run makes again at the moment of its checkpoint.
 
         Args:
-            state: of the callback in that checkpoint; empty where it has none.
-            images: seen by the checkpoint.
+            state: the callback's state in that checkpoint; empty where it has none.
+            images: images seen at the checkpoint.
         """
         return set()
 
     def exclude(self, seconds: float) -> None:
-        """Do not count what was no training: drawing, evaluating."""
+        """Leave ``seconds`` spent on drawing or evaluating out of the training time."""
 
 
 def own_callbacks(trainer: pl.Trainer) -> Iterator[Callback]:
-    """Those of a Trainer's callbacks that are of this package, in their order."""
+    """The Trainer's callbacks that derive from this package's :class:`Callback`, in their order."""
     return (callback for callback in callbacks_of(trainer) if isinstance(callback, Callback))

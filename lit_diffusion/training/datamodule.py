@@ -27,11 +27,11 @@ from lit_diffusion.runs.console import print_note
 from lit_diffusion.training.trainer import Trainer
 
 SPLIT_SEED = 0
-"""The held-out images do not depend on a run's seed, so that runs can be compared on them."""
+"""Key of the split: the held-out images do not depend on a run's seed, so that runs can be compared on them."""
 
 
 PADDING_INDEX = -1
-"""The number of a row that is there so that all processes make equally many batches: nobody counts it."""
+"""Index of a padding row, which gives all processes equally many batches and enters no average."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Batch:
 
     Attributes:
         x: float32 ``[B, C, H, W]`` in the declared value range, or points ``[B, D]``.
-        index: int64 ``[B]``: which image of the run each is (its number n in training), the key of its randomness.
-        cond: what each is conditioned on, None for data without labels.
-        eps: the noise that is paired with each, ``[B, ...]`` in the space that is diffused; None: its own, keyed by its
+        index: int64 ``[B]``: each image's number n in the run, the key of its randomness.
+        cond: the condition of each image, None for data without labels.
+        eps: the noise paired with each image, ``[B, ...]`` in the space that is diffused; None: its own, keyed by its
             number.
     """
 
@@ -70,7 +70,7 @@ class Batch:
 
 
 class _Numbered(Dataset[tuple[np.ndarray, int, int]]):
-    """Items ``(number in the run, index in the source)`` to their value, label and number."""
+    """Dataset that maps items ``(number in the run, index in the source)`` to their value, label and number."""
 
     def __init__(self, source: Source, labels: np.ndarray | None) -> None:
         self.source = source
@@ -91,7 +91,7 @@ class _Numbered(Dataset[tuple[np.ndarray, int, int]]):
 
 
 MOST_CLASSES = 1_000_000
-"""More are no classes: labels that were never numbered."""
+"""Largest number of classes accepted: more mean labels that were never numbered."""
 
 
 def _labels(source: Source, key: str) -> np.ndarray | None:
@@ -120,10 +120,10 @@ def _labels(source: Source, key: str) -> np.ndarray | None:
 
 
 def _labels_as_in_training(held_out: Source, source: Source) -> np.ndarray | None:
-    """The labels of held-out data by the numbers that the classes have in training; None where either has none.
+    """The held-out labels, numbered as the training classes are; None where either source has no classes.
 
     Raises:
-        UserError: for a class that there is not in training.
+        UserError: for a class that the training data do not have.
     """
     labels = None if source.num_classes is None else _labels(held_out, "data.held_out")
     if labels is None or source.num_classes is None or held_out.num_classes is None:
@@ -151,11 +151,11 @@ class TrainingOrder(IndexSampler[list[tuple[int, int]]]):
     """Endless batches of one process: image n of the run is entry ``n mod N`` of the permutation of its epoch.
 
     Args:
-        indices: int64 ``[N]``, of the training images in their source.
-        seed: of the run.
+        indices: int64 ``[N]``, the training images' indices in their source.
+        seed: the run's seed.
         start: images seen so far.
-        batch: over all processes.
-        rank: of this process.
+        batch: global batch size, over all processes.
+        rank: this process's rank.
         world_size: number of processes.
     """
 
@@ -183,10 +183,10 @@ class TrainingOrder(IndexSampler[list[tuple[int, int]]]):
 
 
 class _Epoch(TrainingOrder):
-    """The same batches for Lightning's own Trainer, which counts in epochs: so many as hold every image, then more.
+    """The same batches for Lightning's own Trainer, which counts in epochs: as many as hold every image once.
 
     Args:
-        clock: of the run: each epoch begins at the images seen.
+        clock: the run's clock; each epoch begins at its images seen.
     """
 
     def __init__(self, clock: Clock, *arguments: Any) -> None:
@@ -205,20 +205,20 @@ class DataModule(pl.LightningDataModule):
     """Images (or points) of one source, split, ordered, flipped and normalized exactly once.
 
     Args:
-        source: where the data come from.
-        global_batch_size: images of one optimizer step over all processes together.
-        value_range: what black and white become, ``[0, 1]`` or ``[-1, 1]``; points are used as they are.
-        held_out: a source of its own for validation and test; null: a fraction of ``source``. Its classes are those of
+        source: the training data.
+        global_batch_size: images per optimizer step, over all processes together.
+        value_range: values of black and white, ``[0, 1]`` or ``[-1, 1]``; points are used as they are.
+        held_out: a separate source for validation and test; null: a fraction of ``source``. Its classes are those of
             ``source``: by their names where both have names, else by their numbers.
-        held_out_fraction: of ``source`` kept for validation and test when ``held_out`` is null; the same images for
-            every seed.
-        flip: mirror half of the training images left to right.
-        dequantize: train on grey levels with uniform noise of one level, so that values fill the range; held-out images
-            have each level's middle value.
-        micro_batch_size: the most images of one forward and backward pass in a process, the rest is accumulated; null:
-            the process's whole share.
+        held_out_fraction: fraction of ``source`` kept for validation and test when ``held_out`` is null; the same
+            images for every seed.
+        flip: if true, mirror half of the training images left to right.
+        dequantize: if true, add uniform noise of one grey level to the training images, so that values fill the range;
+            held-out images get the middle value of each grey level.
+        micro_batch_size: largest number of images per forward and backward pass in a process; gradients of the rest
+            are accumulated; null: the process's whole share.
         num_workers: processes that load images, per training process; the order is the same for any number.
-        predict_samples: how many samples ``predict`` makes.
+        predict_samples: number of samples that ``predict`` makes.
     """
 
     def __init__(
@@ -252,8 +252,8 @@ class DataModule(pl.LightningDataModule):
             )
         if (len(source.shape) == 3) != (source.num_grey_levels is not None):
             raise UserError(
-                f"data source {source.name} has shape {list(source.shape)} and levels {source.num_grey_levels}; images "
-                f"(C, H, W) have a number of grey levels, points (D,) have levels null"
+                f"data source {source.name} has shape {list(source.shape)} and num_grey_levels "
+                f"{source.num_grey_levels}; images (C, H, W) have a number of grey levels, points (D,) have none: null"
             )
         if not 0.0 <= held_out_fraction < 1.0:
             raise UserError(f"data.held_out_fraction is {held_out_fraction}; it must be at least 0 and below 1")
@@ -267,12 +267,12 @@ class DataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.predict_samples = predict_samples
         self.seed = 0
-        """Of the run; the command line sets it."""
+        """The run's seed; the command line sets it."""
         self.held_out_source = source if held_out is None else held_out
         self.labels = _labels(source, "data.source")
-        """Of the source's data, int64 ``[N]``; None without classes."""
+        """Labels of the source's data, int64 ``[N]``; None without classes."""
         self.held_out_labels = self.labels if held_out is None else _labels_as_in_training(held_out, source)
-        """Of the held-out source's, by the numbers that the classes have in training."""
+        """Labels of the held-out source's data, numbered as the training classes are."""
         data_spec = DataSpec(
             source=source.name,
             shape=tuple(source.shape),
@@ -301,7 +301,7 @@ class DataModule(pl.LightningDataModule):
             print_note(line)
 
     def class_counts(self, held_out: bool) -> tuple[int, ...] | None:
-        """How many of the held-out, or the training data each class has; None where they have no labels."""
+        """Number of held-out (or training) data in each class; None where they have no labels."""
         labels, indices = (
             (self.held_out_labels, self.held_out_indices) if held_out else (self.labels, self.train_indices)
         )
@@ -312,7 +312,7 @@ class DataModule(pl.LightningDataModule):
     # ---- loaders -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check what only the Trainer knows.
+        """Check the batch and the held-out data against the number of processes, which only the Trainer knows.
 
         Raises:
             UserError: if the global batch cannot be shared equally, or a process would have nothing to evaluate.
@@ -344,12 +344,12 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def rows_at_once(self) -> int:
-        """Training images of one forward pass in a process."""
+        """Number of training images per forward pass in a process."""
         share = self.global_batch_size // self._place[1]
         return min(share, self.micro_batch_size or share)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Endless, from the images seen so far."""
+        """Endless loader of training batches that starts at the images seen so far."""
         rank, world_size = self._place
         clock = None if self.trainer is None else getattr(self.trainer.lightning_module, "clock", None)
         seen = 0 if clock is None else clock.images
@@ -361,10 +361,10 @@ class DataModule(pl.LightningDataModule):
         return self._loader(self.source, self.labels, order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Every held-out image once, over all processes: strided; nothing where none is held out.
+        """Loader of every held-out image once, strided over the processes; an empty list where none is held out.
 
-        All processes have equally many batches, since a sharded network is evaluated by all or by none: one that has
-        fewer gets another of one row that is not counted.
+        All processes have equally many batches, since a sharded network is evaluated by all or by none: a process that
+        has fewer gets one more batch of one padding row.
         """
         numbered = list(enumerate(self.held_out_indices.tolist()))
         if not numbered:
@@ -372,22 +372,22 @@ class DataModule(pl.LightningDataModule):
         batches = self._shared_out(numbered, (PADDING_INDEX, numbered[0][1]))
         return self._loader(self.held_out_source, self.held_out_labels, batches)
 
-    def _shared_out(self, items: list[Any], nobodys: Any) -> list[list[Any]]:
-        """This process's batches of items that every world_size-th is of, as many as the first process has."""
+    def _shared_out(self, items: list[Any], padding: Any) -> list[list[Any]]:
+        """This process's batches, of every world_size-th item; as many as the first process has, padded if need be."""
         rank, world_size = self._place
         size = max(1, self.global_batch_size // world_size)
         mine, most = items[rank::world_size], len(items[::world_size])
         batches = [mine[k : k + size] for k in range(0, len(mine), size)]
-        return batches + [[nobodys]] * (-(-most // size) - len(batches))
+        return batches + [[padding]] * (-(-most // size) - len(batches))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """As for validation; where nothing is held out one empty batch, so that samples are evaluated all the same."""
+        """The validation loader; where nothing is held out one empty batch, so that samples are still evaluated."""
         held_out = self.val_dataloader()
         return held_out if isinstance(held_out, DataLoader) else DataLoader(torch.empty(1, 0))  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The indices of the samples that ``predict`` makes, shared out as the held-out images are."""
-        indices = list(range(self.predict_samples + 1))  # The last is nobody's.
+        """Loader of the indices of the samples that ``predict`` makes, shared out as the held-out images are."""
+        indices = list(range(self.predict_samples + 1))  # The last one pads.
         batches = self._shared_out(indices[:-1], indices[-1])
         return DataLoader([torch.tensor(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
 
@@ -405,7 +405,7 @@ class DataModule(pl.LightningDataModule):
     # ---- normalization -----------------------------------------------------------------------------------------
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """On the device: augment and normalize. Indices of samples to predict pass through."""
+        """Augment and normalize on the device; indices of samples to predict pass through."""
         if isinstance(batch, Tensor):
             return batch
         training = self.trainer is not None and self.trainer.training
@@ -422,15 +422,15 @@ class DataModule(pl.LightningDataModule):
         cond = None if self.data_spec.num_classes is None else Condition(label=label)
         return Batch(x, index, cond)
 
-    def normalize(self, value: Tensor, dequantise_index: Tensor | None = None) -> Tensor:
-        """Grey levels to the value range, float32; points as they are.
+    def normalize(self, value: Tensor, dequantize_index: Tensor | None = None) -> Tensor:
+        """Map K grey levels to the value range, float32; points as they are.
 
-        ``v / (levels - 1)`` of the range; for a model of dequantized data ``(v + u) / levels``, where u is 1/2, the
-        centre of the level's bin.
+        ``low + (high - low) v / (K - 1)``; for a model of dequantized data ``low + (high - low) (v + u) / K``, where u
+        is 1/2, the centre of the grey level's bin.
 
         Args:
-            value: uint8 ``[B, C, H, W]`` in ``0 .. levels - 1``, or float32 ``[B, D]``.
-            dequantise_index: with it u is uniform, keyed by it.
+            value: uint8 ``[B, C, H, W]`` in ``0 .. K - 1``, or float32 ``[B, D]``.
+            dequantize_index: if given, u is uniform in [0, 1), keyed by these numbers ``[B]``.
         """
         if self.data_spec.num_grey_levels is None or self.data_spec.value_range is None:
             return value.to(torch.float32)
@@ -439,13 +439,13 @@ class DataModule(pl.LightningDataModule):
             unit = value.to(torch.float32) / (self.data_spec.num_grey_levels - 1)
         else:
             u: Tensor | float = 0.5
-            if dequantise_index is not None:
-                u = keyed_uniform(self.seed, "dequantize", dequantise_index, tuple(value.shape[1:]))
+            if dequantize_index is not None:
+                u = keyed_uniform(self.seed, "dequantize", dequantize_index, tuple(value.shape[1:]))
             unit = (value.to(torch.float32) + u) / self.data_spec.num_grey_levels
         return low + (high - low) * unit
 
     def _check(self, value: Tensor) -> None:
-        """Once, on the first batch: the source must yield raw grey levels."""
+        """Require, on the first batch, that the source yields raw grey levels."""
         if self._checked:
             return
         name, num_grey_levels = self.source.name, self.data_spec.num_grey_levels
@@ -458,26 +458,26 @@ class DataModule(pl.LightningDataModule):
             )
         if int(value.max()) > num_grey_levels - 1:
             raise UserError(
-                f"data source {name} yields grey level {int(value.max())} but declares levels "
+                f"data source {name} yields grey level {int(value.max())} but declares grey levels "
                 f"0..{num_grey_levels - 1}; correct the source's num_grey_levels"
             )
         self._checked = True
 
-    # ---- single data, for what looks at them before or beside a training ----------------------------------------
+    # ---- single data, for what looks at them before or during training ------------------------------------------
 
     def training_values(self, indices: Tensor) -> Tensor:
-        """Normalized training data number ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
+        """Normalized training data at positions ``indices`` of ``train_indices``: float32 ``[B, ...]``."""
         return self._values(self.source, self.train_indices[indices])
 
     def training_batch(self, indices: Tensor) -> Batch:
-        """Training data number ``indices`` of ``train_indices`` with their labels, numbered as given."""
+        """Batch of training data at positions ``indices`` of ``train_indices`` with their labels, numbered as given."""
         cond = None
         if self.labels is not None:
             cond = Condition(label=torch.from_numpy(self.labels)[self.train_indices[indices]])
         return Batch(self.training_values(indices), indices, cond)
 
     def held_out_values(self, indices: Tensor) -> Tensor:
-        """Normalized held-out data number ``indices`` of ``held_out_indices``: float32 ``[B, ...]``."""
+        """Normalized held-out data at positions ``indices`` of ``held_out_indices``: float32 ``[B, ...]``."""
         return self._values(self.held_out_source, self.held_out_indices[indices])
 
     def _values(self, source: Source, indices: Tensor) -> Tensor:

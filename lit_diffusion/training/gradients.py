@@ -15,13 +15,13 @@ from lit_diffusion.training.sharding import full_tensor, to_local
 
 @torch.no_grad()
 def average_over_processes(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every unsharded gradient by its average over the processes, which all come.
+    """Replace every unsharded gradient by its average over the processes; a collective call.
 
-    A process without a gradient counts as zeros; where no process has one there is none. Sharded gradients are averaged
+    A process without a gradient counts as zeros; where no process has one it stays None. Sharded gradients are averaged
     by FSDP itself.
 
     Args:
-        parameters: of all networks that learn, in one order on all processes.
+        parameters: the parameters of all networks that learn, in the same order on all processes.
     """
     unsharded = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     if not many_processes() or not unsharded:
@@ -38,14 +38,14 @@ def average_over_processes(parameters: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def clip(parameters: Sequence[nn.Parameter], largest: float | None) -> Tensor:
-    """Scale the gradients of a network down to a largest norm.
+    """Scale a network's gradient g by ``min(1, largest / |g|)``.
 
     Args:
-        parameters: of the network.
-        largest: norm; None: only measure.
+        parameters: the network's parameters.
+        largest: largest norm allowed; None: only measure.
 
     Returns:
-        The norm before, ``[]``, of the whole gradient where it is sharded.
+        The norm before scaling, ``[]``; of the full gradient where it is sharded.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:

@@ -15,23 +15,23 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 
 class _NoHandlers(_SignalConnector):
-    """Lightning's save and broadcast inside the handler; ours set a flag (interrupts.py)."""
+    """Connector without Lightning's signal handlers, which save in the handler; ours set a flag (interrupts.py)."""
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False
 
 
 class _NeverSkipped(_FitLoop):
-    """Lightning passes over the start and the end of a training whose last step is made; ours make up for a stop."""
+    """Fit loop that runs its start and end hooks even if no step is left: ours make up for a stop there."""
 
     @property
     def skip(self) -> bool:
-        """Whether there is nothing to do."""
+        """True where there is nothing to do."""
         return bool(self.trainer.limit_train_batches == 0)
 
 
 def use_own_signals_and_loop(trainer: pl.Trainer) -> None:
-    """Give a Trainer that was just built the two classes above."""
+    """Replace the signal connector and the fit loop of a Trainer that was just built by the two classes above."""
     trainer._signal_connector = _NoHandlers(trainer)
     loop = _NeverSkipped(trainer, min_epochs=trainer.fit_loop.min_epochs, max_epochs=trainer.fit_loop.max_epochs)
     loop.epoch_loop = trainer.fit_loop.epoch_loop
@@ -39,7 +39,7 @@ def use_own_signals_and_loop(trainer: pl.Trainer) -> None:
 
 
 def count_step(trainer: pl.Trainer) -> None:
-    """Let ``trainer.global_step``, by which ``max_steps`` ends a training, count a step of the clock.
+    """Advance ``trainer.global_step``, by which ``max_steps`` ends a training, by one step of the clock.
 
     Lightning counts every call of every optimizer: two would halve a run, and a skipped step would not count.
     """
@@ -49,7 +49,7 @@ def count_step(trainer: pl.Trainer) -> None:
 
 
 def validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether the held-out loss is measured after the step that is being made."""
+    """True where the held-out loss is measured after the step that is being made."""
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
@@ -66,33 +66,33 @@ def validate_now(trainer: pl.Trainer) -> None:
 
 
 def checkpoint_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """All that a checkpoint holds; ``Trainer.save_checkpoint`` leaves others waiting where one process cannot write."""
+    """The content of a checkpoint; ``Trainer.save_checkpoint`` would hang where one process cannot write."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
-    """Let a sharded strategy share weights out over the processes of all nodes; by default it does over the nodes."""
+    """Make a sharded strategy shard over the processes of all nodes; its default is over the nodes."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
 
 
 class OpenCLI(LightningCLI):
-    """LightningCLI with public names for the private methods that ours changes or calls."""
+    """LightningCLI with public names for the private methods that this package's overrides or calls."""
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning's would let the checkpoint override the command line."""
+        """Do nothing: Lightning's would let the checkpoint override the command line."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.run_command(subcommand)
 
     def run_command(self, subcommand: str) -> None:
-        """Call the Trainer's method of the command's name; the last thing that the constructor does."""
+        """Call the Trainer's method of the command's name; the constructor's last act."""
         super()._run_subcommand(subcommand)
 
     def instantiated(self, key: str) -> Any:
-        """What was made of a key of the command that is run."""
+        """The object instantiated from a key of the running command."""
         return self._get(self.config_init, key)
 
     def parser_of(self, subcommand: str | None) -> LightningArgumentParser:
-        """The parser of a command, without that which chooses it."""
+        """The parser of a command, without the argument that chooses the command."""
         parser: LightningArgumentParser = self._parser(subcommand)
         return parser

@@ -1,4 +1,4 @@
-"""The training of any number of networks, with an optimizer each, in one loop that knows nothing of diffusion."""
+"""The training loop for any number of networks with an optimizer each; it knows nothing of diffusion."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ from lit_diffusion.training.sharding import ShardedStrategy, no_gradient_sync, s
 from lit_diffusion.training.stopwatch import Stopwatch
 from lit_diffusion.training.trainer import Trainer
 
-# Both have a say in it by design: the DataModule prepares its own batches, the module those of other loaders.
+# Both override it by design: the DataModule prepares its own batches, the module those of other loaders.
 warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule` but")
 
 NON_FINITE_IN_A_ROW = 3
-"""Consecutive steps whose loss or gradient is not finite after which a run is given up."""
+"""A run is given up after this many consecutive steps whose loss or gradient is not finite."""
 
 T = TypeVar("T")
 
 
 def of_name(given: T | Mapping[str, T], name: str) -> T | None:
-    """The value for the network of a name, of one value for all or one by name; None for a name that is not there."""
+    """The value for a network's name, given one value for all or one by name; None for a name that is missing."""
     return given.get(name) if isinstance(given, Mapping) else given
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step did, on this process.
+    """The result of a training step on this process.
 
     Attributes:
         loss: mean over this process's images, ``[]``; the sum of all networks' losses.
-        gradient_norm: of all networks together, before clipping, ``[]``.
-        losses: of each network, of all this process's images.
-        made: whether the weights changed (False where a loss or a gradient was not finite on any process).
-        overflowed: whether it was float16's range that a gradient left; the scaler lowered its scale.
+        gradient_norm: norm of all networks' gradients together, before clipping, ``[]``.
+        losses: each network's loss, of all this process's images.
+        made: true where the weights changed, false where a loss or a gradient was not finite on any process.
+        overflowed: true where a gradient left float16's range and the scaler lowered its scale.
     """
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -72,7 +72,7 @@ class Step:
     overflowed: bool = False
 
     def prefix(self, name: str) -> str:
-        """What stands before the names of a network's values in logs: nothing where there is one network."""
+        """Prefix of a network's values in logs: its name and a slash, empty where there is one network."""
         return f"{name}/" if len(self.losses) > 1 else ""
 
 
@@ -87,16 +87,20 @@ class TrainedModule(pl.LightningModule):
 
     all at the weights before the step. Where one loss or gradient is not finite on any process, no network steps.
 
-    A subclass says what is trained (:meth:`trained`) and what the losses of a batch are (:meth:`losses`, or
-    :meth:`loss` with one network).
+    A subclass defines what is trained (:meth:`trained`) and the losses of a batch (:meth:`losses`, or :meth:`loss` with
+    one network).
 
     Args:
         optimizer: optimizer class and arguments, for every network that ``optimizers`` does not name.
-        optimizers: those of single networks, by name.
-        warmup_images: the learning rate rises linearly over so many images (or give warmup_steps); for all networks or
-            by name.
-        warmup_steps: the learning rate rises linearly over so many steps (or give warmup_images); as well.
-        gradient_clip: largest norm of a network's gradient, null for none; for all networks or by name.
+        optimizers: optimizer class and arguments of single networks, by name.
+        warmup_images: images over which the learning rate rises linearly (or give warmup_steps); one value for all
+            networks, or one by name.
+        warmup_steps: steps over which the learning rate rises linearly (or give warmup_images); one value for all
+            networks, or one by name.
+        gradient_clip: largest norm of a network's gradient, null for none; one value for all networks, or one by name.
+
+    Raises:
+        UserError: for a negative warm-up, one given both in images and in steps, or a norm that is not positive.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class TrainedModule(pl.LightningModule):
         self.warmup = (warmup_images, warmup_steps)
         self.gradient_clip = gradient_clip
         for name in _names(warmup_images, warmup_steps, gradient_clip) or [""]:
-            self.warmup_of(name, batch=1)  # Only to refuse what is wrong at once.
+            self.warmup_of(name, batch=1)  # Refuses a wrong value at once.
             clip_at = of_name(gradient_clip, name)
             if clip_at is not None and not clip_at > 0.0:
                 raise UserError(f"gradient_clip is {clip_at:g}; give a positive norm, or null for none")
@@ -126,27 +130,27 @@ class TrainedModule(pl.LightningModule):
         self.last_step = Step()
         self.stopwatch = Stopwatch()
         self.flops: int | None = None
-        """Operations of one evaluation of the backbones for one datum; found when training is set up."""
+        """Floating-point operations of one evaluation of the backbones for one datum; measured in :meth:`setup`."""
         self.interrupted = False
-        """Whether the run is to stop, since one of its processes was asked to; known to all at the same step."""
+        """True once one of the run's processes was asked to stop; all processes learn of it at the same step."""
         self.sharded = False
-        """Whether each process has a part of the weights only, so that all evaluate the backbone or none does."""
+        """True where each process holds a part of the weights only, so that all evaluate the backbone or none does."""
         self.skipped_steps = 0
         self._non_finite_in_a_row = 0
         self._validation_began = 0.0
         self._validation_due = False
-        """Whether the held-out loss after the last step is still to be measured; every checkpoint carries it."""
+        """True while the held-out loss after the last step is still to be measured; saved in every checkpoint."""
         self._configured: list[list[dict[str, Any]]] = []
-        """The options of each optimizer's groups, as configured."""
+        """Options of each optimizer's parameter groups, as configured."""
         self._held_out: dict[str, list[Tensor]] = {}
         self._held_out_trouble: Exception | None = None
         self._full_batch = 0
-        """The largest batch of a DataLoader of one's own; warm-up in steps goes by it."""
+        """Largest batch of the user's own DataLoader; warm-up in steps goes by it."""
         self._numbered = 0
-        """Held-out images of such a loader that have their number."""
+        """Held-out images of the user's own DataLoader that are numbered so far."""
         self._looked_at: set[tuple[str, int]] = set()
 
-    # ---- what a module says ------------------------------------------------------------------------------------
+    # ---- what a subclass defines -------------------------------------------------------------------------------
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Module]:
@@ -154,10 +158,10 @@ class TrainedModule(pl.LightningModule):
 
     def loss(self, batch: Batch, seed: int) -> Loss:
         """The loss of a batch, for a module of one network; randomness is keyed by ``seed`` and ``batch.index``."""
-        raise NotImplementedError(f"{type(self).__name__} says neither its loss nor its losses")
+        raise NotImplementedError(f"{type(self).__name__} defines neither loss nor losses")
 
     def losses(self, batch: Batch, seed: int) -> dict[str, Loss]:
-        """The loss that each network minimizes, by the names of :meth:`trained`; a network may be left out of a step.
+        """The loss that each network minimizes, by the names in :meth:`trained`; a network may be left out of a step.
 
         The gradient of a loss reaches the network of its name alone. Losses may share what they are computed from.
         """
@@ -172,32 +176,32 @@ class TrainedModule(pl.LightningModule):
         return batch
 
     def after_step(self, kept: Mapping[str, Tensor]) -> None:
-        """Change what is changed by a step besides weights: target networks, replay buffers, laws that learn.
+        """Update what a step changes besides weights: target networks, replay buffers, laws of t that learn.
 
-        Not called for a skipped step. What changes belongs into buffers, so that a continued run has it.
+        Not called for a skipped step. Keep what changes in buffers, so that a continued run has it.
 
         Args:
-            kept: what the losses kept, of the whole global batch in its order: the same on every process.
+            kept: ``Loss.kept`` of the whole global batch in its order: the same on every process.
         """
 
     def averaged(self) -> dict[str, nn.Parameter]:
-        """The parameters that EMA averages and that are checked before they are saved, by their full names."""
+        """Parameters, by full name, that EMA averages and that are checked before they are saved."""
         held = {id(p) for network in self.trained().values() for p in network.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) in held}
 
     def networks(self) -> list[Backbone]:
-        """The backbones inside: what autocast, compilation, CUDA graphs, memory format and sharding are about."""
+        """The backbones inside: what autocast, compilation, CUDA graphs, memory format and sharding apply to."""
         return [module for module in self.modules() if isinstance(module, Backbone)]
 
     def noise_level(self, t: float) -> tuple[str, dict[str, float]]:
-        """A time of the noise, in words and in numbers for an event."""
+        """The noise level at a time t: a text for messages, and values for an event."""
         return f"t {t:.4g}", {"t": t}
 
     # ---- the data ----------------------------------------------------------------------------------------------
 
     @property
     def data_spec(self) -> DataSpec | None:
-        """What is known of the data, None as long as nobody has said it."""
+        """Shape, value range and classes of the data; None until set."""
         return self._data_spec
 
     @data_spec.setter
@@ -206,25 +210,25 @@ class TrainedModule(pl.LightningModule):
         self.on_data_spec()
 
     def on_data_spec(self) -> None:
-        """Follow a change of :attr:`facts`."""
+        """React to a change of :attr:`data_spec`."""
 
     def require_data_spec(self) -> DataSpec:
-        """The facts of the data.
+        """The data spec.
 
         Raises:
-            UserError: if nobody has set them.
+            UserError: if it is not set.
         """
         if self.data_spec is None:
-            raise UserError("this model does not know its data: set method.data_spec = datamodule.facts")
+            raise UserError("this model does not know its data: set method.data_spec = datamodule.data_spec")
         return self.data_spec
 
     @property
     def num_conditional_classes(self) -> int | None:
-        """How many classes the networks tell apart, whose labels batches have to bring; None: labels are left aside."""
+        """Number of classes that the networks are conditioned on and batches must label; None: labels are ignored."""
         return None if self.data_spec is None else self.data_spec.num_classes
 
     def _take_data_spec(self, stage: str) -> None:
-        """What is known of the data that are trained on, from lit_diffusion's DataModule or as it was said."""
+        """Set the data spec from lit_diffusion's DataModule, or require that it was set by hand."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, DataModule):
             self.data_spec = datamodule.data_spec
@@ -233,15 +237,15 @@ class TrainedModule(pl.LightningModule):
         self.require_data_spec()
         if stage == "fit" and self.trainer.world_size > 1 and isinstance(self.trainer, Trainer):
             raise UserError(
-                f"a DataLoader of one's own is not shared out over {self.trainer.world_size} processes here: take "
-                f"lit_diffusion's DataModule, or Lightning's own Trainer, which does it"
+                f"your DataLoader is not split over {self.trainer.world_size} processes by this Trainer: use "
+                f"lit_diffusion's DataModule, or Lightning's own Trainer, which splits it"
             )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the batch of a DataLoader that is not of lit_diffusion's DataModule, which prepares its own.
+        """Convert the batch of the user's own DataLoader; lit_diffusion's DataModule prepares its own.
 
         Raises:
-            UserError: if it cannot be taken, see :mod:`lit_diffusion.training.own_loaders`.
+            UserError: if it cannot be converted, see :mod:`lit_diffusion.training.own_loaders`.
         """
         trainer = self.trainer
         if isinstance(batch, Batch) or isinstance(getattr(trainer, "datamodule", None), DataModule):
@@ -262,7 +266,7 @@ class TrainedModule(pl.LightningModule):
     # ---- set-up ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Take the data's facts and the Trainer's way of running the networks, and refuse what would go wrong later."""
+        """Take the data spec, run the networks as the Trainer says, and refuse what would go wrong later."""
         self._take_data_spec(stage)
         require_fitting_trainer(self.trainer)
         if (run := run_logger_of(self.trainer)) is not None:
@@ -281,10 +285,10 @@ class TrainedModule(pl.LightningModule):
         self._run_networks_as_the_trainer_says()
 
     def require_held_parameters(self) -> None:
-        """Refuse a parameter that wants a gradient and that no optimizer holds, or that two hold.
+        """Refuse a parameter that requires a gradient and is held by no optimizer, or by two.
 
         Raises:
-            UserError: naming it; and for options of a network that is not trained.
+            UserError: naming the parameter; also for options of a network that is not trained.
         """
         holders: dict[int, str] = {}
         trained, what = self.trained(), type(self).__name__
@@ -295,8 +299,8 @@ class TrainedModule(pl.LightningModule):
         for full_name, p in self.named_parameters():
             if p.requires_grad and id(p) not in holders:
                 raise UserError(
-                    f"{what}: the parameter {full_name} wants a gradient, and no optimizer holds it: name its network "
-                    f"in trained(), or freeze it, requires_grad_(False)"
+                    f"{what}: the parameter {full_name} requires a gradient, and no optimizer holds it: name its "
+                    f"network in trained(), or freeze it, requires_grad_(False)"
                 )
         for name in _names(self.make_optimizers, *self.warmup, self.gradient_clip):
             if name not in trained:
@@ -322,7 +326,7 @@ class TrainedModule(pl.LightningModule):
         names, networks, what = list(self.trained()), self.networks(), type(self).__name__
         if len(names) != 1 or len(networks) != 1:
             raise UserError(
-                f"trainer.strategy fsdp shares out one backbone with one loss, and {what} trains {', '.join(names)} "
+                f"trainer.strategy fsdp shards one backbone with one loss, and {what} trains {', '.join(names)} "
                 f"with {len(networks)} backbones: use ddp"
             )
         if getattr(self.trainer, "compile", False):
@@ -333,18 +337,18 @@ class TrainedModule(pl.LightningModule):
             raise UserError("trainer.strategy fsdp does not go with precision 16-mixed; use bf16-mixed, or ddp")
 
     def configure_model(self) -> None:
-        """Share the backbone's weights out, where the strategy asks for it."""
+        """Shard the backbone's weights, where the strategy asks for it."""
         if self.sharded and not isinstance(backbone := self.networks()[0], FSDPModule):
             mesh = self.device_mesh
             assert mesh is not None
             shard(backbone, mesh["data_parallel"])
 
     def optimizer_of(self, name: str) -> OptimizerCallable:
-        """What makes the optimizer of a network."""
+        """The function that makes a network's optimizer from its parameters."""
         return self.make_optimizers.get(name, self.make_optimizer)
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """One optimizer for each network; their learning rates are those after warm-up."""
+        """Make one optimizer for each network, with the learning rate that follows warm-up."""
         optimizers = []
         for name, network in self.trained().items():
             optimizers.append(self.optimizer_of(name)(network.parameters()))
@@ -357,24 +361,24 @@ class TrainedModule(pl.LightningModule):
         return optimizers
 
     def on_fit_start(self) -> None:
-        """Say what will not be there without a run's logger."""
+        """Print which callbacks will write nothing, for want of a RunLogger."""
         if run_logger_of(self.trainer) is None and not getattr(self.trainer, "fast_dev_run", False):
             writers = [type(each).__name__ for each in own_callbacks(self.trainer) if each.writes_to_run]
             if writers:
                 print_note(
-                    f"{', '.join(writers)}: nothing is drawn or written, since the Trainer has no RunLogger: "
+                    f"{', '.join(writers)}: nothing is drawn or written, since the Trainer has no RunLogger: give it "
                     f"Trainer(logger=lit_diffusion.runs.logger.RunLogger('name'))"
                 )
 
     def on_train_start(self) -> None:
-        """Let the configuration have the last word on learning rates and the like, over a checkpoint's optimizer state.
+        """Set the optimizers' options to the configured ones, whatever a checkpoint's optimizer state says.
 
-        A run that was continued after its end makes no further step; a held-out loss that a kill cut short is measured.
+        A run continued after its end makes no further step; a held-out loss that a kill cut short is measured.
         """
         for optimizer, configured in zip(self.trainer.optimizers, self._configured, strict=True):
             for group, options in zip(optimizer.param_groups, configured, strict=True):
                 group.update(options)
-        if self.clock.images > 0:  # As the last step left it, for the checkpoint of a run that makes no further one.
+        if self.clock.images > 0:  # As the last step left them, for the checkpoint of a run that makes no further step.
             self._set_learning_rates(self.clock.images)
         self._stop_when_done()
         if self._validation_due:
@@ -383,15 +387,15 @@ class TrainedModule(pl.LightningModule):
     # ---- the training step -------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """The batch is here."""
+        """Count the time until here as waiting for data."""
         self.stopwatch.lap("data")
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """All that follows a step is done."""
+        """Count the time since the step as logging."""
         self.stopwatch.lap("logging")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Make one step of all optimizers on this process's share of the global batch, or of none."""
+        """Make one step of all optimizers, or of none, on this process's share of the global batch."""
         # Dropout draws from the global generator: tie it to the image count, so that resuming needs no state.
         torch.manual_seed(stream_key(self.seed, f"dropout/{self.global_rank}/{self.clock.images}") >> 1)
         networks, optimizers, scaler = self.trained(), self.trainer.optimizers, self._scaler
@@ -412,7 +416,7 @@ class TrainedModule(pl.LightningModule):
                         total += mean.detach()
                 for name, loss in losses.items():
                     seen.setdefault(name, []).append(Loss.joined([loss]))
-                del losses, loss, mean  # And with them their graphs, before the next part makes its own.
+                del losses, loss, mean  # Frees their graphs before the next part makes its own.
             if self._averages_gradients:
                 average_over_processes([p for network in networks.values() for p in network.parameters()])
 
@@ -441,8 +445,8 @@ class TrainedModule(pl.LightningModule):
                     callback.after_step(self)
             self.after_step(self._kept_by_all(together.values()))
         else:
-            self._say_what_was_skipped(batch.index)
-        if not isinstance(self.trainer, Trainer):  # Whose loggers and bars are Lightning's.
+            self._report_skipped_step(batch.index)
+        if not isinstance(self.trainer, Trainer):  # Then loggers and progress bar are Lightning's.
             self.log("train/loss", total, prog_bar=True)
         self._stop_when_done()
         self._validation_due = validation_follows(self.trainer)
@@ -454,18 +458,18 @@ class TrainedModule(pl.LightningModule):
 
     @property
     def _averages_gradients(self) -> bool:
-        """Whether the step averages gradients itself: DDP's own way knows one backward pass through all parameters."""
+        """True where the step averages gradients itself: DDP expects one backward pass through all parameters."""
         return self.sharded or len(self.trained()) > 1
 
     def _local_gradients(self, last: bool) -> AbstractContextManager[Any]:
-        """Accumulate without averaging over the processes yet, where the strategy does that in backward."""
+        """Context that accumulates gradients without averaging them, where the strategy would average in backward."""
         if self.sharded:
             return nullcontext() if last else no_gradient_sync(self.networks()[0])
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None or (last and not self._averages_gradients) else block()
 
     def _backward(self, loss: Tensor, network: nn.Module, keep_graph: bool) -> None:
-        """Add the gradient of a loss in one network's parameters, and in nothing else, to what they have."""
+        """Add the gradient of a loss to one network's parameters, and to nothing else."""
         if len(self.trained()) == 1:
             self.manual_backward(loss)
         else:
@@ -473,20 +477,20 @@ class TrainedModule(pl.LightningModule):
             self.manual_backward(loss, inputs=held, retain_graph=keep_graph)
 
     def _may_step(self, loss: Tensor, norm: Tensor) -> tuple[bool, bool]:
-        """Whether all losses and gradients of all processes are finite, and if not, whether float16 overflowed."""
+        """Two flags: all losses and gradients of all processes are finite; if not, float16 overflowed."""
         # What all processes must agree on, in one exchange: is every loss finite, was anyone asked to stop? Gradients
         # are averaged over the processes, so a NaN anywhere is a NaN everywhere; losses and signals are not.
         mine = torch.stack((1.0 - loss.isfinite().float(), loss.new_tensor(float(interrupts.asked() is not None))))
         broken, asked = self.trainer.strategy.reduce(mine, reduce_op="sum").tolist()
         self.interrupted = self.interrupted or asked > 0.0
         loss_is_finite, gradient_is_finite = broken == 0.0, bool(torch.isfinite(norm))
-        # An overflow of float16 gradients is the scaler's business, it lowers its scale; a gradient that is not finite
-        # at a scale below 1 did not overflow.
+        # The scaler handles an overflow of float16 gradients by lowering its scale; a gradient that is not finite at a
+        # scale below 1 did not overflow.
         in_range = self._scaler is None or self._scaler.get_scale() < 1.0
         return loss_is_finite and gradient_is_finite, loss_is_finite and not gradient_is_finite and not in_range
 
     def _kept_by_all(self, losses: Iterable[Loss]) -> dict[str, Tensor]:
-        """What the losses kept, of all processes: they hold consecutive rows, so that together these are in order."""
+        """``Loss.kept`` of all processes; each holds consecutive rows of the batch, so the gathered are in order."""
         kept: dict[str, Tensor] = {}
         for loss in losses:
             for name, rows in loss.kept.items():
@@ -497,8 +501,8 @@ class TrainedModule(pl.LightningModule):
                 kept[name] = everywhere.flatten(0, 1) if everywhere.dim() > rows.dim() else everywhere
         return kept
 
-    def _say_what_was_skipped(self, index: Tensor) -> None:
-        """Name the image that spoilt the step, of all processes, and its noise level where it has one.
+    def _report_skipped_step(self, index: Tensor) -> None:
+        """Print and record which image, of all processes, spoilt the step, and at which noise level.
 
         Args:
             index: the images' numbers ``[B]``.
@@ -516,8 +520,8 @@ class TrainedModule(pl.LightningModule):
         shares = [share for share in all_gather_objects(mine) for share in share]
         found = [share for share in shares if share[0]]
         is_loss, value, t, number = found[0] if found else max(shares, key=lambda share: share[1])
-        words, level = ("", {}) if t is None else self.noise_level(t)
-        where = words and f" at {words}"
+        level_text, level_values = ("", {}) if t is None else self.noise_level(t)
+        where = level_text and f" at {level_text}"
         what = f"the gradient is not finite; the largest loss is {value:.4g}, of image {number}{where}"
         if is_loss:
             what = f"the loss of image {number} is {value:g}{where}"
@@ -527,7 +531,7 @@ class TrainedModule(pl.LightningModule):
         self.skipped_steps += not overflowed
         self._non_finite_in_a_row = 0 if overflowed else self._non_finite_in_a_row + 1
         if (run := run_logger_of(self.trainer)) is not None:
-            run.record("skipped", {"reason": what, **level, "overflow": overflowed})
+            run.record("skipped", {"reason": what, **level_values, "overflow": overflowed})
         if self._non_finite_in_a_row >= NON_FINITE_IN_A_ROW:
             raise UserError(
                 f"training diverged at step {self.clock.steps} ({self.clock.images} images), {NON_FINITE_IN_A_ROW} "
@@ -542,12 +546,12 @@ class TrainedModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def warmup_of(self, name: str, batch: int) -> int:
-        """The warm-up of a network in images, at so many images a step."""
+        """A network's warm-up in images, for a global batch of ``batch`` images."""
         images, steps = (of_name(each, name) for each in self.warmup)
         return in_images("model", "warmup", images, steps, batch)
 
     def _set_learning_rates(self, images: int) -> None:
-        """Those of the step with which so many images are seen."""
+        """Set the learning rates of the step after which ``images`` images are seen."""
         batch = max(self._full_batch, self.clock.batch)
         for name, optimizer in zip(self.trained(), self.trainer.optimizers, strict=True):
             warmup = self.warmup_of(name, batch)
@@ -558,16 +562,16 @@ class TrainedModule(pl.LightningModule):
     # ---- held-out loss -----------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Validation is no part of a step."""
+        """Note the time: validation is no part of a step."""
         self._validation_began = time.perf_counter()
         self._numbered = 0
 
     def on_test_start(self) -> None:
-        """Number the images of a DataLoader of one's own anew."""
+        """Restart the numbering of the user's own DataLoader's images."""
         self._numbered = 0
 
     def on_validation_end(self) -> None:
-        """Do not count it."""
+        """Leave validation out of the training time."""
         self._validation_due = False
         seconds = time.perf_counter() - self._validation_began
         self.stopwatch.exclude(seconds)
@@ -575,7 +579,7 @@ class TrainedModule(pl.LightningModule):
             callback.exclude(seconds)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The losses of held-out images, each with its own fixed noise: equal on any number of processes."""
+        """Measure the losses of held-out images, each with its own fixed noise: equal on any number of processes."""
         try:
             losses = self.losses(batch, stream_key(self.seed, "held-out"))
             step, counted = Step(losses=losses), batch.index != PADDING_INDEX
@@ -593,7 +597,7 @@ class TrainedModule(pl.LightningModule):
             self._held_out_trouble = error
 
     def test_step(self, batch: Batch | Tensor, batch_idx: int) -> None:
-        """As for validation; a tensor stands for no held-out images."""
+        """Measure as in validation; a tensor stands for no held-out images."""
         if isinstance(batch, Batch):
             self.validation_step(batch, batch_idx)
 
@@ -602,12 +606,12 @@ class TrainedModule(pl.LightningModule):
         return self.trainer.state.fn == TrainerFn.FITTING
 
     def on_validation_epoch_end(self) -> None:
-        """Average over all images of all processes, however many each had; beside a training it may fail."""
+        """Average over all images of all processes, however many each had; a failure does not end a training."""
         with survived(self.trainer, "val/loss") if self._while_training else nullcontext():
             self._log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
-        """As for validation."""
+        """Average as in validation."""
         self._log_held_out("test")
 
     def _log_held_out(self, stage: str) -> None:
@@ -620,12 +624,13 @@ class TrainedModule(pl.LightningModule):
         for name in dict.fromkeys(name for share in shares for name in share):
             total, count = (sum(share[name][k] for share in shares if name in share) for k in (0, 1))
             if count:
-                self.log(f"{stage}/{name}", total / count, sync_dist=True)  # On all: callbacks look for it on each.
+                # Logged on every process: callbacks look for it there.
+                self.log(f"{stage}/{name}", total / count, sync_dist=True)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know; plain types only."""
+        """Add the clock, the configuration and the data spec to a checkpoint, as plain types."""
         run = run_logger_of(self.trainer)
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": FORMAT_VERSION,
@@ -640,7 +645,7 @@ class TrainedModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Set the clock.
+        """Set the clock and the counts of skipped steps from a checkpoint.
 
         Raises:
             UserError: for a checkpoint of an unknown format version, or of another project.
@@ -655,5 +660,5 @@ class TrainedModule(pl.LightningModule):
 
 
 def _names(*given: Any) -> list[str]:
-    """The names that options are given by."""
+    """All network names that the given options use."""
     return [name for each in given if isinstance(each, Mapping) for name in each]

@@ -1,9 +1,9 @@
-"""Training from a DataLoader of one's own, with lit_diffusion's Trainer or Lightning's: what its batches must be.
+"""Training from the user's own DataLoader, with lit_diffusion's Trainer or Lightning's.
 
 A batch is images, or (images, labels): float in the declared range, ``[0, 1]`` unless ``method.data_spec`` says another
-(torchvision's ``ToTensor`` gives that), or uint8 grey levels, which are brought to the range. Points are float. The
+(torchvision's ``ToTensor`` gives that), or uint8 grey levels, which are mapped to the range. Points are float. The
 images of a run are numbered by its clock, so that their noise is a function of (seed, number) whatever the batch size;
-which image comes when is the loader's own business, and so is how exactly it can be continued.
+the loader alone decides which image comes when, and how exactly a run can be continued.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lit_diffusion.training.datamodule import Batch
 from lit_diffusion.training.trainer import Trainer
 
 OUT_OF_RANGE = 1e-3
-"""Of the range's width: so far outside it a rounding may lie, and nothing else."""
+"""How far outside the value range rounding may put a value, as a fraction of the range's width."""
 
 
 def assumed_data_spec(backbone: Backbone) -> DataSpec:
-    """What is taken for granted of the data where nobody has said more: the backbone's shape and classes."""
+    """Default data spec: the backbone's shape and classes; for images values in ``[0, 1]``, 256 grey levels."""
     shape = tuple(backbone.data_shape)
     image = len(shape) == 3
     return DataSpec(
@@ -40,23 +40,23 @@ def assumed_data_spec(backbone: Backbone) -> DataSpec:
 
 
 def require_fitting_trainer(trainer: pl.Trainer) -> None:
-    """Refuse what Lightning's own Trainer would do differently than ours, and let its evaluation take gradients.
+    """Refuse settings of Lightning's own Trainer that would change numbers, and let its evaluation take gradients.
 
     Raises:
-        UserError: with what to give instead.
+        UserError: for a precision other than ``32-true``, or a sharded strategy.
     """
     if isinstance(trainer, Trainer):
         return
     if trainer.precision != "32-true":
         raise UserError(
             f"precision is {trainer.precision}: Lightning's own Trainer would compute noise levels and losses in it, "
-            f"too; give 32-true, or take lit_diffusion.training.trainer.Trainer, where it is the backbone's alone"
+            f"too; give 32-true, or take lit_diffusion.training.trainer.Trainer, which applies it to the backbone alone"
         )
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
         raise UserError("sharded strategies need lit_diffusion.training.trainer.Trainer(strategy='fsdp')")
     loops = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop)
     for loop in loops:
-        loop.inference_mode = False  # In which samplers and likelihoods could take no gradients.
+        loop.inference_mode = False  # Samplers and likelihoods take gradients.
 
 
 def indices_to_predict(batch: Any) -> Tensor:
@@ -75,16 +75,16 @@ def indices_to_predict(batch: Any) -> Tensor:
 
 
 def batch_of(given: Any, data_spec: DataSpec, classes: int | None, check: bool) -> Batch:
-    """A loader's batch as a method takes it, its rows numbered from 0.
+    """Convert a loader's batch to a :class:`Batch`, its rows numbered from 0.
 
     Args:
         given: images or points ``[B, *shape]``, alone or with labels ``[B]``.
-        facts: what is known of the data.
-        classes: of the backbone, None if it is told none: then labels are left aside.
-        check: look at the values, too; shapes and labels are always looked at.
+        data_spec: shape, value range and grey levels of the data.
+        classes: the backbone's number of classes; None: it is unconditional, and labels are ignored.
+        check: if true, check the values, too; shapes and labels are always checked.
 
     Raises:
-        UserError: saying what is wrong with it, and what to give.
+        UserError: for a wrong structure, shape, type, value or label, with what to give.
     """
     parts = list(given) if isinstance(given, list | tuple) else [given]
     if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in parts):
@@ -110,7 +110,7 @@ def _values(x: Tensor, data_spec: DataSpec, check: bool) -> Tensor:
         if check and int(x.max()) >= data_spec.num_grey_levels:
             raise UserError(
                 f"the DataLoader gives grey level {int(x.max())}, and method.data_spec says "
-                f"{data_spec.num_grey_levels} levels: correct one of them"
+                f"{data_spec.num_grey_levels} grey levels: correct one of them"
             )
         if data_spec.dequantized:
             raise UserError("grey levels are dequantized by lit_diffusion's DataModule alone: give floats, or take it")
@@ -123,7 +123,7 @@ def _values(x: Tensor, data_spec: DataSpec, check: bool) -> Tensor:
         if not (low - edge <= least and most <= high + edge):
             raise UserError(
                 f"the DataLoader gives values from {least:.4g} to {most:.4g}, not in [{low:g}, {high:g}]: scale them, "
-                f"or say their range before: method.data_spec = DataSpec(source=..., shape=..., levels=256, "
+                f"or set their range first: method.data_spec = DataSpec(source=..., shape=..., num_grey_levels=256, "
                 f"value_range=(-1.0, 1.0), num_classes=...)"
             )
     return x.float()
@@ -142,7 +142,7 @@ def _labels(parts: list[Tensor], classes: int | None) -> Condition | None:
         raise UserError(
             f"the DataLoader gives labels of shape {list(label.shape)}, {label.dtype}; give class numbers [B], int64"
         )
-    # Of every batch: the row after the last class is the network's own for no class.
+    # Checked in every batch: the row after the last class is the embedding of no class.
     if not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise UserError(
             f"the DataLoader gives labels from {int(label.min())} to {int(label.max())}; the backbone's classes are 0 "

@@ -25,7 +25,7 @@ _DTYPES: dict[str, torch.dtype | None] = {
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The type a backbone computes in, None for plain float32.
+    """The backbone's autocast type, None for plain float32.
 
     Raises:
         UserError: for a precision that is not one of ``32-true``, ``bf16-mixed``, ``16-mixed``.
@@ -45,5 +45,5 @@ class BackboneMixedPrecision(MixedPrecision):
 
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        """Nothing: see the module's docstring."""
+        """Open no autocast: the denoiser opens it around the backbone."""
         yield

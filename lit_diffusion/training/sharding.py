@@ -1,8 +1,8 @@
 """Fully sharded training (FSDP): every process keeps a part of each weight, its gradient and its optimizer state.
 
-Through Lightning's ModelParallelStrategy and PyTorch's ``fully_shard``: only the backbone is sharded. Its weights
-become distributed tensors, each put together for the moment that it is used in. A checkpoint holds whole tensors, as of
-one device, and opens on any number of them.
+It uses Lightning's ModelParallelStrategy and PyTorch's ``fully_shard``, for the backbone only. Its weights become
+distributed tensors, each gathered while it is used. A checkpoint holds full tensors, as from one device, and opens on
+any number of devices.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lit_diffusion.training.lightning_internals import shard_over_all_processes
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """``trainer.strategy: fsdp``: the weights shared out over all processes of all nodes, whole ones in checkpoints."""
+    """``trainer.strategy: fsdp``: weights sharded over all processes of all nodes, full tensors in checkpoints."""
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Share out over all processes; Lightning's default shares out over the nodes."""
+        """Shard over all processes; Lightning's default shards over the nodes."""
         shard_over_all_processes(self)
         super().setup_environment()
 
@@ -38,12 +38,12 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a distributed tensor, for which all processes come; any other tensor as it is."""
+    """The full value of a distributed tensor, a collective call; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, equal on all processes, on the parameter's device and shared out as the parameter is."""
+    """Move a full tensor, equal on all processes, to the parameter's device, and shard it as the parameter is."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
@@ -51,11 +51,11 @@ def distribute_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def shard(backbone: nn.Module, mesh: DeviceMesh) -> None:
-    """Share out the weights of a network in place: the entries of its lists (stages, layers) one by one, then the rest.
+    """Shard a network's weights in place: the entries of its module lists (stages, layers) one by one, then the rest.
 
     Args:
         backbone: the network.
-        mesh: of all processes, one dimension.
+        mesh: one-dimensional mesh of all processes.
     """
     for module in backbone.modules():
         if not isinstance(module, nn.ModuleList):
@@ -63,13 +63,13 @@ def shard(backbone: nn.Module, mesh: DeviceMesh) -> None:
         for entry in module:
             if any(True for _ in entry.parameters()) and not isinstance(entry, nn.ModuleList):
                 fully_shard(entry, mesh=mesh)
-    # Also the outermost is shared out again after use: a walk evaluates the network without a backward pass.
+    # The outermost is resharded after use, too: a sampler evaluates the network without a backward pass.
     fully_shard(backbone, mesh=mesh, reshard_after_forward=True)
 
 
 @contextmanager
 def no_gradient_sync(backbone: Any) -> Iterator[None]:
-    """Accumulate gradients without averaging over the processes yet."""
+    """Context that accumulates gradients without averaging them over the processes."""
     assert isinstance(backbone, FSDPModule)
     backbone.set_requires_gradient_sync(False)
     try:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""The time of a training step, by its parts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 import torch
 
 PARTS = ("data", "forward_backward", "optimizer", "ema", "logging", "checkpoint")
-"""``data``: waiting for the next batch, moving and normalizing it. ``logging``: what the callbacks do after the step,
-without drawing and evaluating, which are no part of a step, and without writing checkpoints."""
+"""Parts of a step. ``data``: waiting for the next batch, moving and normalizing it. ``logging``: what the callbacks do
+after the step, without drawing and evaluating, which are no part of a step, and without writing checkpoints."""
 
 MOST_EVENTS = 1000
-"""Of a GPU that are kept: a training that nobody reads the figures of must not keep more and more of them."""
+"""Most GPU events kept before they are read, so that they do not pile up in a training whose times are never read."""
 
 
 class Stopwatch:
     """Seconds by part of the step.
 
-    A GPU works behind the CPU's back: there the parts that it computes are timed by events in its own queue, which
-    nothing waits for until the figures are read.
+    A GPU runs asynchronously, so its parts are timed by events in its own queue, which nothing waits for until the
+    times are read.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time a block; ``device`` is where its work is done."""
+        """Time a block whose work is done on ``device``."""
         if device.type == "cuda":
             begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begun.record()
@@ -45,21 +45,21 @@ class Stopwatch:
             self._seconds[name] += time.perf_counter() - since
 
     def mark(self) -> None:
-        """From now on counts for the next :meth:`lap`."""
+        """Start the time that the next :meth:`lap` counts."""
         self._since = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """What has passed since the last mark or lap belongs to a part."""
+        """Add the time since the last mark or lap to a part."""
         now = time.perf_counter()
         self._seconds[name] += now - self._since
         self._since = now
 
     def exclude(self, seconds: float) -> None:
-        """So much of the time since the last mark belongs to no part."""
+        """Leave ``seconds`` of the time since the last mark out of all parts."""
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """The seconds of each part since the last reading."""
+        """Return the seconds of each part since the last reading, and reset them."""
         self._read_events()
         found = self._seconds
         self._seconds = dict.fromkeys(PARTS, 0.0)

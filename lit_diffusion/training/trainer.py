@@ -33,7 +33,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "barebones": ((False,), "would leave out the run's events and checkpoints; leave it out"),
     "model_registry": ((None,), "does nothing here: checkpoints are files of the run; leave it out"),
 }
-"""Keys of Lightning's that its loop needs and this project's does not have: what they may be, and what to do."""
+"""Lightning's keys that this project's loop does not use: the values accepted, and the advice for any other."""
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -45,15 +45,18 @@ class Trainer(pl.Trainer):
     """Lightning's Trainer, counted in images, with mixed precision around the backbone only.
 
     Args:
-        max_images: train until this many images were seen; null: no such end (give ``max_steps`` or ``max_time``).
+        max_images: train until this many images are seen; null: no such end (give ``max_steps`` or ``max_time``).
         precision: ``32-true``, ``bf16-mixed`` (the backbone in bfloat16, all else float32) or ``16-mixed``.
         compile: compile the backbone in place (the names in checkpoints stay as they are).
         cuda_graphs: while sampling, record the backbone's evaluation once and replay it (CUDA only); faster where the
             network is small for the GPU.
-        threads: of the CPU, for each process; null: this machine's, found once from its cores and written into
-            config.yaml as a number. The bits of sums depend on it: a run that goes on keeps its own.
+        threads: CPU threads of each process; null: found once from this machine's cores and written into config.yaml
+            as a number. The bits of sums depend on it: a run that goes on keeps its own.
         channels_last: keep the backbone's images as ``[B, H, W, C]`` in memory; faster for most convolutions.
-        **kwargs: Lightning's own.
+        **kwargs: Lightning's own arguments.
+
+        Raises:
+            UserError: for a Lightning key that this project's loop does not use, with the key that replaces it.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Trainer(pl.Trainer):
         self.max_images = max_images
         limits = (max_images, kwargs.get("max_time"), kwargs.get("fast_dev_run") or None)
         self.endless = all(limit is None for limit in limits) and kwargs.get("max_steps", -1) == -1
-        """Whether nothing would end a training; a method refuses to start one."""
+        """True where nothing would end a training; a method refuses to start one."""
         self.compile = compile
         self.cuda_graphs = cuda_graphs
         self.channels_last = channels_last
@@ -94,11 +97,11 @@ class Trainer(pl.Trainer):
             kwargs["strategy"] = ShardedStrategy()
         elif isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
             raise UserError(
-                "trainer.strategy: Lightning's FSDPStrategy is not supported; give fsdp, which shares out the "
-                "backbone's weights through ModelParallelStrategy"
+                "trainer.strategy: Lightning's FSDPStrategy is not supported; give fsdp, which shards the backbone's "
+                "weights through ModelParallelStrategy"
             )
         elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
-            raise UserError("trainer.strategy: a ModelParallelStrategy is given as fsdp here, which sets it up")
+            raise UserError("trainer.strategy: give fsdp instead of a ModelParallelStrategy; it sets one up")
         if self.autocast_dtype is not None:
             device = "cuda" if self._wants_cuda(kwargs.get("accelerator", "auto")) else "cpu"
             plugins = kwargs.get("plugins") or []

@@ -124,7 +124,7 @@ def test_the_error_is_taken_where_the_smoothed_data_are(tmp_path):
     assert event["score_error_everywhere"] > 0.2
 
 
-def test_annealed_walks_find_the_weights_and_plain_ones_do_not(tmp_path):
+def test_annealed_chains_find_the_weights_and_plain_ones_do_not(tmp_path):
     sampler = AnnealedLangevin(30, eta=0.02, uniform_range=(-8.0, 8.0))
     made, method = exact_model(tmp_path, VE(0.3, 20.0, num_timesteps=12), sampler)
     ModeWeights(count=1500).draw(made, method, "ema")
@@ -135,7 +135,7 @@ def test_annealed_walks_find_the_weights_and_plain_ones_do_not(tmp_path):
     assert event["true_langevin"] == pytest.approx(0.5, abs=0.1)  # half of the starts are nearer to each mode
     assert event["learned_annealed"] == event["true_annealed"]
     assert event["learned_langevin"] == event["true_langevin"]
-    assert event["steps"] == 360  # of each walk
+    assert event["steps"] == 360  # of each sampler
     assert event["weights"] == "ema"
     picture(tmp_path / "run", "mode-weights")
 
@@ -184,10 +184,10 @@ def test_mode_weights_at_the_end_of_a_run(tmp_path):
     picture(tmp_path / "run", "mode-weights")
 
 
-def test_the_plain_walk_takes_its_own_step(tmp_path):
+def test_the_plain_chain_takes_its_own_step(tmp_path):
     _, method = exact_model(tmp_path, VE(0.3, 20.0, num_timesteps=4), AnnealedLangevin(2, eta=0.02))
-    assert ModeWeights()._walks(method)[0].eta == 0.02
-    plain, annealed = ModeWeights(eta=0.05, half_side=3.0)._walks(method)
+    assert ModeWeights()._samplers(method)[0].eta == 0.02
+    plain, annealed = ModeWeights(eta=0.05, half_side=3.0)._samplers(method)
     assert (plain.eta, plain.steps, plain.uniform_range) == (0.05, 8, (-3.0, 3.0))
     assert annealed is method.sampler
 
@@ -237,7 +237,7 @@ def test_a_wrong_configuration(make):
 def test_a_langevin_step_of_the_wrong_method_is_not_taken_for_annealed():
     method = SimpleNamespace(sampler=Langevin(3, eta=0.1), denoiser=None)
     with pytest.raises(UserError, match="annealed"):
-        ModeWeights()._walks(method)
+        ModeWeights()._samplers(method)
 
 
 def test_component_shares_are_by_the_likelier_component():

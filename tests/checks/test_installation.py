@@ -21,7 +21,7 @@ def levels(found):
 
 
 def test_a_finding_is_one_line():
-    assert str(problem("a\nb", "mend")) == "problem  a b; mend"
+    assert str(problem("a\nb", "fix")) == "problem  a b; fix"
     assert str(Finding("ok", "fine")) == "ok       fine"
     assert first_line(RuntimeError("\n\n  what\nmore")) == "RuntimeError: what"
     assert first_line(KeyError()) == "KeyError"
@@ -45,7 +45,7 @@ def test_what_is_required_is_what_pyproject_says(monkeypatch, tmp_path):
     assert installation.declared()[0] == ["torch>=999"]
     (bad,) = [finding for finding in installation.versions() if finding.severity == "problem"]
     assert bad.what.startswith("torch ")
-    assert 'pip install "torch>=999"' in bad.mend
+    assert 'pip install "torch>=999"' in bad.fix
 
 
 def test_neither_checkout_nor_package_is_a_note(monkeypatch):
@@ -64,7 +64,7 @@ def test_without_packaging_there_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "level", "said"),
+    ("version", "severity", "said"),
     [
         ("2.6.6", "ok", "lightning 2.6.6"),
         ("2.5.0", "problem", "is not"),
@@ -79,7 +79,7 @@ def test_lightning(monkeypatch, version, severity, said):
     (found,) = installation.version_of("lightning", ">=2.6.6,<2.7", "pip install lightning")
     assert found.severity == severity
     assert said in found.what
-    assert severity == "ok" or "pip install lightning" in found.mend
+    assert severity == "ok" or "pip install lightning" in found.fix
 
 
 def test_an_old_python_is_a_problem(monkeypatch):

@@ -40,7 +40,7 @@ def test_threads_beyond_the_cores_are_a_warning(monkeypatch):
     assert next(machine.processor()).severity == "ok"
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     found = next(machine.processor())
-    assert (found.severity, found.mend) == ("warning", "export OMP_NUM_THREADS=4")
+    assert (found.severity, found.fix) == ("warning", "export OMP_NUM_THREADS=4")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
     for variable in ("LIT_DIFFUSION_WEIGHTS", "TORCHINDUCTOR_CACHE_DIR", "WANDB_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "file" / "below"))
         found = only(machine.folders())
-        assert (found.severity, found.mend) == ("warning", f"set {variable} to another")
+        assert (found.severity, found.fix) == ("warning", f"set {variable} to another")
         assert f"{tmp_path / 'file'} is a file" in found.what
         monkeypatch.delenv(variable)
     monkeypatch.setattr(machine.os, "access", lambda path, mode: path != Path(tmp_path))
@@ -168,7 +168,7 @@ def test_folders_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limits", "workers", "level"),
+    ("limits", "workers", "severity"),
     [
         ((1024, 4096), 4, "ok"),
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 4, "ok"),
@@ -181,7 +181,7 @@ def test_open_files(monkeypatch, limits, workers, severity):
     monkeypatch.setattr(machine.resource, "getrlimit", lambda what: limits)
     found = only(machine.open_files(workers))
     assert found.severity == severity
-    assert severity == "ok" or found.mend == f"ulimit -n {512 if limits[1] == 512 else 4096}"
+    assert severity == "ok" or found.fix == f"ulimit -n {512 if limits[1] == 512 else 4096}"
 
 
 def test_a_compiler(monkeypatch, tmp_path):

@@ -62,9 +62,9 @@ def test_data_found(make):
 
 
 def test_classes(make):
-    assert said(recipe.classes, make()) == {}  # a model that is told none
+    assert said(recipe.classes, make()) == {}  # an unconditional model
     ten = said(recipe.classes, make(ncsn(network={"num_classes": 10})))
-    assert ten["ok"] == "ok       the model is told 10 classes, of 170 to 181 training data each"
+    assert ten["ok"] == "ok       the model is conditioned on 10 classes, of 170 to 181 training data each"
     more = said(recipe.classes, make(ncsn(network={"num_classes": 12})))
     assert "has 12 classes, the data 10: the others are not trained; set" in more["note"]
     gaps = InMemory(np.stack([digits().value(i) for i in range(40)]), np.array([0, 3] * 20), "gaps", 17, 5)
@@ -91,7 +91,7 @@ def test_data_range(make):
 def test_a_source_that_lies_is_a_problem_of_its_own_words(make):
     lies = make(data=images(np.full((20, 1, 8, 8), 200), levels=17))
     found = [finding for finding in recipe.findings(lies) if finding.severity == "problem"]
-    assert "yields grey level 200 but declares levels 0..16" in found[0].what
+    assert "yields grey level 200 but declares grey levels 0..16" in found[0].what
 
 
 def test_the_first_data_are_those_that_training_sees_first(make):
@@ -111,7 +111,7 @@ def test_largest_noise(make):
     assert set(said(recipe.largest_noise, make(ncsn(sigma_max=6.0)))) == {"ok"}
     assert "technique 1 would raise it" in said(recipe.largest_noise, make(ncsn(sigma_max=2.0)))["note"]
     low = said(recipe.largest_noise, make(ncsn(sigma_max=0.5)))["warning"]
-    assert "sigma_max is 0.5, below the data's own 0.8" in low
+    assert "sigma_max is 0.5, below the data's 0.8" in low
     assert "raise it to 4.74, the largest distance among the first 512 data" in low
     assert said(recipe.largest_noise, make(toy_dsm(), points_data())) == {}  # one level is no ladder
     assert said(recipe.largest_noise, make(ddpm())) == {}
@@ -138,10 +138,12 @@ def test_prior_mismatch(make):
 
 def test_the_gap_to_the_prior_is_the_bounds_prior_term(make):
     made = make(ddpm(num_timesteps=100, beta_1=1e-4, beta_T=0.02), digits_data(value_range=(-1.0, 1.0)))
-    end = made.method.denoiser.process.severity(torch.ones(1, dtype=torch.float64))
+    end = made.method.denoiser.process.coefficients(torch.ones(1, dtype=torch.float64))
     zero = torch.zeros(1, dtype=torch.float64)
     nats = gaussian_kl(end.alpha * made.first.double(), 2.0 * end.sigma.log(), zero, zero)
-    assert f"{float(nats.mean()) / math.log(2.0):.2g} bits a dimension" in said(recipe.prior_mismatch, made)["warning"]
+    assert (
+        f"{float(nats.mean()) / math.log(2.0):.2g} bits per dimension" in said(recipe.prior_mismatch, made)["warning"]
+    )
 
 
 def test_reverse_chain(make):
@@ -193,7 +195,7 @@ def each(**cadences):
 
 
 def test_cadences(make):
-    every = "due so many times: checkpoint 4, eval 4, samples 4, noise_levels 4, telemetry 4"
+    every = "number of times due: checkpoint 4, eval 4, samples 4, noise_levels 4, telemetry 4"
     assert said(recipe.cadences, make(callbacks=each())) == {"ok": f"ok       {every}"}
     for name, severity in (("checkpoint", "warning"), ("telemetry", "warning"), ("eval", "note"), ("samples", "note")):
         found = said(recipe.cadences, make(callbacks=each(**{name: 100_000})))
@@ -241,8 +243,8 @@ def test_batches(make):
 
 def test_samplers(make):
     assert set(said(recipe.samplers, make())) == {"ok"}
-    walks = [finding for finding in recipe.findings(make(ncsn(sampler=Ancestral(steps=99)))) if "99" in finding.what]
-    assert [finding.severity for finding in walks] == ["problem"]
+    found = [finding for finding in recipe.findings(make(ncsn(sampler=Ancestral(steps=99)))) if "99" in finding.what]
+    assert [finding.severity for finding in found] == ["problem"]
     with pytest.raises(UserError, match="ema:7"):
         said(recipe.samplers, make(callbacks=[Samples(weights="ema:7")]))
 
@@ -254,7 +256,7 @@ def evaluator(**keys):
 def test_evaluation(make):
     found = said(recipe.evaluation, make(callbacks=evaluator()))
     assert found["ok"].endswith("of 500 samples in features of digits, against 1761 data")
-    assert "no figures" in said(recipe.evaluation, make())["note"]
+    assert "no metrics" in said(recipe.evaluation, make())["note"]
     assert "fewer than the" in said(recipe.evaluation, make(callbacks=evaluator(samples=20)))["note"]
     assert "first evaluation" in said(recipe.evaluation, make(callbacks=evaluator(samples="auto")))["note"]
     few = [finding.what for finding in recipe.evaluation(make(callbacks=evaluator(samples=5)))]
@@ -294,7 +296,7 @@ def test_precision(make, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("precision", "capability", "level"),
+    ("precision", "capability", "severity"),
     [
         ("bf16-mixed", (9, 0), "ok"),
         ("bf16-mixed", (7, 5), "warning"),
@@ -390,7 +392,7 @@ def test_what_workers_need(make, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "key", "level", "words"),
+    ("mode", "key", "severity", "words"),
     [
         ("disabled", None, "note", "disabled"),
         ("auto", None, "note", "offline"),

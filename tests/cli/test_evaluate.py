@@ -126,7 +126,7 @@ def test_images_against_themselves(evaluate, capsys):
     assert found["protocol"]["memorisation_split"] == "the reference as given, whatever the model was trained on"
     assert "caveat" not in found["protocol"]
     itself = evaluate("images.npz", "images.npz")["protocol"]["caveat"]
-    assert itself == "the samples are the reference itself, so these figures are of no model"
+    assert itself == "the samples are the reference itself, so these values say nothing about a model"
     assert f"note: {itself}" in capsys.readouterr().out
 
 
@@ -298,7 +298,7 @@ def test_fetch_says_where_the_weights_are(monkeypatch, capsys, tmp_path):
     dispatch(["fetch", "weights", "vgg16"])
     assert capsys.readouterr().out == f"vgg16 is in {tmp_path / 'vgg16.pth'}\n"
     for arguments in (["weights"], ["weights", "vgg16", "clip"], ["wheights", "vgg16"]):
-        with pytest.raises(UserError, match="fetch takes what and its name"):
+        with pytest.raises(UserError, match="fetch takes data or weights, and a name"):
             dispatch(["fetch", *arguments])
 
 

@@ -134,7 +134,7 @@ def test_a_run_shows_its_last_evaluation(run, workdir, capsys):
     assert data_of(workdir / "gallery.html")["entries"][0]["name"] == "ncsn/20260101-000000-aa"
 
 
-def test_figures_beside_samples_are_shown(run, samples):
+def test_metrics_beside_samples_are_shown(run, samples):
     said = {"values": {"fd/digits-80": float("nan"), "kd": 0.5}, "protocol": {**PROTOCOL, "tau": float("inf")}}
     (samples / "dark.json").write_text(json.dumps(said))  # Python writes NaN, which no browser reads
     run("gallery", "dark.npz", "light.npz")
@@ -153,11 +153,11 @@ def test_protocols_that_differ_are_named(run, workdir, capsys):
     assert "note" not in capsys.readouterr().out
     assert data_of(workdir / "gallery.html")["differing"] == []
     run("gallery", a, b, c)
-    assert "note: the protocols differ in n_fake, order: the figures are no ranking" in capsys.readouterr().out
+    assert "note: the protocols differ in n_fake, order: the metrics are no ranking" in capsys.readouterr().out
     assert data_of(workdir / "gallery.html")["differing"] == ["n_fake", "order"]
     run("gallery", a, d)
     assert "note: the protocol of digits/d is not known" in capsys.readouterr().out
-    # Images without figures are in nobody's ranking.
+    # Images without metrics are in no ranking.
     np.savez(workdir / "bare.npz", arr_0=dark())
     run("gallery", a, "bare.npz", "--reference", "bare.npz")
     assert "note" not in capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_a_heavy_page_is_said(run, samples, capsys, monkeypatch):
         (["floats.npz"], "images must be uint8"),
         (["untested"], "has no evaluation: make one with `test --ckpt_path untested/checkpoints/last.ckpt`"),
         (["runs/ncsn/emptied"], "are gone or were not kept: make one with `test --ckpt_path runs/ncsn/emptied/"),
-        (["torn.npz"], "cannot read the figures"),
+        (["torn.npz"], "cannot read the metrics"),
         (["foreign.npz"], "has no values and protocol"),
     ],
 )
@@ -344,7 +344,7 @@ def test_side_by_side(run, workdir, visit):
     page.wait_for_function("document.images.length === 192 && [...document.images].every((i) => i.naturalWidth > 0)")
     assert page.evaluate("[...document.images].every((i) => i.alt)")
     assert page.evaluate("[...document.images].every((i) => getComputedStyle(i).imageRendering === 'pixelated')")
-    headings = ["These figures were not made alike", "digits/a", HOSTILE, "real data"]
+    headings = ["These metrics were not measured alike", "digits/a", HOSTILE, "real data"]
     assert page.locator("h2").all_inner_texts() == headings
     notice = page.get_by_role("region", name="Protocols that differ").inner_text()
     assert "The protocols differ in extractor." in notice
@@ -352,8 +352,8 @@ def test_side_by_side(run, workdir, visit):
     assert "seed" not in notice
     card = page.locator("article").first
     assert "the first 64 of 80 images · 8 × 8 grey · after 320 images of training" in card.inner_text()
-    figures = [row.inner_text().split("\t") for row in card.locator("tbody tr").all()]
-    assert figures == [["fd/digits-80", "0.2500"], ["density/digits-80", "nan"], ["fid-2k", "3"]]
+    metrics = [row.inner_text().split("\t") for row in card.locator("tbody tr").all()]
+    assert metrics == [["fd/digits-80", "0.2500"], ["density/digits-80", "nan"], ["fid-2k", "3"]]
     card.get_by_text("Provenance").click()
     assert "extractor differs" in card.inner_text()
     assert page.locator("article").nth(2).inner_text().startswith("real data")

@@ -212,7 +212,7 @@ def test_what_lightning_would_break_on_leaves_nothing_behind(typed, workdir):
         ("report a b", ["'b' is no argument here"]),
         ("report a --outt x", ["there is no key 'outt'; did you mean 'out'?"]),
         ("wandb-sync a --projct x", ["there is no key 'projct'; did you mean 'project'?"]),
-        ("fetch dat x", ["fetch takes what and its name"]),
+        ("fetch dat x", ["fetch takes data or weights, and a name"]),
         ("predict --bogus 3", ["there is no key 'bogus'; --help lists the keys"]),
     ],
 )

@@ -501,9 +501,9 @@ def test_validating_while_training_changes_no_weight(tmp_path):
 # ---- samples -----------------------------------------------------------------------------------------------------
 
 
-def test_generate_leaves_the_mode_as_it_was_and_needs_the_facts():
+def test_generate_leaves_the_mode_as_it_was_and_needs_the_data_spec():
     method = ncsn({"dropout": 0.5})
-    with pytest.raises(UserError, match=r"method\.facts = datamodule\.facts"):
+    with pytest.raises(UserError, match=r"method\.data_spec = datamodule\.data_spec"):
         method.generate(torch.arange(2), seed=0)
     method.data_spec = digits_data().data_spec
     for training in (True, False):

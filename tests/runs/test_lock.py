@@ -533,7 +533,7 @@ def test_who_reads_may_read_beside_a_training_and_a_replay_waits_for_its_end(tmp
 def test_doctor_finds_a_writer_and_takes_nothing(tmp_path):
     made = SimpleNamespace(run_dir=tmp_path, logger=SimpleNamespace(continues=False, wanted=tmp_path))
     left_by(tmp_path)
-    assert [finding.level for finding in run_directory(made)] == ["ok"]
+    assert [finding.severity for finding in run_directory(made)] == ["ok"]
     holder = of_another(tmp_path / LOCK)
     (finding,) = run_directory(made)
     assert finding.level == "problem"

@@ -269,12 +269,12 @@ def refusal(make) -> str:
         (ramp(9), {"micro_batch_size": 0}, "micro_batch_size is 0"),
         (ramp(9), {"value_range": (1.0, 1.0)}, "value_range"),
         (ramp(9), {"held_out": ramp(9, size=3)}, "shape"),
-        (ramp(9, num_grey_levels=17), {"held_out": ramp(9)}, "256 levels, data.source 17"),
+        (ramp(9, num_grey_levels=17), {"held_out": ramp(9)}, "256 grey levels, data.source 17"),
         (ramp(9), {"held_out_fraction": 1.0}, "held_out_fraction"),
         (ramp(2), {"held_out_fraction": 0.9}, "leaves nothing"),
         (InMemory(np.zeros((9, 2), np.float32), num_grey_levels=None), {"flip": True}, "flip"),
-        (InMemory(np.zeros((9, 2), np.float32)), {}, "levels 256"),
-        (InMemory(np.zeros((9, 1, 2, 2), np.float32), num_grey_levels=None), {}, "levels None"),
+        (InMemory(np.zeros((9, 2), np.float32)), {}, "num_grey_levels 256"),
+        (InMemory(np.zeros((9, 1, 2, 2), np.float32), num_grey_levels=None), {}, "num_grey_levels None"),
     ],
 )
 def test_a_wrong_configuration(source, keys, said):

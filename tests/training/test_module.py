@@ -247,7 +247,7 @@ def test_a_parameter_that_no_optimiser_holds_is_refused_by_name_at_set_up(tmp_pa
     method = ncsn()
     method.teacher = nn.Linear(2, 2)
     with pytest.raises(
-        UserError, match=r"NCSN: the parameter teacher.weight wants a gradient, and no optimizer"
+        UserError, match=r"NCSN: the parameter teacher.weight requires a gradient, and no optimizer"
     ) as said:
         fit(method, digits_data(), tmp_path)
     assert "\n" not in str(said.value)

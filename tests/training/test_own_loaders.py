@@ -111,7 +111,7 @@ def test_labels_of_every_batch_are_looked_at(tmp_path):
 @pytest.mark.parametrize(
     ("given", "classes", "line"),
     [
-        (2 * IMAGES - 1, None, "values from -1 to 1, not in [0, 1]: scale them, or say their range before"),
+        (2 * IMAGES - 1, None, "values from -1 to 1, not in [0, 1]: scale them, or set their range first"),
         (255 * IMAGES, None, "values from 0 to 255, not in [0, 1]"),
         (IMAGES * float("nan"), None, "values from nan to nan"),
         (IMAGES.long(), None, "torch.int64; give floats in [0, 1], or uint8 grey levels"),

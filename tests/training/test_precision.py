@@ -197,7 +197,7 @@ def test_unknown_precisions_are_refused():
         ({"model_registry": "x"}, "model_registry does nothing"),
         ({"strategy": "fsdp_cpu_offload"}, "FSDPStrategy is not supported; give fsdp"),
         ({"strategy": FSDPStrategy()}, "FSDPStrategy is not supported; give fsdp"),
-        ({"strategy": ModelParallelStrategy()}, "ModelParallelStrategy is given as fsdp"),
+        ({"strategy": ModelParallelStrategy()}, "give fsdp instead of a ModelParallelStrategy"),
         ({"precision": "64-true"}, "64-true"),
     ],
 )

@@ -149,17 +149,17 @@ def test_the_quota_of_cgroups_of_version_1(groups):
     assert machine.cores() == 2
 
 
-@pytest.mark.parametrize(("busy", "level"), [(0.2, "ok"), (3.4, "note")])
-def test_doctor_says_what_else_runs(monkeypatch, groups, busy, level):
+@pytest.mark.parametrize(("busy", "severity"), [(0.2, "ok"), (3.4, "note")])
+def test_doctor_says_what_else_runs(monkeypatch, groups, busy, severity):
     monkeypatch.setattr(os, "getloadavg", lambda: (busy, 0.0, 0.0))
     groups("cpu.max", "200000 100000")
     found, _ = machine.load()
-    assert found.level == level
+    assert found.severity == severity
     assert f"{busy} programs run or wait for a core, of 2 (a quota of 2 cores)" in found.what
 
 
 @pytest.mark.parametrize(
-    ("variables", "level", "said"),
+    ("variables", "severity", "said"),
     [
         ({}, "ok", "libraries' own"),
         ({"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}, "ok", "OMP_WAIT_POLICY=PASSIVE, KMP_BLOCKTIME=0"),
@@ -167,13 +167,13 @@ def test_doctor_says_what_else_runs(monkeypatch, groups, busy, level):
         ({"GOMP_SPINCOUNT": "INFINITE"}, "warning", "unset GOMP_SPINCOUNT"),
     ],
 )
-def test_doctor_says_how_threads_wait(monkeypatch, variables, level, said):
+def test_doctor_says_how_threads_wait(monkeypatch, variables, severity, said):
     for name in machine.WAITING:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     _, found = machine.load()
-    assert found.level == level
+    assert found.severity == severity
     assert said in str(found)
 
 
