@@ -185,7 +185,7 @@ def test_annealed_langevin_needs_levels(levels):
     sampler = AnnealedLangevin(steps_per_level=2, eta=0.01, num_levels=levels)
     denoiser = ExactDenoiser(POINT, process)
     if levels is None:
-        with pytest.raises(UserError, match="continuous time: give the number of levels"):
+        with pytest.raises(UserError, match="continuous time: give the number of timesteps"):
             sampler.sample(denoiser, noise_of(2))
         return
     sampler.sample(denoiser, noise_of(2))
