@@ -85,7 +85,7 @@ class Importance(TimeLaw):
             raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
         if not bool(torch.stack(_log_snr_ends(process, torch.device("cpu"))).isfinite().all()):
             raise UserError(
-                f"time_law: importance is uniform in the log-SNR, which is infinite at the end of time of "
+                f"time_law: importance is uniform in the log-SNR, which is infinite at the largest time of "
                 f"{type(process).__name__}: set its t_max below 1, or choose uniform or logit_normal"
             )
 
