@@ -51,7 +51,7 @@ class DDPM(Method):
             ``v``, ...
         c_noise: encoding of the timestep that the network receives: ``index``, t - 1, or another.
         variance: variance of the reverse steps: ``beta``, ``beta_tilde`` (both the paper's), or ``learned`` between
-            them in log space. A note is printed where the sampler has another variance.
+            them in log space. ``doctor`` reports a sampler of another variance.
         loss: ``simple`` (L_simple), ``bound`` (the variational bound in bits per dimension: with a fixed variance the
             paper's weighted L) or ``hybrid`` (both; the bound trains the variance alone).
         time_law: law of the training timesteps: ``levels``, all alike, or ``second_moment``, those with larger losses

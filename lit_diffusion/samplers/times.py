@@ -226,5 +226,6 @@ def _require_levels(process: Process) -> None:
 def _require_points(process: Process, points: int) -> None:
     if process.num_timesteps is not None and points > process.num_timesteps:
         raise UserError(
-            f"steps: this sampler visits {points} timesteps and the model has {process.num_timesteps}; ask for fewer"
+            f"steps: this sampler visits {points} timesteps and the model has {process.num_timesteps}; ask for fewer "
+            f"steps"
         )
