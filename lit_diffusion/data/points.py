@@ -74,8 +74,8 @@ class GaussianMixturePoints(InMemory):
 class Spiral(InMemory):
     r"""Spiral arms: :math:`x = r (\cos(2 \pi n r / R + \phi), \sin(2 \pi n r / R + \phi)) + s \epsilon`.
 
-    float32 ``[2]``. Each arm has its own phase :math:`\phi`, and :math:`r = R \sqrt{u}` with u uniform spreads the points about evenly
-    along an arm.
+    float32 ``[2]``. Each arm has its own phase :math:`\phi`, and :math:`r = R \sqrt{u}` with u uniform spreads the
+    points about evenly along an arm.
 
     Args:
         arms: number of arms.

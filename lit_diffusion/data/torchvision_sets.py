@@ -33,7 +33,7 @@ class CIFAR10(InMemory):
         root: the folder that holds ``cifar-10-batches-py``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -52,7 +52,7 @@ class CIFAR100(InMemory):
         root: the folder that holds ``cifar-100-python``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -71,7 +71,7 @@ class MNIST(InMemory):
         root: the folder that holds ``MNIST/raw``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -89,7 +89,7 @@ class FashionMNIST(InMemory):
         root: the folder that holds ``FashionMNIST/raw``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -108,7 +108,7 @@ class SVHN(InMemory):
         root: the folder that holds ``train_32x32.mat``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -130,7 +130,7 @@ class CelebA(Source):
         root: the folder that holds ``celeba``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(

@@ -39,5 +39,5 @@ def clipped(x0: Tensor, clip: ClipX0, denoiser: Denoiser) -> Tensor:
 def describe_clip(clip: ClipX0, denoiser: Denoiser) -> str:
     """The range as text: ``data [-1, 1]``, ``[-1, 1]``, ``null``; ``data`` alone where the data have no range."""
     found = clip_range(clip, denoiser)
-    said = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"
-    return f"data {said}".rstrip() if clip == "data" else said or "null"
+    text = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"
+    return f"data {text}".rstrip() if clip == "data" else text or "null"

@@ -47,8 +47,8 @@ def level_ratio(dimension: int) -> float:
     root = math.sqrt(2.0 * dimension)
 
     def excess(ratio: float) -> float:
-        centre = root * (ratio - 1.0)
-        return float(norm.cdf(centre + 3.0 * ratio) - norm.cdf(centre - 3.0 * ratio)) - 0.5
+        center = root * (ratio - 1.0)
+        return float(norm.cdf(center + 3.0 * ratio) - norm.cdf(center - 3.0 * ratio)) - 0.5
 
     if excess(1e3) > 0.0:
         raise UserError(f"num_levels: auto has no solution in {dimension} dimensions; give a number")

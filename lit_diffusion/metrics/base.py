@@ -76,7 +76,7 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class Context:
-    """The facts of an evaluation that decide which metrics are possible, known before any work.
+    """The properties of an evaluation that decide which metrics are possible, known before any work.
 
     Attributes:
         extractor: the feature extractor.

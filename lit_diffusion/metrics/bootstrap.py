@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals (Efron 1979): what a figure would be on other samples of the same model."""
+"""Percentile bootstrap intervals (Efron 1979) of a metric over further samples of the same model."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def choose_metrics(wanted: Sequence[str] | None, context: Context) -> Choice:
 
     Args:
         wanted: names of metrics; None for the default ones.
-        context: the facts of the evaluation.
+        context: the evaluation, as far as known before any work.
 
     Raises:
         UserError: for an unknown metric, or a requested one that cannot be measured.
