@@ -1,4 +1,4 @@
-"""What a sample is conditioned on."""
+"""Conditions of samples: labels, vectors, tokens, images and masks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -1
-"""The label of a row without a class: a network reads it as the row of its table that is kept for "no label"."""
+"""The label of a row without a class: a network maps it to the row of its table for "no label"."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What each row of a batch is conditioned on; fields that a model does not use are None.
+    """The condition of each row of a batch; fields that a model does not use are None.
 
     Attributes:
         label: class indices, int64 ``[B]``; :data:`NO_LABEL` for none.
         vector: a code, such as an encoder's, ``[B, D]``; gradients flow through it.
         tokens: a sequence, such as a text encoder's, ``[B, N, D]``.
         image: an image of the same size as the sample, ``[B, C, H, W]``.
-        mask: where :attr:`image` is given (1) and where it is not (0), ``[B, 1, H, W]``.
+        mask: 1 where :attr:`image` is given, else 0, ``[B, 1, H, W]``.
     """
 
     label: Tensor | None = None
@@ -35,24 +35,24 @@ class Condition:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Condition:
-        """The same condition with f applied to every field that is given."""
+        """This condition with f applied to every field that is given."""
         return Condition(**{name: f(value) for name, value in self.given().items()})
 
     def __getitem__(self, rows: slice | Tensor) -> Condition:
         return self.map(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Condition:
-        """The same condition on a device."""
+        """This condition on a device."""
         return self.map(lambda value: value.to(device))
 
     def dropped(self, rows: Tensor) -> Condition:
-        """The same condition with some rows unconditional, as classifier-free guidance trains them.
+        """This condition with some rows unconditional, for training with classifier-free guidance.
 
-        Their label is :data:`NO_LABEL` and their other fields are 0 (Ho and Salimans 2022, "Classifier-free diffusion
-        guidance", arXiv 2207.12598, algorithm 1).
+        The label of these rows is :data:`NO_LABEL` and their other fields are 0 (Ho and Salimans 2022, "Classifier-free
+        diffusion guidance", https://arxiv.org/abs/2207.12598, algorithm 1).
 
         Args:
-            rows: bool ``[B]``, True for those that lose their condition.
+            rows: bool ``[B]``, True for rows that lose their condition.
         """
 
         kept = {}

@@ -1,4 +1,4 @@
-"""What a model must know of its data, and all it ever needs once the data are gone."""
+"""The data spec: all that a model must know of its data, kept in every checkpoint."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from lit_diffusion.errors import UserError
 
 NAMES_SAID = 10
-"""So many of a data set's classes are listed in a message."""
+"""The number of a data set's classes that are listed in a message."""
 
 
 @dataclass(frozen=True)
 class GreyLevels:
-    """Where the grey levels of normalized images lie.
+    """The values of the grey levels of normalized images.
 
     Attributes:
-        low: value of the lowest level.
-        high: value of the highest.
-        width: distance of two neighbouring ones.
+        low: value of the lowest grey level.
+        high: value of the highest grey level.
+        width: distance of two neighboring grey levels.
     """
 
     low: float
@@ -31,34 +31,34 @@ class GreyLevels:
     width: float
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The level in whose bin each entry of x lies, as a share of the highest: float64 in ``[0, 1]``.
+        """The grey level in whose bin each entry of x lies, as a share of the highest: float64 in ``[0, 1]``.
 
-        A bin holds its lower end; values beyond the outermost bins belong to these.
+        A bin includes its lower end; values beyond the outermost bins belong to those.
         """
         highest = round((self.high - self.low) / self.width)
         level = ((x.to(torch.float64) - self.low) / self.width + 0.5).floor()
         return level.clamp(0, highest) / max(highest, 1)
 
     def centre(self, x: Tensor) -> Tensor:
-        """The value of the level in whose bin each entry of x lies: float64."""
+        """The value of the grey level in whose bin each entry of x lies: float64."""
         level = ((x.to(torch.float64) - self.low) / self.width).round()
         return self.low + self.width * level
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Facts of a data set, kept in every checkpoint.
+    """The spec of a data set, kept in every checkpoint.
 
     Attributes:
-        source: its name.
-        shape: of one datum, ``(C, H, W)`` or ``(D,)``.
-        num_grey_levels: grey levels of an image, None for points.
-        value_range: what black and white are normalized to, None for points.
-        num_classes: of the labels, None where there are none.
-        dequantized: whether a model of them is trained on grey levels with uniform noise, see
+        source: name of the data source.
+        shape: shape of one datum, ``(C, H, W)`` or ``(D,)``.
+        num_grey_levels: number of grey levels of an image, None for points.
+        value_range: normalized values of black and white, None for points.
+        num_classes: number of classes, None without labels.
+        dequantized: if true, models are trained on grey levels with uniform noise, see
             :meth:`~lit_diffusion.training.datamodule.DataModule.normalize`.
-        class_names: of the classes in the order of their numbers, None where they have none.
-        class_counts: training data of each class, None where there are no classes.
+        class_names: names of the classes in the order of their numbers, None where they have none.
+        class_counts: number of training data of each class, None without classes.
     """
 
     source: str
@@ -72,7 +72,7 @@ class DataSpec:
 
     @property
     def grey_levels(self) -> GreyLevels | None:
-        """Where the grey levels lie in the value range, None for points."""
+        """The values of the grey levels in the value range, None for points."""
         if self.num_grey_levels is None or self.value_range is None:
             return None
         low, high = self.value_range
@@ -83,15 +83,15 @@ class DataSpec:
 
     @property
     def is_image(self) -> bool:
-        """Whether a datum is an image ``(C, H, W)``."""
+        """True where a datum is an image ``(C, H, W)``."""
         return len(self.shape) == 3
 
     def require_classes_of(self, trained: DataSpec, where: str) -> None:
-        """Refuse classes whose numbers mean others than those that a model was trained on.
+        """Refuse classes whose numbers stand for other classes than in a model's training data.
 
         Args:
-            trained: the facts of the training data.
-            where: what the model comes from, for the message.
+            trained: the spec of the training data.
+            where: the model's origin, for the message.
 
         Raises:
             UserError: with the names of both, where both have names.
@@ -103,7 +103,7 @@ class DataSpec:
             )
 
     def plain(self) -> dict[str, Any]:
-        """As plain types, for a checkpoint or YAML."""
+        """The spec as plain types, for a checkpoint or YAML."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
@@ -123,15 +123,15 @@ class DataSpec:
 
 
 def class_number(given: int | str, count: int, names: Sequence[str] | None = None) -> int:
-    """The number of the class of that name or, where none has it, of that number.
+    """The number of a class given by its name or, where no class has that name, by its number.
 
     Args:
         given: a name, or a number in ``0 .. count - 1``.
-        count: of the classes.
-        names: theirs, in the order of their numbers; None where they have none.
+        count: number of classes.
+        names: names of the classes in the order of their numbers; None where they have none.
 
     Raises:
-        UserError: if there is no such class; it lists them, those most alike first.
+        UserError: for an unknown class; it lists the classes, the closest matches first.
     """
     if names and given in names:
         return list(names).index(str(given))
@@ -150,7 +150,7 @@ def class_number(given: int | str, count: int, names: Sequence[str] | None = Non
 
 
 def in_brief(names: Iterable[str]) -> str:
-    """Names with commas, the first few of many; one that comes again is left out."""
+    """Names with commas and without repetitions, the first few of many."""
     once = list(dict.fromkeys(names))
     more = f", ... ({len(once)} in all)" if len(once) > NAMES_SAID else ""
     return ", ".join(once[:NAMES_SAID]) + more

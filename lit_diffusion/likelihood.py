@@ -1,15 +1,16 @@
-r"""Likelihoods: exact by the probability-flow ODE, and the variational bound of the reverse chain.
+r"""Likelihoods: the exact one of the probability-flow ODE, and the variational bound of the reverse chain.
 
 .. math::  \log p_{t_0}(x) = \log p_1(x_1) + \int_{t_0}^1 \mathrm{tr}\, \frac{\partial v}{\partial x}\, dt
 
-along the ODE ``dx/dt = v(x, t)`` from ``x`` at ``t_0`` to ``x_1`` (Song et al. 2021, eq. 39), and
+along the ODE ``dx/dt = v(x, t)`` from ``x`` at ``t_0`` to ``x_1`` (Song et al. 2021, https://arxiv.org/abs/2011.13456,
+eq. 39), and
 
 .. math::
     -\log p(x_0) \le KL(q(x_1 | x_0) \| p(x_1)) + \sum_{s > 0} KL(q(x_s | x_t, x_0) \| p(x_s | x_t))
     - E \log p(x_0 | x_{t_1})
 
-over the steps of an ancestral walk (Ho et al. 2020, eq. 5). The two are likelihoods of two different models, of the
-ODE and of the chain, that share a network: neither number bounds the other.
+over the steps of ancestral sampling (Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 5). They are likelihoods of
+two different models, the ODE and the chain, that share a network: neither number bounds the other.
 """
 
 from __future__ import annotations
@@ -37,34 +38,34 @@ Trace = Literal["hutchinson", "exact"]
 Probe = Literal["rademacher", "gaussian"]
 
 LARGEST_EXACT = 256
-"""Dimensions up to which an exact trace, of one backward pass each, is taken on."""
+"""The largest dimension in which an exact trace, one backward pass a dimension, is allowed."""
 
 
 def bits_per_dimension(log_prob: Tensor, dimension: int, grey_levels: GreyLevels | None = None) -> Tensor:
-    """``-log2 p / D``: of densities in nats ``[B]``, over bins of one grey level where there are any."""
+    """``-log2 p / D`` of log-densities in nats ``[B]``, integrated over the bin of a grey level where there are any."""
     log_volume = 0.0 if grey_levels is None else dimension * math.log(grey_levels.width)
     return -(log_prob + log_volume) / (dimension * math.log(2.0))
 
 
 def dequantized(x: Tensor, noise: SampleNoise, grey_levels: GreyLevels | None) -> Tensor:
-    """Grey levels spread uniformly over their bins, ``x + (u - 1/2) width``; points as they are.
+    """Grey levels spread uniformly over their bins, ``x + (u - 1/2) width``; points unchanged.
 
     The expected log-density of the result is a lower bound of the grey levels' log-probability (Theis et al. 2016,
-    eq. 3).
+    https://arxiv.org/abs/1511.01844, eq. 3).
     """
     return x if grey_levels is None else x + (noise.uniform() - 0.5) * grey_levels.width
 
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """The ODE's log-density of a batch and what it is made of, float64.
+    """The ODE's log-density of a batch and its parts, ``log_prob = terminal + trace``, float64.
 
     Attributes:
         log_prob: ``log p_{t_0}(x)`` in nats, ``[B]``.
         terminal: ``log p_1(x_1)``, ``[B]``.
         trace: the integral of the velocity's divergence, ``[B]``.
-        x_1: where the ODE takes the data, ``[B, ...]``.
-        evaluations: network evaluations of the datum that needs the most, each with its backward passes.
+        x_1: the ODE's state at the largest time, ``[B, ...]``.
+        evaluations: network evaluations of the slowest datum, each with its backward passes.
     """
 
     log_prob: Tensor
@@ -88,25 +89,30 @@ def flow_log_prob(
     terminal_log_prob: Callable[[Tensor], Tensor] | None = None,
     on_time: Callable[[float], None] | None = None,
 ) -> FlowLikelihood:
-    """The log-density of data under the probability-flow ODE, in float64.
+    r"""The log-density of data under the probability-flow ODE, in float64.
+
+    .. math::  \log p_{t_0}(x) = \log p_1(x_1) + \int_{t_0}^1 \mathrm{tr}\, \frac{\partial v}{\partial x}\, dt
+
+    (Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 39.)
 
     Args:
         denoiser: the model.
-        x: data ``[B, ...]``, taken to be at ``t_min``.
-        noise: gives each datum its probes.
+        x: data ``[B, ...]``, the state at ``t_min``.
+        noise: the data's random numbers, from which the probes are drawn.
         cond: the condition, ``[B]`` rows.
         trace: ``exact``, one backward pass a dimension, or ``hutchinson``: ``E[e' J e]``, unbiased, with the same
-            probes e all along the way (Hutchinson 1990; Grathwohl et al. 2019).
+            probes e along the whole trajectory (Hutchinson 1990; Grathwohl et al. 2019,
+            https://arxiv.org/abs/1810.01367).
         probe: ``rademacher``, entries of -1 and 1, which has the least variance, or ``gaussian``.
-        probes: how many, averaged.
+        probes: number of probes, averaged.
         rtol: relative tolerance of the solver.
         atol: absolute tolerance of the solver.
-        t_min: where the data are taken to be, no earlier than the smallest time of the process; None: there.
+        t_min: the time of the data, at or above the smallest time of the process; None: that time.
         terminal_log_prob: ``log p_1`` of ``[B, ...]``; None for the process's prior.
-        on_time: called after every step of the solver with the time of the datum that has the farthest to go.
+        on_time: called after every step of the solver with the time of the slowest datum.
 
     Raises:
-        UserError: for a network that knows no time between its levels, a time that it has not learned, an exact trace
+        UserError: for a network that is trained on its grid's timesteps alone, a time without training, an exact trace
             in too many dimensions, or a solver that fails.
     """
     refuse_grid_only(denoiser, "the ODE's likelihood")
@@ -160,13 +166,13 @@ def flow_log_prob(
 
 @dataclass(frozen=True)
 class VariationalBound:
-    """The bound of ``-log p(x_0)`` of a batch, by its parts, in nats, float64.
+    """The bound of ``-log p(x_0)`` of a batch, ``total = prior + decoder + kl``, in nats, float64.
 
     Attributes:
         prior: ``KL(q(x_1 | x_0) || p(x_1))``, ``[B]``.
-        steps: of each step of the walk, ``[B, S]``: first the decoder's, then the KL of the others, from the least
-            noise to the most.
-        times: at which each step starts, float64 ``[S]``.
+        steps: the terms of the steps, ``[B, S]``: first the decoder's, then the KL terms, from the least noise to the
+            most.
+        times: the times at which the steps start, float64 ``[S]``.
     """
 
     prior: Tensor
@@ -185,18 +191,22 @@ class VariationalBound:
 
     @property
     def total(self) -> Tensor:
-        """``[B]``."""
+        """The bound, the sum of the prior and all steps: ``[B]``."""
         return self.prior + self.steps.sum(1)
 
 
 def require_chain(denoiser: Denoiser, what: str) -> None:
-    """Refuse a model of one level.
+    """Refuse a model with one noise level.
+
+    Args:
+        denoiser: the model.
+        what: the caller, for the message.
 
     Raises:
-        UserError: saying what was asked for.
+        UserError: naming the caller.
     """
     if denoiser.process.num_timesteps == 1:
-        raise UserError(f"{what} needs a chain of levels, and this model has one noise level")
+        raise UserError(f"{what} needs a chain of noise levels, and this model has one noise level")
 
 
 @torch.no_grad()
@@ -212,25 +222,29 @@ def variational_bound(
     sampled: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> VariationalBound:
-    """The variational bound of the chain that ancestral sampling draws from.
+    r"""The variational bound of ancestral sampling's reverse chain.
 
-    Each expectation over the noise is taken with one draw an image: the sum is unbiased.
+    .. math::
+        KL(q(x_1 | x_0) \| p(x_1)) + \sum_{s > 0} KL(q(x_s | x_t, x_0) \| p(x_s | x_t)) - E \log p(x_0 | x_{t_1})
+
+    (Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 5.) Each expectation over the noise is estimated with one
+    draw a datum: the sum is unbiased.
 
     Args:
         denoiser: the model.
-        x0: data ``[B, ...]``; grey levels at the centres of their bins.
-        noise: gives each datum its own numbers.
-        chain: its variances and its range.
-        grey_levels: of the data; None for points, whose decoder is a density.
+        x0: data ``[B, ...]``; grey levels at the centers of their bins.
+        noise: the data's random numbers.
+        chain: the variances and the clipping of the reverse chain.
+        grey_levels: the data's grey levels; None for points, whose decoder is a density.
         cond: the condition, ``[B]`` rows.
-        steps: S; None for every level of the model, 1000 in continuous time.
-        spacing: which levels a subsequence of S visits.
-        sampled: evaluate only so many of the S - 1 KL terms for each datum, evenly spread with a random offset, and
-            weigh them up: unbiased, and noisier; None: all of them.
+        steps: S; None for every timestep of the model, 1000 in continuous time.
+        spacing: the spacing of a subsequence of S timesteps.
+        sampled: number of the S - 1 KL terms to evaluate for each datum, evenly spread with a random offset and
+            weighted accordingly: unbiased, with more variance; None: all of them.
         on_step: called with the number of terms done and to do.
 
     Raises:
-        UserError: for a variance that the model has not, or a model with one noise level.
+        UserError: for a variance that the model does not have, or a model with one noise level.
     """
     chain.check(denoiser)
     process = denoiser.process

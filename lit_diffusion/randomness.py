@@ -1,13 +1,13 @@
-r"""Random numbers keyed by what they are for, instead of drawn from a stream.
+r"""Random numbers keyed by their purpose, instead of drawn from a stateful generator.
 
 Every random number of a run is a pure function of ``(seed, stream name, index, draw)``: the noise of the n-th training
-image, the time it is noised to, whether it is flipped, the k-th Langevin increment of sample i. Nothing depends on the
-batch size, the number of processes, the worker that loaded an image or on how often the run was interrupted, and there
-is no generator state to save.
+image, the time to which it is noised, its flip, the k-th Langevin increment of sample i. Nothing depends on the batch
+size, the number of processes, the worker that loaded an image or on interruptions of the run, and there is no generator
+state to save.
 
-The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in integer
-arithmetic on whatever device the numbers are wanted: the bits are the same on every device, floats made from them agree
-up to the rounding of ``log`` and ``cos``.
+The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3",
+https://doi.org/10.1145/2063384.2063405), in integer arithmetic on any device: the bits are the same on every device,
+floats made from them agree up to the rounding of ``log`` and ``cos``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _require_wide(dtype: torch.dtype) -> None:
 
 
 def random_words(seed: int, stream: str, index: Tensor, count: int, draw: int = 0) -> Tensor:
-    """``count`` 32-bit words for each index: int64 ``[B, count]`` on the index's device."""
+    """Random 32-bit words, ``count`` for each index: int64 ``[B, count]`` on the index's device."""
     index = index.to(torch.int64)
     blocks = torch.arange((count + 3) // 4, device=index.device)
     counter = torch.empty(*index.shape, len(blocks), 4, dtype=torch.int64, device=index.device)
@@ -82,7 +82,7 @@ def keyed_uniform(
     """Uniform numbers strictly inside (0, 1): ``[B, *shape]`` for indices ``[B]``."""
     _require_wide(dtype)
     words = random_words(seed, stream, index, math.prod(shape), draw)
-    # 23 bits and a half: the largest value that a float32 still tells from 1.
+    # 23 bits and a half: the largest value that float32 distinguishes from 1.
     return ((words >> 9).to(dtype) + 0.5).mul_(2.0**-23).view(*index.shape, *shape)
 
 
@@ -112,14 +112,14 @@ def keyed_permutation(seed: int, stream: str, length: int, epoch: int = 0) -> Te
 
 
 def keyed_choice(seed: int, stream: str, index: Tensor, weights: Tensor, draw: int = 0) -> Tensor:
-    """Entries k with a probability in proportion to ``weights[k]``, never one that weighs 0: int64 ``[B]``.
+    """Random choices k with probability in proportion to ``weights[k]``: int64 ``[B]``.
 
     Args:
-        seed: see :func:`keyed_uniform`.
-        stream: see :func:`keyed_uniform`.
+        seed: the seed.
+        stream: name of the stream.
         index: int64 ``[B]``.
-        weights: ``[K]`` on the index's device, none below 0, not all 0.
-        draw: see :func:`keyed_uniform`.
+        weights: ``[K]`` on the index's device, none below 0, not all 0; an entry of weight 0 is never chosen.
+        draw: number of the draw, for several choices an index.
     """
     edges = (weights.double() / weights.sum()).cumsum(0)[:-1]
     uniform = keyed_uniform(seed, stream, index, draw=draw, dtype=torch.float64)
@@ -127,15 +127,15 @@ def keyed_choice(seed: int, stream: str, index: Tensor, weights: Tensor, draw: i
 
 
 class SampleNoise:
-    """The noise of a batch of samples, in the order in which a sampler asks for it.
+    """The noise of a batch of samples, request by request.
 
-    The k-th request of sample i is a function of ``(seed, i, k)`` alone, so a sample does not depend on the batch that
-    it was made in.
+    The k-th request of sample i is a function of ``(seed, i, k)`` alone, so a sample does not depend on its batch.
 
     Args:
-        seed: of the samples.
-        indices: int64 ``[B]``, which samples of that seed these are.
-        shape: of one sample.
+        seed: the samples' seed.
+        indices: the samples' numbers under that seed, int64 ``[B]``.
+        shape: shape of one sample.
+        dtype: float32 or float64.
     """
 
     def __init__(self, seed: int, indices: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
@@ -150,15 +150,15 @@ class SampleNoise:
         return self._draws - 1
 
     def stream(self, name: str) -> SampleNoise:
-        """Noise of the same samples for another purpose, whatever was drawn from this one."""
+        """Noise of the same samples for another purpose, independent of the requests made so far."""
         return SampleNoise(stream_key(self.seed, name), self.indices, self.shape, self.dtype)
 
     def normal(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Standard normal ``[B, *shape]``, by default of a sample's shape."""
+        """Standard normal numbers ``[B, *shape]``, by default of a sample's shape."""
         shape = self.shape if shape is None else shape
         return keyed_normal(self.seed, "sample", self.indices, shape, self._next(), self.dtype)
 
     def uniform(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Uniform in (0, 1): ``[B, *shape]``, by default of a sample's shape."""
+        """Uniform numbers in (0, 1): ``[B, *shape]``, by default of a sample's shape."""
         shape = self.shape if shape is None else shape
         return keyed_uniform(self.seed, "sample", self.indices, shape, self._next(), self.dtype)

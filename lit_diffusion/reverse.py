@@ -1,12 +1,12 @@
-r"""The reverse chain ``p(x_s | x_t)``: what ancestral sampling draws from, the variational bound scores, and DDPM's
-bound trains.
+r"""The reverse chain ``p(x_s | x_t)`` of ancestral sampling and of the variational bound.
 
 .. math::
     p(x_s | x_t) = N\big(c_0\, \hat x_0(x_t) + c_t x_t,\; v I\big), \qquad
     v \in \{\beta,\; \tilde\beta,\; \beta^{w} \tilde\beta^{1-w}\}
 
-(Ho et al. 2020, section 3.2; the last is learned: Nichol and Dhariwal 2021, eq. 15). ``c_0``, ``c_t`` and the
-variances are those of :class:`~lit_diffusion.processes.Transition`.
+(Ho et al. 2020, https://arxiv.org/abs/2006.11239, section 3.2; the last is learned: Nichol and Dhariwal 2021,
+https://arxiv.org/abs/2102.09672, eq. 15). ``c_0``, ``c_t`` and the variances are those of
+:class:`~lit_diffusion.processes.Transition`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ ReverseVariance = Literal["beta", "beta_tilde", "learned"]
 
 @dataclass(frozen=True)
 class ReverseChain:
-    """The reverse chain of a denoiser, down to its last step.
+    r"""The reverse chain of a denoiser, down to its last step.
 
-    The last step, to s = 0, is the decoder, whose own beta~ is 0: that of the step before it, which ends at t, stands
-    in. So it does for ``beta`` where the decoder's probability is of grey levels, as in the code of Ho et al. 2020
-    (``posterior_variance[1:2]``); a density of points, of which no paper has one, keeps beta. In a chain of one step,
-    which has none before it, beta stands in for both. Sampling adds no noise in that step.
+    .. math::  p(x_s | x_t) = N\big(c_0\, \hat x_0(x_t) + c_t x_t,\; v I\big)
+
+    (Ho et al. 2020, https://arxiv.org/abs/2006.11239, section 3.2.) The last step, to s = 0, is the decoder, whose own
+    beta~ is 0: beta~ of the step before it, which ends at t, replaces it. It also replaces ``beta`` where the decoder
+    is a probability of grey levels, as in the code of Ho et al. 2020 (``posterior_variance[1:2]``); a density of
+    points, which no paper has, keeps beta. In a chain of one step, which has none before it, beta replaces both.
+    Sampling adds no noise in the last step.
 
     Attributes:
-        variance: of a step: ``beta``, that of the forward step; ``beta_tilde``, that of its posterior; ``learned``,
-            the model's own; None: the papers' own, which is ``learned`` of a model that has learned one, else ``beta``
-            where the variance is preserved (Ho et al. 2020) and ``beta_tilde`` where it is not (Song et al. 2021,
-            eq. 47).
-        clip_x0: the range in which the predicted clean datum is kept, see :data:`~lit_diffusion.denoisers.ClipX0`.
+        variance: the variance v of a step: ``beta``, the forward step's; ``beta_tilde``, its posterior's; ``learned``,
+            the model's; None: the papers' choice, ``learned`` if the model has one, else ``beta`` where the variance is
+            preserved (Ho et al. 2020) and ``beta_tilde`` where it is not (Song et al. 2021,
+            https://arxiv.org/abs/2011.13456, eq. 47).
+        clip_x0: the range to which the predicted clean datum is clipped, see :data:`~lit_diffusion.denoisers.ClipX0`.
 
     Raises:
         UserError: for a name that is not one of these, or an empty range.
@@ -56,16 +59,16 @@ class ReverseChain:
         require_clip(self.clip_x0)
 
     def check(self, denoiser: Denoiser) -> None:
-        """Refuse a learned variance of a model that has none.
+        """Refuse a learned variance for a model that has none.
 
         Raises:
-            UserError: with what to choose instead.
+            UserError: with the choices that remain.
         """
         if self.variance == "learned" and not denoiser.learned_variance:
             raise UserError("variance: this model has not learned a reverse variance; choose beta or beta_tilde")
 
     def variance_of(self, denoiser: Denoiser) -> ReverseVariance:
-        """The variance that is meant with a denoiser."""
+        """The variance in use with a denoiser, None resolved to the papers' choice."""
         if self.variance is not None:
             return self.variance
         if denoiser.learned_variance:
@@ -73,7 +76,7 @@ class ReverseChain:
         return "beta" if isinstance(denoiser.process, VP | Betas) else "beta_tilde"
 
     def mean(self, prediction: Prediction, denoiser: Denoiser, step: Transition) -> Tensor:
-        """``c_0 x0 + c_t x_t`` with the predicted x0 in its range: ``[B, ...]``."""
+        """The mean ``c_0 x0 + c_t x_t`` with the predicted x0 clipped to its range: ``[B, ...]``."""
         return posterior_mean(clipped(prediction.x0, self.clip_x0, denoiser), prediction.x_t, step)
 
     def log_variance(
@@ -85,14 +88,14 @@ class ReverseChain:
         of_grey_levels: bool = False,
         before_last: float | None = None,
     ) -> Tensor:
-        """``log v``, in nats: ``[B, 1, ...]``, or ``[B, ...]`` where it is learned; float64.
+        """The log-variance ``log v``, in nats: float64 ``[B, 1, ...]``, or ``[B, ...]`` where it is learned.
 
         Args:
-            prediction: at the beginning of the steps.
-            denoiser: that made it.
-            step: to s.
+            prediction: the prediction at the beginning of the steps.
+            denoiser: the denoiser of the prediction.
+            step: the transitions to s.
             s: times ``[B]`` of the ends of the steps.
-            of_grey_levels: whether a last step's probability is of grey levels.
+            of_grey_levels: if true, the last step is a probability of grey levels.
             before_last: the time at which the step before the last one begins; None: 2t, as on a whole grid.
         """
         variance, process = self.variance_of(denoiser), denoiser.process
@@ -102,8 +105,8 @@ class ReverseChain:
             begin = (2.0 * t).clamp(max=process.t_max) if before_last is None else torch.full_like(t, before_last)
             followed = last & (t < begin)
             above = process.transition(torch.where(followed, t, s), torch.where(followed, begin, t))
-            stand_in = torch.where(followed, above.beta_tilde, beta)
-            beta_tilde = torch.where(last, stand_in, beta_tilde)
+            replacement = torch.where(followed, above.beta_tilde, beta)
+            beta_tilde = torch.where(last, replacement, beta_tilde)
             if variance == "beta" and of_grey_levels:
                 beta = beta_tilde.where(last, beta)
         if variance == "learned":
@@ -113,7 +116,7 @@ class ReverseChain:
         return chosen.log().view(-1, *[1] * (prediction.x_t.ndim - 1))
 
     def describe(self, denoiser: Denoiser, of_grey_levels: bool) -> dict[str, str]:
-        """As a protocol says it."""
+        """The chain's variances and range as text, for a protocol."""
         variance = self.variance_of(denoiser)
         first = {
             "beta": "beta_tilde of the second step" if of_grey_levels else "beta",
@@ -124,12 +127,12 @@ class ReverseChain:
 
 
 def posterior_mean(x0: Tensor, x_t: Tensor, step: Transition) -> Tensor:
-    """``c_0 x0 + c_t x_t``, of ``q(x_s | x_t, x_0)``: ``[B, ...]``."""
+    """The mean ``c_0 x0 + c_t x_t`` of ``q(x_s | x_t, x_0)``: ``[B, ...]``."""
     return expand_like(step.x0_coefficient, x_t) * x0 + expand_like(step.xt_coefficient, x_t) * x_t
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
-    """``KL(N(mean, e^lv) || N(other_mean, e^olv))`` of each entry, in nats; shapes broadcast."""
+    """``KL(N(mean, e^lv) || N(other_mean, e^olv))`` of each entry, in nats; lv, olv the log-variances."""
     difference = log_variance - other_log_variance
     return 0.5 * (torch.expm1(difference) - difference + (mean - other_mean) ** 2 * torch.exp(-other_log_variance))
 
@@ -141,15 +144,15 @@ def discretised_log_prob(
 
     .. math::  \log \int_{x - w/2}^{x + w/2} N(y; m, v)\, dy
 
-    with the outermost bins reaching to infinity (Ho et al. 2020, eq. 13).
+    with the outermost bins reaching to infinity (Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 13).
 
     Args:
-        x: the levels' values, at the centres of their bins.
+        x: the grey levels' values, at the centers of their bins.
         mean: m.
         log_variance: log v.
-        bin_width: w, the distance of two levels.
-        low: value of the lowest level.
-        high: value of the highest level.
+        bin_width: w, the distance of two grey levels.
+        low: value of the lowest grey level.
+        high: value of the highest grey level.
     """
     x, mean = x.to(torch.float64), mean.to(torch.float64)
     scale = torch.exp(-0.5 * log_variance)
@@ -157,7 +160,7 @@ def discretised_log_prob(
     lower = (x - 0.5 * bin_width - mean) * scale
     upper = torch.where(x > high - 0.25 * bin_width, torch.inf, upper)
     lower = torch.where(x < low + 0.25 * bin_width, -torch.inf, lower)
-    # Both ends to the left of the mean, where cumulated probabilities keep their digits.
+    # Both ends to the left of the mean, where cumulative probabilities keep their digits.
     right = lower > 0.0
     upper, lower = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
@@ -173,18 +176,18 @@ def bound_term(
     grey_levels: GreyLevels | None,
     before_last: float | None = None,
 ) -> Tensor:
-    """What the step from t to s adds to ``-log p(x_0)``, in nats: float64 ``[B]``.
+    """The term of the step from t to s in the bound of ``-log p(x_0)``, in nats: float64 ``[B]``.
 
     ``KL(q(x_s | x_t, x_0) || p(x_s | x_t))`` where ``s > 0``, the decoder ``-log p(x_0 | x_t)`` where s is 0 (Ho et al.
-    2020, eq. 5): the probability of the grey levels, or, for points, the density.
+    2020, eq. 5): a probability of grey levels or, for points, a density.
 
     Args:
-        prediction: of the model at ``x_t``.
-        denoiser: that made it.
+        prediction: the model's prediction at ``x_t``.
+        denoiser: the denoiser of the prediction.
         x0: the clean data ``[B, ...]``; the decoder scores the grey level in whose bin a value lies.
         s: times ``[B]`` of the ends of the steps.
-        chain: whose steps they are.
-        grey_levels: of the data, None for points.
+        chain: the reverse chain.
+        grey_levels: the data's grey levels, None for points.
         before_last: the time at which the step before the decoder's begins; None: 2t, as on a whole grid.
     """
     step = denoiser.process.transition(s, prediction.coefficients.t)

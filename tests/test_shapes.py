@@ -97,7 +97,7 @@ def test_a_training_with_its_pictures(tmp_path, shape, capsys):
 @pytest.mark.parametrize("shape", SHAPES[:7])
 def test_extractors_refuse_channels_before_they_look_for_weights(shape):
     for name in ("inception", "dinov2", "clip", "vgg16"):
-        wanted = f"fetch weights {name}" if shape[0] in (1, 3) else f"extractor {name} sees grey or RGB images"
+        wanted = f"fetch weights {name}" if shape[0] in (1, 3) else f"extractor {name} takes grey or RGB images"
         with pytest.raises(UserError, match=wanted):
             load_extractor(name, shape)
 
@@ -164,7 +164,7 @@ def test_five_channels_are_trained_sampled_and_shown(five, run, capsys):
 
 
 def test_what_sees_no_five_channels_says_so_before_the_work(five, run):
-    refused = r"extractor inception sees grey or RGB images, the data have shape \[5, 4, 8\], .* eval.metrics"
+    refused = r"extractor inception takes grey or RGB images, the data have shape \[5, 4, 8\], .* eval.metrics"
     with pytest.raises(UserError, match=refused):
         run("evaluate", "--samples", "five.npz", "--reference", "five.npz")
     with pytest.raises(UserError, match=refused):

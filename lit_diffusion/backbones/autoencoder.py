@@ -13,12 +13,13 @@ from lit_diffusion.conditions import Condition
 
 
 class TiedAutoencoder(Backbone):
-    r"""``F(x) = W^T sigmoid(W x + b) + c`` (Vincent 2011, eq. 13); it knows neither noise level nor condition.
+    r"""Vincent's tied autoencoder ``F(x) = W^T sigmoid(W x + b) + c``, without noise level or condition.
 
-    As ``parametrization: x0`` the score is ``(F(x) - x) / sigma^2``, the gradient of an energy (ibid., eq. 14).
+    As ``parametrization: x0`` the score is ``(F(x) - x) / sigma^2``, the gradient of an energy (Vincent 2011,
+    https://doi.org/10.1162/NECO_a_00142, eqs. 13 and 14).
 
     Args:
-        data_shape: of one datum; ``auto``: the data source's.
+        data_shape: shape of one datum; ``auto``: the data source's.
         hidden: number of hidden units.
     """
 
@@ -31,6 +32,6 @@ class TiedAutoencoder(Backbone):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
-        """``[B, *data_shape]`` to the same."""
+        """Map ``[B, *data_shape]`` to the same shape."""
         hidden = torch.sigmoid(nn.functional.linear(x.flatten(1), self.weight, self.hidden_bias))
         return nn.functional.linear(hidden, self.weight.T, self.bias).view_as(x)

@@ -1,4 +1,4 @@
-"""What every backbone is: a network ``F(x, c_noise, cond)`` that knows nothing of diffusion."""
+"""The base of every backbone: a network ``F(x, c_noise, cond)``, independent of diffusion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lit_diffusion.backbones.cuda_graphs import RecordedBackbone
 
 Shape = tuple[int, ...]
-"""Of one datum without the batch: ``(C, H, W)`` for images, ``(D,)`` for points."""
+"""The shape of one datum without the batch: ``(C, H, W)`` for images, ``(D,)`` for points."""
 
 
 class Backbone(nn.Module, ABC):
@@ -27,26 +27,27 @@ class Backbone(nn.Module, ABC):
 
     data_shape: Shape
     out_channels: int | None = None
-    """Of the output, None for as many as the data have; twice as many where the network also says a variance."""
+    """Channels of the output, None for as many as the data have; twice as many where the network predicts a
+    variance."""
 
     level_indexed: bool = False
-    """Whether ``c_noise`` is looked up in a table, so that only whole numbers mean anything."""
+    """True where ``c_noise`` is the index of a noise level in a table, so that only integers are valid."""
 
     higher_order: bool = False
-    """True while second derivatives are wanted: attention in plain operations, see :meth:`set_higher_order`."""
+    """True while second derivatives are needed: attention in plain operations, see :meth:`set_higher_order`."""
 
     num_classes: int | None = None
 
     autocast_dtype: torch.dtype | None = None
-    """The type that it computes in under mixed precision, None for float32 throughout."""
+    """The data type under mixed precision, None for float32 throughout."""
 
     compiled: bool = False
 
     rows: int | None = None
-    """How many rows it is given at once, filled up and taken apart; None: as many as there are."""
+    """The fixed batch size of every evaluation, by padding and splitting; None: any batch size."""
 
     recorded: RecordedBackbone | None = None
-    """Evaluates it where no gradient is asked for; None: it does so itself."""
+    """Evaluates the network by CUDA graphs where no gradient is needed; None: without."""
 
     @abstractmethod
     def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
@@ -54,11 +55,11 @@ class Backbone(nn.Module, ABC):
 
         Args:
             x: ``[B, *data_shape]``.
-            c_noise: ``[B]`` float32, the noise level as the parametrization encodes it.
+            c_noise: ``[B]`` float32, the encoded noise level.
             cond: the condition or None.
 
         Returns:
-            ``[B, out_channels, *data_shape[1:]]``, in x's dtype or the autocast one.
+            ``[B, out_channels, *data_shape[1:]]``, in x's dtype or the autocast dtype.
         """
 
     def run_as(
@@ -69,19 +70,18 @@ class Backbone(nn.Module, ABC):
         cuda_graphs: bool = False,
         channels_last: bool = False,
     ) -> None:
-        """Say how :meth:`evaluate` runs the network.
+        """Set the way in which :meth:`evaluate` runs the network.
 
-        Compiled, it is one graph for training and one for what takes no gradients, each for batches of one size, which
-        is all that it is given then; gradients in evaluation mode (likelihoods, pictures by noise level) are computed
-        without. It is compiled in place: the names of the weights stay, and values that are written over are seen.
+        A compiled network is one graph for training and one for evaluations without gradients, each for one batch size;
+        gradients in evaluation mode (likelihoods, pictures by noise level) run uncompiled. It is compiled in place: the
+        names of the weights stay, and weights overwritten in place take effect.
 
         Args:
-            autocast_dtype: the type that it computes in, None for float32 throughout.
-            compiled: compile it.
-            rows: of the batches of a compiled network, those of training; None: whatever comes, compiled again for each
-                size.
-            cuda_graphs: record an evaluation without gradients once and replay it, on a CUDA device.
-            channels_last: keep images as ``[B, H, W, C]`` in memory.
+            autocast_dtype: data type under mixed precision, None for float32 throughout.
+            compiled: if true, compile the network.
+            rows: batch size of a compiled network, that of training; None: any, compiled again for each size.
+            cuda_graphs: if true, record an evaluation without gradients once and replay it, on a CUDA device.
+            channels_last: if true, keep images as ``[B, H, W, C]`` in memory.
         """
         self.autocast_dtype = autocast_dtype
         if channels_last:
@@ -90,12 +90,12 @@ class Backbone(nn.Module, ABC):
             self.compiled, self.rows = True, rows
             self.compile(fullgraph=True, dynamic=False)
         if cuda_graphs:
-            from lit_diffusion.backbones.cuda_graphs import RecordedBackbone  # It is about a backbone.
+            from lit_diffusion.backbones.cuda_graphs import RecordedBackbone  # It imports this module.
 
             self.recorded = RecordedBackbone(self)
 
     def evaluate(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
-        """Evaluate the network as :meth:`run_as` says; arguments and result are those of :meth:`forward`."""
+        """Evaluate the network in the way set by :meth:`run_as`; arguments and result as for :meth:`forward`."""
         x = x.to(next(self.parameters()).dtype)
         with torch.autocast(x.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             if self.compiled and torch.is_grad_enabled() and not self.training:
@@ -104,7 +104,7 @@ class Backbone(nn.Module, ABC):
             rows, given = self.rows, len(x)
             if rows is None or given == rows:
                 return network(x, c_noise, cond)
-            # The last row fills up.
+            # Padded with copies of the last row.
             number = torch.arange(-(-given // rows) * rows, device=x.device).clamp(max=given - 1)
             parts = [network(x[at], c_noise[at], None if cond is None else cond[at]) for at in number.split(rows)]
             return torch.cat(parts)[:given]

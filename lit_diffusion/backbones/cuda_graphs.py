@@ -1,4 +1,4 @@
-"""A network's evaluation recorded once as a CUDA graph and replayed: a small network no longer waits for the CPU."""
+"""Evaluation of a network by recorded CUDA graphs, so that a small network does not wait for the CPU."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lit_diffusion.conditions import Condition
 from lit_diffusion.errors import UserError
 
 WARM_UPS = 3
-"""Evaluations before the recording, in which kernels are chosen and compiled."""
+"""The number of evaluations before the recording, in which kernels are chosen and compiled."""
 
 
 class RecordedBackbone:
-    """Evaluates a backbone without gradients by replaying a recording, one for each shape of its inputs.
+    """Evaluate a backbone without gradients by replaying a recording, one for each shape of its inputs.
 
-    A replay reads the weights where they are: values written over in place, as averages are, are seen.
+    A replay reads the weights in place, so that weights overwritten in place (by averages) take effect.
 
     Args:
-        backbone: on a CUDA device, in evaluation mode whenever it is called.
+        backbone: the network, on a CUDA device and in evaluation mode whenever it is called.
 
     Raises:
-        UserError: if the backbone is on no CUDA device.
+        UserError: when called with a backbone that is not on a CUDA device.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -30,7 +30,7 @@ class RecordedBackbone:
         self._recordings: dict[object, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
 
     def __call__(self, x: Tensor, c_noise: Tensor, cond: Condition | None) -> Tensor:
-        """As :meth:`~lit_diffusion.backbones.base.Backbone.forward`; the result is the caller's own."""
+        """Evaluate as :meth:`~lit_diffusion.backbones.base.Backbone.forward`; the result is a copy."""
         if x.device.type != "cuda":
             raise UserError(f"cuda_graphs needs a CUDA device, and the model is on {x.device}; leave it out")
         given = {"x": x, "c_noise": c_noise} | ({} if cond is None else cond.given())
@@ -52,7 +52,7 @@ class RecordedBackbone:
         held = {name: value.clone() for name, value in given.items()}
         x, c_noise, *_ = held.values()
         cond = None if unconditional else Condition(**{name: held[name] for name in list(held)[2:]})
-        # Without autocast's cache: a cached copy of the weights would be outside the recording, and old after a change.
+        # Without autocast's cache: a cached copy of the weights would be outside the recording, and become stale.
         with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""How a network is told the noise level and the class."""
+"""Embeddings of the noise level and of the class."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ TimeEmbedding = Literal["positional", "fourier", "none"]
 
 
 class PositionalFeatures(nn.Module):
-    r"""The transformer's features of a position (Vaswani et al. 2017; Ho et al. 2020)::
+    r"""The transformer's positional features::
 
         [sin(w_0 c), .., sin(w_{n-1} c), cos(w_0 c), .., cos(w_{n-1} c)],   w_j = 10000^(-j / (n - 1))
 
-    The periods go from 6 to 63,000, so they tell numbers like 0 .. 999 apart; the time of ``[0, 1]`` has to be scaled.
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Ho et al. 2020, https://arxiv.org/abs/2006.11239.) The
+    periods go from 6 to 63,000, so they distinguish numbers such as 0 .. 999; a time in ``[0, 1]`` has to be scaled.
 
     Args:
         size: 2n, the number of features.
@@ -40,7 +41,7 @@ class PositionalFeatures(nn.Module):
         self.size = size
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        """``[B]`` to ``[B, size]``, values in ``[-1, 1]``."""
+        """Features ``[B, size]`` in ``[-1, 1]`` of ``c_noise`` ``[B]``."""
         half = self.size // 2
         index = torch.arange(half, dtype=c_noise.dtype, device=c_noise.device)
         angle = c_noise[:, None] * torch.exp(index * (-math.log(10000.0) / (half - 1)))
@@ -48,16 +49,20 @@ class PositionalFeatures(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    r"""Random Fourier features (Tancik et al. 2020; Song et al. 2021, app. C)::
+    r"""Random Fourier features::
 
         [sin(2 pi w c), cos(2 pi w c)],   w ~ N(0, scale^2 I)
 
-    The frequencies are drawn once, the same ones in every network of a size: they are keyed, take nothing from the
-    global generator, and are kept in the checkpoint.
+    (Tancik et al. 2020, https://arxiv.org/abs/2006.10739; Song et al. 2021, https://arxiv.org/abs/2011.13456,
+    appendix C.) The frequencies are the same in every network of a size: they are keyed, take nothing from the global
+    generator, and are kept in the checkpoint.
 
     Args:
         size: the number of features, even.
-        scale: the standard deviation of the frequencies; large means that near-by noise levels look different.
+        scale: the standard deviation of the frequencies; a larger one separates nearby noise levels more.
+
+    Raises:
+        UserError: if the size is odd or less than 2.
     """
 
     frequencies: Tensor
@@ -70,25 +75,26 @@ class FourierFeatures(nn.Module):
         self.register_buffer("frequencies", scale * normal[0])
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        """``[B]`` to ``[B, size]``, values in ``[-1, 1]``."""
+        """Features ``[B, size]`` in ``[-1, 1]`` of ``c_noise`` ``[B]``."""
         angle = (2.0 * math.pi) * c_noise[:, None] * self.frequencies
         return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
 class NoiseEmbedding(nn.Module):
-    r"""One vector that tells every block the noise level and the class::
+    r"""The embedding of noise level and class that every block receives::
 
         e = silu(W_2 silu(W_1 features(c_noise) + b_1) + b_2 + table[label])
 
     The outer silu is the one that each block would apply first. All of it is computed in the parameters' precision,
-    never under autocast: bfloat16 cannot tell 998.4 from 1000.
+    never under autocast: bfloat16 does not distinguish 998.4 from 1000.
 
     Args:
-        features: the number of features of ``c_noise``; Fourier ones come twice, as sines and cosines.
-        width: of e.
-        kind: which features; ``none`` leaves the class alone.
+        features: the number of features of ``c_noise``; twice as many Fourier features, sines and cosines.
+        width: the length of e.
+        kind: ``positional`` or ``fourier`` features; ``none`` embeds the class alone.
         fourier_scale: see :class:`FourierFeatures`.
-        num_classes: K; the table has a row for each and the row K for "no label" (Ho and Salimans 2022).
+        num_classes: K; the table has a row for each class and the row K for "no label" (Ho and Salimans 2022,
+            https://arxiv.org/abs/2207.12598).
     """
 
     def __init__(
@@ -118,9 +124,9 @@ class NoiseEmbedding(nn.Module):
 
         Args:
             c_noise: ``[B]``.
-            cond: its labels are int64 ``[B]`` in ``0 .. K``, where K means no label, as
-                :data:`~lit_diffusion.conditions.NO_LABEL` does; without them every label is K. Without classes they
-                are not looked at.
+            cond: the condition; labels are int64 ``[B]`` in ``0 .. K``, where K and
+                :data:`~lit_diffusion.conditions.NO_LABEL` stand for no label, as does a missing condition. A network
+                without classes ignores labels.
 
         Returns:
             ``[B, width]`` in the parameters' dtype.

@@ -1,4 +1,4 @@
-"""How much a network computes."""
+"""Floating-point operations of a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_diffusion.conditions import Condition
 
 TRAINING = 3
 """Floating-point operations of a training step in multiples of the forward pass's: the backward pass computes the
-gradient of each product by both of its factors."""
+gradient of each product with respect to both of its factors."""
 
 
 @torch.no_grad()

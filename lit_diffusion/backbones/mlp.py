@@ -1,4 +1,4 @@
-"""The network for points."""
+"""A residual perceptron for points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "softplus
 
 
 class MLPBlock(nn.Module):
-    """``h + W_2 act(W_1 h + W_e e)``, with e the noise embedding."""
+    """A residual block ``h + W_2 act(W_1 h + W_e e)``, with e the noise embedding."""
 
     def __init__(self, width: int, embedding: int | None, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class MLPBlock(nn.Module):
         self.dense2 = dense(width, width)
 
     def forward(self, h: Tensor, embedding: Tensor | None) -> Tensor:
-        """``[B, width]`` to the same."""
+        """Map ``[B, width]`` to the same shape."""
         inner = self.dense1(h)
         if self.project is not None:
             inner = inner + self.project(embedding)
@@ -43,18 +43,18 @@ class MLP(Backbone):
 
         h = W_in x,    h <- h + W_2 act(W_1 h + W_e e)  (depth times),    F = W_out act(h)
 
-    with e the noise embedding. All of it has derivatives of every order, so that the trace of a score's Jacobian, or
-    the gradient of an energy, can be trained on.
+    with e the noise embedding. It has derivatives of every order, so that a loss may contain the trace of a score's
+    Jacobian or the gradient of an energy.
 
     Args:
-        data_shape: (D,).
-        width: of the layers and of the embedding.
+        data_shape: (D,); ``auto``: the data source's.
+        width: width of the layers and of the embedding.
         depth: the number of residual blocks.
         activation: the smooth nonlinearity.
         time_embedding: as in :class:`~lit_diffusion.backbones.UNet`.
         fourier_scale: the Fourier frequencies' standard deviation.
-        num_classes: K; labels are ``0 .. K - 1`` and K means none. Without classes, labels are not looked at.
-        out_channels: the length of the output; D if not given.
+        num_classes: K; labels are ``0 .. K - 1`` and K means none; null: labels are ignored.
+        out_channels: the length of the output; null: D.
 
     Raises:
         UserError: if the shape is not a point's.
@@ -89,7 +89,7 @@ class MLP(Backbone):
         self.head = dense(width, self.out_channels)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
-        """``x`` ``[B, D]``, ``c_noise`` ``[B]`` float32; returns ``[B, out_channels]``."""
+        """Evaluate the network at ``x`` ``[B, D]`` and ``c_noise`` float32 ``[B]``: ``[B, out_channels]``."""
         embedding = None if self.embedding is None else self.embedding(c_noise, cond)
         h = self.stem(x)
         for block in self.blocks:

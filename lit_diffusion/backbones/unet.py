@@ -30,25 +30,27 @@ DecoderAttention = Literal["every", "last"]
 
 
 class ResidualBlock(nn.Module):
-    r"""Two convolutions beside a skip connection, told the noise level in between::
+    r"""Two convolutions beside a skip connection, conditioned on the noise embedding e in between::
 
         h = conv_1(R silu(norm_1(x)))
         h = norm_2(h + W e)                         or, with scale_shift,  norm_2(h) (1 + W_s e) + W_b e
         y = skip(R x) + conv_2(dropout(silu(h)))    divided by sqrt(2) with rescale
 
-    R is the identity, or halves or doubles the sides (Brock et al. 2019); ``skip`` is the identity where it can be and
-    a linear map of the channels where their number or the side changes.
+    R is the identity, or halves or doubles height and width (Brock et al. 2019, https://arxiv.org/abs/1809.11096);
+    ``skip`` is a linear map of the channels where their number or the size changes, else the identity.
 
     Args:
         inputs: channels of x.
         outputs: channels of y.
-        norm: makes a normalization for a number of channels; its ``forward`` takes the features and the level's index.
-        embedding: the length of e, or None if there is none.
-        dropout: the probability.
-        rescale: divide the sum by sqrt(2).
-        scale_shift: e scales and shifts the normalized features (Nichol and Dhariwal 2021) instead of being added.
-        zero_init: start with ``conv_2 = 0``.
-        resample: R.
+        norm: makes a normalization for a number of channels; its ``forward`` takes the features and the noise level's
+            index.
+        embedding: the length of e, or None without embedding.
+        dropout: the dropout probability.
+        rescale: if true, divide the sum by sqrt(2).
+        scale_shift: if true, e scales and shifts the normalized features (Nichol and Dhariwal 2021,
+            https://arxiv.org/abs/2102.09672) instead of being added.
+        zero_init: if true, start with ``conv_2 = 0``.
+        resample: R, or None for the identity.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class ResidualBlock(nn.Module):
         self.skip = Pointwise(inputs, outputs) if inputs != outputs or resample is not None else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, level: Tensor | None = None) -> Tensor:
-        """``x`` ``[B, C, H, W]``, ``embedding`` ``[B, E]``, ``level`` int64 ``[B]``; returns ``[B, C', H', W']``."""
+        """Map ``x`` ``[B, C, H, W]``, ``embedding`` ``[B, E]`` and ``level`` int64 ``[B]`` to ``[B, C', H', W']``."""
         h = F.silu(self.norm1(x, level))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -95,7 +97,7 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, perhaps, attention after it."""
+    """A residual block with optional attention after it."""
 
     def __init__(self, block: ResidualBlock, attention: Attention | None = None) -> None:
         super().__init__()
@@ -103,28 +105,30 @@ class Stage(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor | None, level: Tensor | None) -> Tensor:
-        """As :meth:`ResidualBlock.forward`."""
+        """Apply the block and the attention; arguments as for :meth:`ResidualBlock.forward`."""
         x = self.block(x, embedding, level)
         return x if self.attention is None else self.attention(x, level)
 
 
 class Resample(nn.Module):
-    """Halving or doubling between the residual blocks: what is not told the noise level."""
+    """Downsampling or upsampling between the residual blocks, without the noise embedding."""
 
     def __init__(self, resample: nn.Module) -> None:
         super().__init__()
         self.resample = resample
 
     def forward(self, x: Tensor, embedding: Tensor | None, level: Tensor | None) -> Tensor:
-        """As :meth:`ResidualBlock.forward`, of which only ``x`` is used."""
+        """Resample ``x``; the other arguments of :meth:`ResidualBlock.forward` are ignored."""
         return self.resample(x)
 
 
 class UNet(Backbone):
-    r"""A U-Net of residual blocks (Ronneberger et al. 2015; Ho et al. 2020).
+    r"""A U-Net ``F(x, c_noise, cond)`` of residual blocks: ``[B, C, H, W]`` to ``[B, out_channels, H, W]``.
 
-    The encoder runs ``blocks`` residual blocks at each resolution and halves the sides in between; the decoder runs
-    ``blocks + 1`` and doubles them, each block taking one of the encoder's features beside its own.
+    (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597; Ho et al. 2020, https://arxiv.org/abs/2006.11239; Song
+    et al. 2021, https://arxiv.org/abs/2011.13456.) The encoder has ``blocks`` residual blocks at each resolution and
+    halves height and width in between; the decoder has ``blocks + 1`` and doubles them, each block with one of the
+    encoder's features concatenated to its input.
 
     ============================  ==============  ================  ==================
     the papers' networks          DDPM            DDPM++            NCSN++
@@ -138,42 +142,44 @@ class UNet(Backbone):
     ``progressive_input``         none            none              residual
     ============================  ==============  ================  ==================
 
-    All with 128 channels, ``mult`` [1, 2, 2, 2] and attention at 16 on CIFAR-10 (Ho et al. 2020, app. B; Song et al.
-    2021, app. H). The convolutions that close a residual branch, and the last one, start at zero (``zero_init``): the
-    untrained network's output is 0.
+    All with 128 channels, ``mult`` [1, 2, 2, 2] and attention at 16 on CIFAR-10 (Ho et al. 2020, appendix B; Song et
+    al. 2021, appendix H). The convolutions that close a residual branch, and the last one, start at zero
+    (``zero_init``): the untrained network's output is 0.
 
     Args:
-        data_shape: (C, H, W); the sides must be divisible by two to the power ``len(mult) - 1``.
-        channels: at full resolution, times ``mult[0]``; the noise embedding is four times as wide.
+        data_shape: (C, H, W), H and W divisible by two to the power ``len(mult) - 1``; ``auto``: the data source's.
+        channels: base number of channels; the noise embedding is four times as wide.
         mult: the channels of each resolution, in multiples of ``channels``.
         blocks: residual blocks at each resolution of the encoder.
-        attention: the heights at which the features attend to each other.
-        middle_attention: whether the middle, at the lowest resolution, does.
-        decoder_attention: after each of the decoder's blocks, or only the last at a resolution.
-        heads: of each attention.
-        normalization: ``group``; or ``conditional_instance``, for which ``c_noise`` holds the noise level's index, a
-            whole number from 0 to ``levels - 1``, see
+        attention: the heights of the resolutions with attention.
+        middle_attention: if true, attention in the middle, at the lowest resolution.
+        decoder_attention: attention after ``every`` block of the decoder, or after the ``last`` of a resolution.
+        heads: number of heads of each attention.
+        normalization: ``group``; or ``conditional_instance``, for which ``c_noise`` is the noise level's index, an
+            integer from 0 to ``num_levels - 1``, see
             :class:`~lit_diffusion.backbones.layers.ConditionalInstanceNorm`.
-        num_levels: how many noise levels there are, for ``conditional_instance``.
-        dropout: the probability, inside the residual blocks.
-        time_embedding: of ``c_noise``: :class:`~lit_diffusion.backbones.embeddings.PositionalFeatures` or
-            :class:`~lit_diffusion.backbones.embeddings.FourierFeatures`; ``none`` for a network that is not told the
-            noise level (Song and Ermon 2020) or learns it from the normalization.
+        num_levels: number of noise levels, for ``conditional_instance``.
+        dropout: dropout probability inside the residual blocks.
+        time_embedding: features of ``c_noise``:
+            ``positional`` (:class:`~lit_diffusion.backbones.embeddings.PositionalFeatures`), ``fourier``
+            (:class:`~lit_diffusion.backbones.embeddings.FourierFeatures`), or ``none`` for a network without noise
+            level (NCSNv2: Song and Ermon 2020, https://arxiv.org/abs/2006.09011) or with ``conditional_instance``.
         fourier_scale: the Fourier frequencies' standard deviation.
-        resampling: how the sides are halved and doubled, see :mod:`lit_diffusion.backbones.resampling`.
-        resample_in_block: by residual blocks (Brock et al. 2019) instead of between them.
-        rescale_residual: divide every sum with a skip connection by sqrt(2).
-        progressive_input: ``residual`` adds the input, halved by convolutions as often as the features, to them (Karras
-            et al. 2020).
-        scale_shift: the embedding scales and shifts the normalized features (Nichol and Dhariwal 2021, "adaptive group
-            normalization") instead of being added.
-        num_classes: K; labels are ``0 .. K - 1`` and K means none. Without classes, labels are not looked at.
-        out_channels: of the output; C if not given.
-        zero_init: see above.
+        resampling: kind of downsampling and upsampling, see :mod:`lit_diffusion.backbones.resampling`.
+        resample_in_block: if true, resample in residual blocks (Brock et al. 2019, https://arxiv.org/abs/1809.11096)
+            instead of between them.
+        rescale_residual: if true, divide every sum with a skip connection by sqrt(2).
+        progressive_input: ``residual`` adds the downsampled input to the features of each resolution (Karras et al.
+            2020, https://arxiv.org/abs/1912.04958).
+        scale_shift: if true, the embedding scales and shifts the normalized features (Nichol and Dhariwal 2021,
+            https://arxiv.org/abs/2102.09672, "adaptive group normalization") instead of being added.
+        num_classes: K; labels are ``0 .. K - 1`` and K means none; null: labels are ignored.
+        out_channels: channels of the output; null: C.
+        zero_init: if true, start with the output 0.
 
     Raises:
         UserError: if the shape cannot be halved that often, ``attention`` names a height that does not occur, ``heads``
-            does not divide the channels, or a key asks for another one that is missing.
+            does not divide the channels, or a key needs another one that is missing.
     """
 
     def __init__(
@@ -225,7 +231,7 @@ class UNet(Backbone):
         norm: Callable[[int], nn.Module] = GroupNorm
         if normalization == "conditional_instance":
             if num_levels is None:
-                raise UserError("UNet: normalization conditional_instance needs levels, the number of noise levels")
+                raise UserError("UNet: normalization conditional_instance needs num_levels, the number of noise levels")
             norm = partial(ConditionalInstanceNorm, num_levels=num_levels)
         block = partial(
             ResidualBlock,
@@ -294,8 +300,8 @@ class UNet(Backbone):
 
         Args:
             x: ``[B, C, H, W]``.
-            c_noise: ``[B]`` float32; the level's index for ``conditional_instance``.
-            cond: its labels are int64 ``[B]`` in ``0 .. K``, where K means none.
+            c_noise: ``[B]`` float32; the noise level's index for ``conditional_instance``.
+            cond: the condition; labels are int64 ``[B]`` in ``0 .. K``, where K means none.
 
         Returns:
             ``[B, out_channels, H, W]``.
@@ -332,7 +338,7 @@ def _heights(shape: tuple[int, ...], resolutions: int) -> list[int]:
     """The heights of the resolutions, from full to lowest.
 
     Raises:
-        UserError: if the shape is no image's or cannot be halved that often.
+        UserError: if the shape is not an image's or cannot be halved that often.
     """
     if len(shape) != 3 or resolutions < 1:
         raise UserError(

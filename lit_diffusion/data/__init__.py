@@ -1,4 +1,4 @@
-"""Where images and points come from: one file per source."""
+"""Sources of images and points, one file per source."""
 
 from lit_diffusion.data.cache import data_root
 from lit_diffusion.data.digits import Digits

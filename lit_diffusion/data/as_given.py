@@ -1,4 +1,4 @@
-"""Images somebody gives to be looked at or scored: read as for training, and none cut or resized."""
+"""Images given for evaluation: read as for training, without cropping or resizing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lit_diffusion.files import SET_FILE, set_in
 
 
 def images_as_given(path: str | Path) -> Source:
-    """The images of an ``.npz`` file, a folder or a zip file, in the order of their names, none cut or resized.
+    """The images of an ``.npz`` file, a folder or a zip file, in the order of their names and in their own size.
 
     Raises:
-        UserError: if there is nothing there, or no images of one common size.
+        UserError: for a missing path, or images that do not have one common size.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() == ".npz":
@@ -41,10 +41,11 @@ def images_as_given(path: str | Path) -> Source:
 
 
 def classes_as_given(path: str | Path, source: Source) -> list[str] | None:
-    """The class of each image by its name, or by its number where there are no names; None where nothing says it.
+    """The class of each image by its name, or by its number where there are no names; None where it is unknown.
 
-    Of images that :func:`images_as_given` opened they are what ``sample`` writes: ``labels`` (and ``class_names``) of
-    an archive, or ADM's ``arr_1``; ``dataset.json`` of a folder or zip file. Of other sources their own.
+    For images opened by :func:`images_as_given` they come from ``labels`` (and ``class_names``) of an archive, as
+    ``sample`` writes them, or ADM's ``arr_1``; from ``dataset.json`` of a folder or zip file. Other sources have
+    their own.
     """
     if source.num_classes is not None:
         numbers: list[int | None] = [source.label(index) for index in range(len(source))]
@@ -70,7 +71,7 @@ def _labels_of_archive(path: Path, count: int) -> tuple[list[int | None], list[s
 
 
 class _Unchanged(Source):
-    """Files of images that all have one size: RGB where one of them is, with the grey ones repeated, else grey."""
+    """Files of images of one size: grey if all are grey, else RGB with grey images repeated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +89,7 @@ class _Unchanged(Source):
         """Image ``index``: uint8 ``[C, H, W]``.
 
         Raises:
-            UserError: if the file is corrupt or cannot be read, or is of another size than the first.
+            UserError: if the file is corrupt or cannot be read, or differs in size from the first.
         """
         name = self._names[index]
         image = read_image(self._files, name, self.path, channels=self._channels)
@@ -100,20 +101,20 @@ class _Unchanged(Source):
         return image
 
     def labels(self) -> tuple[list[int | None], list[str]]:
-        """What ``dataset.json`` says: a number or None for each image, and the names of the classes."""
+        """The labels in ``dataset.json``: a number or None for each image, and the names of the classes."""
         try:
             labels, names = labels_in(self._files, self.path) or ({}, [])
-        except UserError:  # The images can be judged without.
+        except UserError:  # The images can be evaluated without labels.
             return [], []
         return [labels.get(composed(name)) for name in self._names], names
 
     def notes(self) -> list[str]:
-        """Whether images hold further pictures."""
+        """Notes about images with further pictures."""
         return picture_losses(self._files, self._names, self.path)
 
 
 def _require_whole_set(path: Path, names: list[str]) -> None:
-    """Refuse a folder of samples with others among them, or with some of them alone."""
+    """Refuse a folder of samples that is incomplete or contains other images."""
     listed = set_in(path)
     if listed is None:
         return

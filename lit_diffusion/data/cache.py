@@ -1,4 +1,4 @@
-"""Where data lie on this machine."""
+"""Folders of data on this machine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def data_root() -> Path:
 
 
 def fetch_command(name: str, root: Path) -> str:
-    """What to type so that data set ``name`` is put under ``root``."""
+    """The command that fetches data set ``name`` into ``root``."""
     command = f"python -m lit_diffusion fetch data {name}"
     return command if root == data_root() else f"{_VARIABLE}={root} {command}"

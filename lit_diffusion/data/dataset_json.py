@@ -1,8 +1,8 @@
-"""``dataset.json``, in which StyleGAN's and EDM's tools keep the labels of a folder or a zip file of images.
+"""``dataset.json``, the labels of a folder or a zip file of images in the format of StyleGAN's and EDM's tools.
 
-``{"labels": [["00000/img00000000.png", 3], ...]}``, with the names from that file on, or ``{"labels": null}``; a label
-is an integer from 0, or a list with a single 1. Further keys are allowed; ``class_names`` lists the names of the
-classes in the order of their numbers.
+``{"labels": [["00000/img00000000.png", 3], ...]}``, with names relative to that file, or ``{"labels": null}``; a label
+is an integer from 0, or a one-hot list. Further keys are allowed; ``class_names`` lists the names of the classes in
+the order of their numbers.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ DATASET_JSON = "dataset.json"
 
 
 def read_labels(text: bytes, where: str) -> tuple[dict[str, int], list[str]] | None:
-    """The class of each file by its name, and the names of the classes (none where they have none).
+    """The class of each file by its name, and the names of the classes, empty where they have none.
 
     Args:
-        text: of the file.
-        where: it is, for messages.
+        text: contents of the file.
+        where: location of the file, for messages.
 
     Returns:
-        None where there are no labels.
+        Classes and names; None where there are no labels.
 
     Raises:
-        UserError: if it is no such file, or a label is no class.
+        UserError: for another format, or a label that is not a class.
     """
     try:
         content = json.loads(text)
@@ -60,7 +60,7 @@ def read_labels(text: bytes, where: str) -> tuple[dict[str, int], list[str]] | N
 
 
 def _class_of(label: Any) -> int | None:
-    """The class that a label says, None where it says none."""
+    """The class of a label, None for an invalid one."""
     if isinstance(label, list):
         values = sorted(value for value in label if isinstance(value, int | float))
         is_one_hot = len(values) == len(label) and values == [0] * (len(label) - 1) + [1]
@@ -69,7 +69,7 @@ def _class_of(label: Any) -> int | None:
 
 
 def labels_text(names: Sequence[str], labels: Sequence[int], class_names: Sequence[str] | None = None) -> bytes:
-    """The file of these labels of these files."""
+    """The contents of ``dataset.json`` for the labels of files."""
     content: dict[str, Any] = {"labels": [[name, int(label)] for name, label in zip(names, labels, strict=True)]}
     if class_names:
         content["class_names"] = list(class_names)

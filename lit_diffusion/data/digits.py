@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: real data that need no download."""
+"""Scikit-learn's handwritten digits, real data without a download."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lit_diffusion.data.in_memory import InMemory
 
 
 class Digits(InMemory):
-    """The 1,797 handwritten digits that come with scikit-learn: uint8 ``[1, 8, 8]``, values 0 .. 16, ten classes.
+    """Scikit-learn's 1,797 handwritten digits: uint8 ``[1, 8, 8]``, values 0 .. 16, ten classes.
 
     They are the test part of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998): each value counts
-    the ink in a 4 x 4 block of a 32 x 32 bitmap, so there are 17 levels, and white ink on black paper.
+    the ink in a 4 x 4 block of a 32 x 32 bitmap, so there are 17 grey levels, white ink on black paper.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How far apart data are."""
+"""The largest distance between data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_diffusion.randomness import keyed_permutation
 
 EXACT_UP_TO = 10_000
-"""So many data are compared pair by pair; of more, a subset of this size."""
+"""The largest number of data of which all pairs are compared; of more data, a subset of this size."""
 _BLOCK = 1_000
 
 
@@ -20,10 +20,10 @@ class Diameter:
     """The largest distance between two data.
 
     Attributes:
-        found: the largest that was found; a lower bound.
+        found: the largest distance found, a lower bound.
         upper: an upper bound; equal to ``found`` when every pair was compared.
-        count: of the data.
-        compared: of these every pair.
+        count: number of data.
+        compared: number of data of which every pair was compared.
     """
 
     found: float
@@ -33,7 +33,7 @@ class Diameter:
 
     @property
     def statement(self) -> str:
-        """The value with its bound, in words."""
+        """A line about the value and its bound."""
         if self.compared == self.count:
             return f"the largest distance between two of the {self.count} training data, all pairs compared"
         return (
@@ -50,12 +50,13 @@ def _distances(first: Tensor, second: Tensor) -> Tensor:
 def largest_distance(values: Callable[[Tensor], Tensor], count: int, exact_up_to: int = EXACT_UP_TO) -> Diameter:
     """The diameter of a data set in the Euclidean norm.
 
-    Up to ``exact_up_to`` data every pair is compared. Of more, every pair of a subset; then one pass over all data
-    finds the farthest from either end of that pair, and from their midpoint: twice that radius bounds every distance.
+    Up to ``exact_up_to`` data every pair is compared. For more data, every pair of a subset; then one pass over all
+    data finds the farthest from either end of that pair, and from their midpoint: twice that radius bounds every
+    distance.
 
     Args:
-        values: from positions ``[b]`` to data ``[b, ...]``, float.
-        count: how many there are.
+        values: a function from positions ``[b]`` to data ``[b, ...]``, float.
+        count: number of data.
         exact_up_to: size of the subset.
     """
     everything = count <= exact_up_to

@@ -1,4 +1,4 @@
-"""The one way in which data come to this machine."""
+"""Download of data sets."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from lit_diffusion.data.cache import data_root
 
 
 def fetch(name: str, root: str | Path | None = None) -> Path:
-    """Download a data set, checked against its published checksums; nothing is done if it is there already.
+    """Download a data set and check it against its published checksums, unless it is there already.
 
-    The only place of the project that downloads data: sources read what is on the disk or say that it is missing.
+    This is the only place of the project that downloads data: sources read from disk, or fail with the command to run.
 
     Args:
         name: a torchvision set (``CIFAR10``, ``CIFAR100``, ``MNIST``, ``FashionMNIST``, ``SVHN``, ``CelebA``; case does
             not matter) or a data set of the Hugging Face hub (``owner/name``).
-        root: the folder to put it in, by default `data_root`.
+        root: target folder, by default `data_root`.
 
     Returns:
         The folder that the source of this data set takes as its root.
 
     Raises:
-        UserError: if there is no such data set or it cannot be downloaded.
+        UserError: for an unknown data set or a failed download.
     """
     root = data_root() if root is None else Path(root).expanduser()
     if "/" in name:

@@ -29,29 +29,28 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".t
 
 
 class ImageFolder(Source):
-    """The images of a folder or of a zip file, at any depth, in the order of their names.
+    """The images of a folder or of a zip file, at any depth, in the order of their names: uint8 ``[C, H, W]``.
 
     An image is a file whose name ends in one of `SUFFIXES`; hidden files and folders (``.name``, ``__MACOSX``) are
-    passed over, links are followed, and each file counts once, whatever links lead to it. Each is read when it is asked
-    for: turned as its EXIF tag says, transparent parts laid on white, the high byte kept of 16-bit values, cut to the
-    middle that has the sides' ratio and resized to ``size`` (Lanczos, antialiased). An image that has the size already
-    keeps every pixel. See `lit_diffusion.data.pixels.to_pixels`.
+    skipped, links are followed, and each file counts once, whatever links lead to it. Each is read on access: rotated
+    by its EXIF tag, transparent parts on white, the high byte of 16-bit values, center-cropped to the aspect ratio and
+    resized to ``size`` (Lanczos, antialiased). An image of that size keeps every pixel. See
+    `lit_diffusion.data.pixels.to_pixels`.
 
     Args:
         path: a folder or a zip file.
-        size: of the images in pixels: the side of a square, or [height, width].
+        size: size of the images in pixels: the side of a square, or [height, width].
         channels: 3 for RGB, 1 for grey.
-        classes: whether the images have classes: those of the labels in ``dataset.json``, which StyleGAN's and EDM's
-            tools write, or else the folders directly under ``path``, numbered in the order of their names, which
-            ``class_names`` lists. Folders named 00000, 00001, ... are shards more often than classes and are asked
-            about; ``folders`` takes the folders, whatever they are named and whatever else there is.
-        on_corrupt: what becomes of a file that is no whole image. ``fail`` stops with its name when it is asked for,
-            and costs nothing; ``skip`` reads everything once at the start (minutes for a million images), leaves such
-            files out and warns once.
+        classes: if true, the images have classes: the labels in ``dataset.json``, as StyleGAN's and EDM's tools write
+            it, or else the folders directly under ``path``, numbered in the order of their names, which ``class_names``
+            lists. Folders named 00000, 00001, ... are refused, since they are shards more often than classes;
+            ``folders`` takes the folders, whatever their names, and ignores ``dataset.json``.
+        on_corrupt: treatment of corrupt files. ``fail`` stops with the file's name on access, at no cost; ``skip``
+            reads everything once at the start (minutes for a million images), leaves such files out and warns once.
 
     Raises:
-        UserError: if ``path`` is missing, neither folder nor zip file, or holds no image; if ``classes`` is true and an
-            image has no label in ``dataset.json``, or, without that, lies in no folder or all lie in one, or the
+        UserError: if ``path`` is missing, neither folder nor zip file, or contains no image; if ``classes`` is true and
+            an image has no label in ``dataset.json``, or, without that file, is in no folder or all are in one, or the
             folders are numbered like shards; from ``value`` if a file is corrupt or cannot be read.
     """
 
@@ -72,7 +71,7 @@ class ImageFolder(Source):
         self._files = open_files(self.path)
         self._names = image_names(self._files, self.path)
         self._labels: dict[str, int] | None = None
-        # Before corrupt files are left out, so that they never renumber the classes.
+        # Before corrupt files are skipped, so that these never renumber the classes.
         if classes is True:
             self._take_labels()
         if classes and self._labels is None:
@@ -99,9 +98,9 @@ class ImageFolder(Source):
         return self._class_index[_class_of(self._names[index])] if self.class_names else None
 
     def fingerprint(self) -> str:
-        """A hash of the names and of what changes when a file does, and of the options; no image is read.
+        """A hash of the options and of each file's name and stamp, without reading images.
 
-        That is each file's size and modification time in a folder, its size and CRC-32 in a zip file. So a copy of a
+        The stamp is a file's size and modification time in a folder, its size and CRC-32 in a zip file. So a copy of a
         zip file has the fingerprint of the original, and a copy of a folder only if it keeps the times.
         """
         digest = hashlib.sha256(f"{self.shape} {self.class_names} {len(self)}".encode())
@@ -112,14 +111,14 @@ class ImageFolder(Source):
         return digest.hexdigest()[:16]
 
     def notes(self) -> list[str]:
-        """Whether images are cut, or hold further pictures."""
+        """Notes about images that are cropped or contain further pictures."""
         return picture_losses(self._files, self._names, self.path, self._size)
 
     def _take_labels(self) -> None:
-        """The classes that ``dataset.json`` says, where there is one with labels."""
+        """Take the classes of ``dataset.json``, where it exists with labels."""
         if (found := labels_in(self._files, self.path)) is None:
             return
-        # Of more files than are here: a part of a set has the classes of the whole.
+        # Labels of more files than are here, too: a part of a set has the classes of the whole.
         labels, self.class_names = found
         lacking = [name for name in self._names if composed(name) not in labels]
         if lacking:
@@ -131,7 +130,7 @@ class ImageFolder(Source):
         self.num_classes = len(self.class_names) or max(labels.values()) + 1
 
     def _take_folders(self, sure: bool) -> None:
-        """The first-level folders as the classes."""
+        """Take the first-level folders as the classes."""
         for name in self._names:
             if "/" not in name:
                 raise UserError(
@@ -181,11 +180,11 @@ class ImageFolder(Source):
 
 
 class CorruptImageError(UserError):
-    """A file that has the name of an image and is none."""
+    """A file with the name of an image that is not a whole image."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is one of a folder's images."""
+    """True where a file of this name counts as an image."""
     return not any(map(_is_hidden, PurePosixPath(name).parts)) and name.lower().endswith(SUFFIXES)
 
 
@@ -198,17 +197,17 @@ def _class_of(name: str) -> str:
 
 
 def _are_shards(names: list[str]) -> bool:
-    """Whether folders are numbered with zeros in front: 00000, 00001, ... of EDM, 00000, 01000, ... of FFHQ."""
+    """True for folders numbered with leading zeros: EDM's 00000, 00001, ..., FFHQ's 00000, 01000, ..."""
     return all(name.isdecimal() and len(name) == len(names[0]) >= 2 for name in names) and names[0].startswith("0")
 
 
 def composed(name: str) -> str:
-    """One spelling of names: macOS writes an accent as a character of its own."""
+    """A name in Unicode normal form C, since macOS stores accents as separate characters."""
     return unicodedata.normalize("NFC", name)
 
 
 def image_names(files: _Folder | _Zip, path: Path) -> list[str]:
-    """The names of the images among files, in an order that no operating system changes.
+    """The names of the images among files, in the same order on every operating system.
 
     Raises:
         UserError: if there are none.
@@ -220,10 +219,10 @@ def image_names(files: _Folder | _Zip, path: Path) -> list[str]:
 
 
 def labels_in(files: _Folder | _Zip, path: Path) -> tuple[dict[str, int], list[str]] | None:
-    """The labels that ``dataset.json`` gives files by their :func:`composed` names, and the names of the classes.
+    """The labels in ``dataset.json`` by the files' :func:`composed` names, and the names of the classes.
 
     Returns:
-        None where there is no such file, or no labels in it.
+        Labels and names; None where there is no such file, or no labels in it.
 
     Raises:
         UserError: if it is damaged.
@@ -246,17 +245,17 @@ def read_image(
     size: tuple[int, int] | None = None,
     channels: Literal[1, 3] | None = None,
 ) -> np.ndarray:
-    """One of the files of a folder or zip file as `lit_diffusion.data.pixels.to_pixels` gives it.
+    """One image of a folder or zip file, converted by `lit_diffusion.data.pixels.to_pixels`.
 
     Raises:
-        CorruptImageError: if it is no whole image.
+        CorruptImageError: if it is not a whole image.
         UserError: if it cannot be read.
     """
     try:
         return decode(files.read(name), size, channels)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow, its decoders and zipfile raise anything over a damaged file.
+    except Exception as error:  # Pillow, its decoders and zipfile can raise anything for a damaged file.
         reason = " ".join(str(error).split()) or type(error).__name__
         # Only the operating system sets errno: then the file may be whole, and skipping it would hide a full queue
         # of open files or a lost network drive.
@@ -268,18 +267,18 @@ def read_image(
 def picture_losses(
     files: _Folder | _Zip, names: list[str], path: Path, size: tuple[int, int] | None = None
 ) -> list[str]:
-    """What is lost of a folder's images, see `lit_diffusion.data.pixels.losses`."""
+    """Notes about parts of a folder's images that are lost, see `lit_diffusion.data.pixels.losses`."""
     return losses(str(path), len(names), lambda index: _opened(files, names[index]), size)
 
 
 def any_in_colour(files: _Folder | _Zip, names: list[str]) -> bool:
-    """Whether one of the images is not grey; reads the beginnings of files, until one is in color."""
+    """True where one of the images is in color; reads the headers of files until one is."""
 
     def in_colour(name: str) -> bool:
         try:
             with _opened(files, name) as picture:
                 return not is_grey(picture)
-        except Exception:  # Whoever reads it says what it is.
+        except Exception:  # Reading it raises the error with its name.
             return False
 
     return any(map(in_colour, names))
@@ -287,7 +286,7 @@ def any_in_colour(files: _Folder | _Zip, names: list[str]) -> bool:
 
 @contextmanager
 def _opened(files: _Folder | _Zip, name: str) -> Iterator[Image.Image]:
-    """A picture of which no more is read than is asked for."""
+    """A picture that is read lazily."""
     from PIL import Image
 
     with files.open(name) as file, Image.open(file) as picture:
@@ -295,10 +294,10 @@ def _opened(files: _Folder | _Zip, name: str) -> Iterator[Image.Image]:
 
 
 def open_files(path: Path) -> _Folder | _Zip:
-    """The files below a folder, or in a zip file: their ``names()``, and ``read(name)`` for the bytes of one.
+    """The files below a folder, or in a zip file, with ``names()``, and ``read(name)`` for the bytes of one.
 
     Raises:
-        UserError: if there is neither.
+        UserError: if the path is neither.
     """
     if path.is_dir():
         return _Folder(path)
@@ -320,10 +319,10 @@ class _Folder:
         self._path = path
 
     def names(self) -> list[str]:
-        """Each file once: under its own name if it has one here, else under that of the first link to it.
+        """The names of the files, each file once: its own name if it is in this folder, else that of the first link.
 
-        A link to a folder that holds the link is a loop, and one to a folder that holds this one leads to what is not
-        meant: neither is followed. Broken links have names too; reading says what they are.
+        A link to a folder that contains the link is a loop, and a link to a folder that contains this one leads out of
+        it: neither is followed. Broken links have names, too, and fail when they are read.
 
         Raises:
             UserError: if a folder cannot be listed.
@@ -345,7 +344,7 @@ class _Folder:
         return list(found.values())
 
     def _list(self, folder: str, prefix: str, found: dict[str, str], listed: set[str]) -> list[tuple[str, str]]:
-        """Add a folder's own files, at any depth; returns the links in it: name and path."""
+        """Add a folder's files, at any depth; return the links in it, names and paths."""
         links = []
         waiting = [(folder, prefix)]
         while waiting:
@@ -364,7 +363,7 @@ class _Folder:
                     links.append((prefix + entry.name, entry.path))
                 elif entry.is_dir():
                     waiting.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.is_file():  # no pipe or socket, of which a read would wait
+                elif entry.is_file():  # no pipe or socket, whose read would block
                     found.setdefault(entry.path, prefix + entry.name)
         return links
 
@@ -389,8 +388,8 @@ class _Folder:
 class _Zip:
     """The files in a zip file.
 
-    Each process opens the file for itself when it first reads: a handle that a DataLoader's worker inherits by fork
-    shares its position with the parent's, and one cannot be sent to a spawned worker.
+    Each process opens the file at its first read: a handle that a DataLoader's worker inherits by fork shares its
+    position with the parent's, and a handle cannot be sent to a spawned worker.
     """
 
     def __init__(self, path: Path) -> None:
@@ -407,7 +406,7 @@ class _Zip:
         return self._open
 
     def names(self) -> list[str]:
-        """Each name once: of members of one name the last counts, as when they are unpacked."""
+        """The names of the members, each once: the last of one name counts, as when unpacking."""
         return list({member.filename: None for member in self._archive().infolist() if not member.is_dir()})
 
     def open(self, name: str) -> IO[bytes]:

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and whatever else the package `datasets` has saved."""
+"""Data sets of the Hugging Face hub, and others saved by the package `datasets`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lit_diffusion.errors import UserError
 
 
 class HuggingFace(Source):
-    """Images of a Hugging Face data set, from the disk: uint8 ``[channels, height, width]``.
+    """Images of a Hugging Face data set, read from disk: uint8 ``[channels, height, width]``.
 
-    Needs the extra ``hf``. Pictures are brought to their shape by `lit_diffusion.data.pixels.to_pixels`.
+    They need the extra ``hf``. Pictures are converted by `lit_diffusion.data.pixels.to_pixels`.
 
     Args:
         path: a folder that ``save_to_disk`` wrote, or ``owner/name`` of a data set of the hub that was fetched with
             ``python -m lit_diffusion fetch data owner/name``.
-        size: of the images in pixels: the side of a square, or [height, width].
-        split: of the data set.
+        size: size of the images in pixels: the side of a square, or [height, width].
+        split: name of the split.
         image_key: the column of the images.
-        label_key: the column of the classes (a ClassLabel or integers from 0), if they are wanted.
-        caption_key: the column of the texts, if they are wanted.
+        label_key: the column of the classes (a ClassLabel or integers from 0); null: no labels.
+        caption_key: the column of the captions; null: no captions.
         channels: 3 for RGB, 1 for grey.
         root: the folder of fetched data, by default `lit_diffusion.data.cache.data_root`.
 
@@ -94,13 +94,13 @@ class HuggingFace(Source):
         """Image ``index``: uint8 ``[channels, height, width]``.
 
         Raises:
-            UserError: if it is no whole image.
+            UserError: if it is not a whole image.
         """
         try:
             return to_pixels(self._images[int(index)][self._image_key], self._size, self._channels)
         except (IndexError, MemoryError):
             raise
-        except Exception as error:  # Pillow and its decoders raise anything over a damaged image.
+        except Exception as error:  # Pillow and its decoders can raise anything for a damaged image.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"image {index} of {self._where} is not a whole image ({reason}): leave it out") from error
 
@@ -113,7 +113,7 @@ class HuggingFace(Source):
         return None if self._captions is None else self._captions[int(index)][self._caption_key]
 
     def notes(self) -> list[str]:
-        """Whether images are cut, or hold further pictures."""
+        """Notes about images that are cropped or contain further pictures."""
 
         def picture_of(index: int) -> Any:
             file = self._files[index][self._image_key]
@@ -122,19 +122,19 @@ class HuggingFace(Source):
         return losses(self._where, len(self), picture_of, self._size)
 
     def fingerprint(self) -> str:
-        """A hash of the fingerprint that `datasets` saved with the data, and of the options."""
+        """A hash of the options and of the fingerprint that `datasets` saved with the data."""
         return hashlib.sha256(f"{self._saved} {self._columns} {self.shape} {len(self)}".encode()).hexdigest()[:16]
 
 
 def fetch(path: str, root: Path) -> None:
-    """Download a data set of the hub, all splits, and save it where `HuggingFace` looks for it.
+    """Download all splits of a data set of the hub into the folder from which `HuggingFace` reads.
 
     Args:
         path: ``owner/name`` on the hub.
         root: the folder of fetched data.
 
     Raises:
-        UserError: if the package is missing or the data set cannot be had.
+        UserError: if the package is missing or the download fails.
     """
     datasets = _datasets()
     folder = _fetched(path, root)
@@ -145,7 +145,7 @@ def fetch(path: str, root: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         datasets.load_dataset(path).save_to_disk(partial)
         partial.rename(folder)
-    except Exception as error:  # The hub's failures, the network's and those of its file formats.
+    except Exception as error:  # Failures of the hub, of the network and of file formats.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"cannot fetch {path} from the hub ({reason}): check the name and the network, or give HuggingFace the "
@@ -166,7 +166,7 @@ def _fetched(path: str, root: Path) -> Path:
 
 
 def _load(datasets: Any, path: str, split: str, root: Path) -> Any:
-    """One split of the data at a local folder or fetched under its name of the hub."""
+    """One split of the data in a local folder, or of a fetched data set by its name on the hub."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = _fetched(path, root)

@@ -11,15 +11,15 @@ from lit_diffusion.data.source import Source
 
 
 class InMemory(Source):
-    """An array of images or points, with labels or without.
+    """An array of images or points, with or without labels.
 
     Args:
-        values: uint8 ``[N, C, H, W]`` with values ``0 .. levels - 1``, or float32 ``[N, D]``.
+        values: uint8 ``[N, C, H, W]`` with values ``0 .. num_grey_levels - 1``, or float32 ``[N, D]``.
         labels: integers ``[N]`` in ``0 .. num_classes - 1``, or None.
-        name: short and stable, for logs and cache keys.
+        name: short and stable name, for logs and cache keys.
         num_grey_levels: the number of grey levels, None for points.
-        num_classes: of the labels, None without labels.
-        class_names: of the classes in the order of their numbers, None where they have none.
+        num_classes: number of classes, None without labels.
+        class_names: names of the classes in the order of their numbers, None where they have none.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class InMemory(Source):
         return len(self._values)
 
     def value(self, index: int) -> np.ndarray:
-        """Datum ``index`` as an array of its own: uint8 ``[C, H, W]`` or float32 ``[D]``."""
+        """Datum ``index`` as a copy: uint8 ``[C, H, W]`` or float32 ``[D]``."""
         return self._values[index].copy()
 
     def label(self, index: int) -> int | None:
@@ -51,9 +51,9 @@ class InMemory(Source):
         return None if self._labels is None else int(self._labels[index])
 
     def fingerprint(self) -> str:
-        """A hash of all values and labels: the same for the same data, wherever they were read from."""
+        """A hash of all values and labels, the same for equal data of any origin."""
         digest = hashlib.sha256(f"{self.shape} {self.num_grey_levels} {len(self)}".encode())
-        # In pieces: a transposed array of many gigabytes is not copied whole.
+        # In pieces, so that a transposed array of many gigabytes is not copied whole.
         for start in range(0, len(self), 1024):
             digest.update(self._values[start : start + 1024].tobytes())
         if self._labels is not None:

@@ -1,4 +1,4 @@
-"""Images or points in one NumPy archive, laid out as ADM's reference batches are."""
+"""Images or points in a NumPy archive, in the layout of ADM's reference batches."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from lit_diffusion.errors import UserError
 class Npz(InMemory):
     """Images of an ``.npz`` file: uint8 ``[N, H, W, C]`` with any number of channels, or ``[N, H, W]`` grey.
 
-    This is the layout of the reference batches of Dhariwal and Nichol (2021). Of floats ``[N, D]`` each row is a point,
-    used as it is. The whole array is held in memory. Labels are integers ``[N]`` from 0. With the key ``class_names``
-    in the file the classes have these names, in the order of their numbers; else the number of classes is the largest
-    label plus one. The command ``sample`` writes labels as ``labels``.
+    This is the layout of ADM's reference batches (Dhariwal and Nichol 2021, https://arxiv.org/abs/2105.05233). Each row
+    of floats ``[N, D]`` is a point, used unchanged. The whole array is held in memory. Labels are integers ``[N]`` from
+    0. The key ``class_names`` in the file names the classes in the order of their numbers; without it the number of
+    classes is the largest label plus one. The command ``sample`` writes labels as ``labels``.
 
     Args:
         path: the file.
-        key: the name of the images in the file.
-        label_key: the name of the labels in the file; without it the images have none.
+        key: the key of the images in the file.
+        label_key: the key of the labels in the file; null: no labels.
 
     Raises:
-        UserError: if the file or a key is missing, the values are not of these types or layouts, or the labels do not
-            fit them.
+        UserError: if the file or a key is missing, the values have another type or layout, or the labels do not fit.
     """
 
     def __init__(self, path: str | Path, key: str = "arr_0", label_key: str | None = None) -> None:
@@ -72,16 +71,16 @@ class Npz(InMemory):
 
 
 def _channels_first(shape: tuple[int, ...]) -> bool:
-    """Whether ``[N, H, W, C]`` is more likely ``[N, C, H, W]``: images of 3 rows, or of as many columns as channels.
+    """True where ``[N, H, W, C]`` is more likely ``[N, C, H, W]``: images of 3 rows, or of as many columns as channels.
 
-    Satellite images of 12 channels are none of these, nor patches of 9 x 9 pixels with 200.
+    Satellite images of 12 channels are neither, nor patches of 9 x 9 pixels with 200 channels.
     """
     _, first, second, last = shape
     return first < last and (first == 3 or second == last)
 
 
 def label_arrays(labels: Tensor | None, class_names: Sequence[str] | None) -> dict[str, np.ndarray]:
-    """The arrays beside the images from which :class:`Npz` has labels: ``labels``, and ``class_names`` where known."""
+    """The arrays from which :class:`Npz` reads labels: ``labels``, and ``class_names`` where known."""
     if labels is None:
         return {}
     named = {} if not class_names else {"class_names": np.array(class_names)}
@@ -93,7 +92,7 @@ def _read(path: Path, key: str) -> np.ndarray: ...
 @overload
 def _read(path: Path, key: str, optional: Literal[True]) -> np.ndarray | None: ...
 def _read(path: Path, key: str, optional: bool = False) -> np.ndarray | None:
-    """One array of the file, whatever its type; None for an optional one that is not there."""
+    """One array of the file, of any type; None for a missing optional one."""
     if not path.is_file():
         raise UserError(f"there is no file {path}: check the path")
     try:

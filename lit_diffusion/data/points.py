@@ -20,15 +20,15 @@ from lit_diffusion.randomness import keyed_choice, keyed_normal, keyed_uniform
 class GaussianMixturePoints(InMemory):
     r"""A mixture of isotropic Gaussians, :math:`p(x) = \sum_k w_k N(x; \mu_k, s^2 I)`: float32 ``[D]``.
 
-    The default is the toy of the NCSN paper (Song and Ermon 2019, section 3.2), on which Langevin dynamics get the
-    weights of the two modes wrong. The label of a point is its component.
+    The default is the toy data of NCSN (Song and Ermon 2019, https://arxiv.org/abs/1907.05600, section 3.2), on which
+    Langevin dynamics give wrong weights of the two modes. The label of a point is its component.
 
     Args:
-        means: ``[K, D]``, the centres of the components.
+        means: ``[K, D]``, the centers of the components.
         weights: ``[K]``, positive, with the sum 1.
-        std: the standard deviation of every component in every direction; 0 puts all points on the centres.
-        size: how many points.
-        seed: of the points.
+        std: the standard deviation of every component in every direction; 0 puts all points on the centers.
+        size: number of points.
+        seed: seed of the points.
 
     Attributes:
         means: float64 ``[K, D]``.
@@ -36,7 +36,7 @@ class GaussianMixturePoints(InMemory):
         std: a float.
 
     Raises:
-        UserError: if ``means``, ``weights`` and ``std`` are no mixture.
+        UserError: if ``means``, ``weights`` and ``std`` do not define a mixture.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GaussianMixturePoints(InMemory):
         seed: int = 0,
     ) -> None:
         if not means or not means[0] or len({len(mean) for mean in means}) != 1:
-            raise UserError(f"means: {means} are not K centres of D numbers each: give e.g. [[-5, -5], [5, 5]]")
+            raise UserError(f"means: {means} are not K centers of D numbers each: give e.g. [[-5, -5], [5, 5]]")
         if len(weights) != len(means) or min(weights) <= 0 or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
             raise UserError(
                 f"weights: {weights} must be {len(means)} positive numbers with the sum 1, one for each mean"
@@ -72,21 +72,21 @@ class GaussianMixturePoints(InMemory):
 
 
 class Spiral(InMemory):
-    r"""Arms that turn outwards: :math:`x = r (\cos(2 \pi n r / R + \phi), \sin(2 \pi n r / R + \phi)) + s \epsilon`.
+    r"""Spiral arms: :math:`x = r (\cos(2 \pi n r / R + \phi), \sin(2 \pi n r / R + \phi)) + s \epsilon`.
 
-    float32 ``[2]``; each arm has its own phase :math:`\phi`, and :math:`r = R \sqrt{u}` with u uniform puts about as
-    many points on each piece of an arm.
+    float32 ``[2]``. Each arm has its own phase :math:`\phi`, and :math:`r = R \sqrt{u}` with u uniform spreads the
+    points about evenly along an arm.
 
     Args:
-        arms: how many arms.
-        turns: how often each arm turns, n.
-        radius: of the ends of the arms, R.
-        std: of the noise, s.
-        size: how many points.
-        seed: of the points.
+        arms: number of arms.
+        turns: number of turns of each arm, n.
+        radius: radius of the ends of the arms, R.
+        std: standard deviation of the noise, s.
+        size: number of points.
+        seed: seed of the points.
 
     Raises:
-        UserError: if there is no arm.
+        UserError: for fewer than one arm.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Spiral(InMemory):
         seed: int = 0,
     ) -> None:
         if arms < 1:
-            raise UserError(f"arms: {arms} arms are no spiral: give at least 1")
+            raise UserError(f"arms: {arms} arms do not make a spiral: give at least 1")
         index = _indices(size)
         uniform = _uniform(seed, index, 1)[:, 0]
         phase = _choice(seed, index, torch.ones(arms)) * (2.0 * math.pi / arms)
@@ -112,12 +112,12 @@ class Spiral(InMemory):
 class SwissRoll(InMemory):
     r"""The section of the Swiss roll: :math:`x = t (\cos t, \sin t) / 5 + s \epsilon`, t uniform in (1.5 pi, 4.5 pi).
 
-    float32 ``[2]``, within about 3 of the origin: scikit-learn's roll seen from its side, made smaller.
+    float32 ``[2]``, within about 3 of the origin: a cross-section of scikit-learn's roll, scaled down.
 
     Args:
-        std: of the noise, s.
-        size: how many points.
-        seed: of the points.
+        std: standard deviation of the noise, s.
+        size: number of points.
+        seed: seed of the points.
     """
 
     def __init__(self, std: float = 0.1, size: int = 50_000, seed: int = 0) -> None:
@@ -128,16 +128,16 @@ class SwissRoll(InMemory):
 
 
 class Checkerboard(InMemory):
-    """Uniform on the squares of one color of a checkerboard: float32 ``[2]``.
+    """The uniform distribution on the squares of one color of a checkerboard: float32 ``[2]``.
 
     The square in the lower left corner is one of them. The density is flat with sharp edges, which a smooth model can
     only approach.
 
     Args:
-        cells: how many squares the board has on each side; even.
-        extent: the board covers ``(-extent, extent)`` in both directions.
-        size: how many points.
-        seed: of the points.
+        cells: number of squares on each side of the board; even.
+        extent: half the side of the board, which covers ``(-extent, extent)`` in both directions.
+        size: number of points.
+        seed: seed of the points.
 
     Raises:
         UserError: if ``cells`` is not even.
@@ -155,16 +155,16 @@ class Checkerboard(InMemory):
 
 
 class Rings(InMemory):
-    r"""Concentric rings: :math:`x = r_k (\cos \theta, \sin \theta) + s \epsilon`, each ring as likely: float32 ``[2]``.
+    r"""Concentric rings of equal weight, :math:`x = r_k (\cos \theta, \sin \theta) + s \epsilon`: float32 ``[2]``.
 
     Args:
-        radii: of the rings, r.
-        std: of the noise, s.
-        size: how many points.
-        seed: of the points.
+        radii: radii of the rings, r.
+        std: standard deviation of the noise, s.
+        size: number of points.
+        seed: seed of the points.
 
     Raises:
-        UserError: if there is no ring.
+        UserError: without a ring.
     """
 
     def __init__(
@@ -185,17 +185,17 @@ class Rings(InMemory):
 
 def _indices(size: int) -> Tensor:
     if size < 1:
-        raise UserError(f"size: {size} is no number of points: give at least 1")
+        raise UserError(f"size: {size} is not a number of points: give at least 1")
     return torch.arange(size)
 
 
 def _uniform(seed: int, index: Tensor, count: int) -> Tensor:
-    """float64 ``[N, count]`` in (0, 1)."""
+    """Uniform numbers in (0, 1): float64 ``[N, count]``."""
     return keyed_uniform(seed, "points/uniform", index, (count,), dtype=torch.float64)
 
 
 def _normal(seed: int, index: Tensor) -> Tensor:
-    """float64 ``[N, 2]``."""
+    """Standard normal numbers: float64 ``[N, 2]``."""
     return keyed_normal(seed, "points/normal", index, (2,), dtype=torch.float64)
 
 

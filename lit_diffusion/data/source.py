@@ -1,4 +1,4 @@
-"""What every data source is: numbered images (or points) that say what their values mean."""
+"""The interface of a data source: numbered images or points with the meaning of their values."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 class Source(ABC):
     """A finite, ordered set of data, read by index.
 
-    Images are uint8 ``[C, H, W]`` with values ``0 .. levels - 1``, never normalized: that is the DataModule's work and
-    happens once. Points (toys) are float32 ``[D]`` and are used as they are.
+    Images are uint8 ``[C, H, W]`` with values ``0 .. num_grey_levels - 1``; only the DataModule normalizes them, once.
+    Points are float32 ``[D]`` and are used unchanged.
 
     Attributes:
-        shape: of one datum: ``(C, H, W)`` or ``(D,)``.
+        shape: shape of one datum: ``(C, H, W)`` or ``(D,)``.
         num_grey_levels: the number of grey levels of an image (256; the digits have 17), None for points.
-        num_classes: of the labels, None where there are none.
-        class_names: of the classes in the order of their numbers; None or empty where they have none.
-        name: short and stable, for logs and cache keys.
+        num_classes: number of classes, None without labels.
+        class_names: names of the classes in the order of their numbers; None or empty where they have none.
+        name: short and stable name, for logs and cache keys.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many data there are."""
+        """The number of data."""
 
     @abstractmethod
     def value(self, index: int) -> np.ndarray:
@@ -46,11 +46,11 @@ class Source(ABC):
         return None
 
     def notes(self) -> list[str]:
-        """What is lost of the data on the way, such as what is cut off: a line each, said once where a run begins."""
+        """Lines about lost parts of the data, such as cropped borders, printed once at the beginning of a run."""
         return []
 
     def fingerprint(self) -> str:
-        """A hash of what the source would yield: equal for equal data, different when anything changes.
+        """A hash of the source's data: equal for equal data, different when anything changes.
 
         The default reads everything; sources on disk override it with something cheaper.
         """

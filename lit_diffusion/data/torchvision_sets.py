@@ -1,4 +1,4 @@
-"""The standard image sets that torchvision knows, read from the disk and never downloaded by a run."""
+"""The standard image sets of torchvision, read from disk and never downloaded by a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_diffusion.data.pixels import Size, height_and_width, open_picture, to_p
 from lit_diffusion.data.source import Source
 from lit_diffusion.errors import UserError
 
-# What torchvision must be asked for to have each set complete.
+# The arguments of torchvision's classes that together give each complete set.
 _PARTS: dict[str, list[dict[str, Any]]] = {
     "CIFAR10": [{}],
     "CIFAR100": [{}],
@@ -33,7 +33,7 @@ class CIFAR10(InMemory):
         root: the folder that holds ``cifar-10-batches-py``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -52,7 +52,7 @@ class CIFAR100(InMemory):
         root: the folder that holds ``cifar-100-python``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -71,7 +71,7 @@ class MNIST(InMemory):
         root: the folder that holds ``MNIST/raw``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -80,14 +80,16 @@ class MNIST(InMemory):
 
 
 class FashionMNIST(InMemory):
-    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 garments, uint8 ``[1, 28, 28]``, 10 classes.
+    """Fashion-MNIST: 60,000 and 10,000 garments, uint8 ``[1, 28, 28]``, 10 classes.
+
+    Xiao et al. 2017, https://arxiv.org/abs/1708.07747.
 
     Args:
         split: ``train`` or ``test``.
         root: the folder that holds ``FashionMNIST/raw``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -106,7 +108,7 @@ class SVHN(InMemory):
         root: the folder that holds ``train_32x32.mat``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", root: str | Path | None = None) -> None:
@@ -115,21 +117,20 @@ class SVHN(InMemory):
 
 
 class CelebA(Source):
-    """CelebA, aligned and cropped (Liu et al. 2015): 162,770 faces for training, uint8 ``[3, height, width]``, no
-    classes.
+    """CelebA, aligned and cropped: 162,770 faces for training, uint8 ``[3, height, width]``, no classes.
 
-    The square of ``crop`` pixels in the middle of the 178 x 218 picture is resized to ``size`` (Lanczos, antialiased);
-    of the square, where ``size`` is none, the middle that has the sides' ratio.
-    The middle 140 pixels are what NCSN and its successors train on.
+    Liu et al. 2015, https://arxiv.org/abs/1411.7766. The centered square of ``crop`` pixels of the 178 x 218 picture is
+    resized to ``size`` (Lanczos, antialiased), after a crop to its aspect ratio where that is not 1. NCSN and its
+    successors train on the middle 140 pixels.
 
     Args:
-        size: of the images in pixels: the side of a square, or [height, width].
-        crop: the side of the square that is cut out, at most 178.
+        size: size of the images in pixels: the side of a square, or [height, width].
+        crop: the side of the cropped square, at most 178.
         split: ``train``, ``valid`` or ``test``.
         root: the folder that holds ``celeba``, by default `lit_diffusion.data.cache.data_root`.
 
     Raises:
-        UserError: if the files are not there; the message says how to fetch them.
+        UserError: if the files are missing, with the command to fetch them.
     """
 
     def __init__(
@@ -166,12 +167,12 @@ class CelebA(Source):
                 return to_pixels(face, self._size, 3)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow and its decoders raise anything over a damaged file.
+        except Exception as error:  # Pillow and its decoders can raise anything for a damaged file.
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"cannot read {path} ({reason}): extract img_align_celeba.zip again") from error
 
     def fingerprint(self) -> str:
-        """A hash of the crop and of the names and sizes of the files: their pixels were checked when they came."""
+        """A hash of the crop and of the files' names and sizes; their pixels were checked at download."""
         digest = hashlib.sha256(f"{self.shape} {self._crop}".encode())
         for file in self._files:
             digest.update(f"{file}\0{(self._folder / file).stat().st_size}\0".encode())
@@ -182,11 +183,11 @@ def fetch(name: str, root: Path) -> None:
     """Download one of these sets with torchvision, which checks its checksums.
 
     Args:
-        name: of the class here; case does not matter.
-        root: the folder to put it in.
+        name: name of the class in this file; case does not matter.
+        root: target folder.
 
     Raises:
-        UserError: if there is no such set, or it cannot be downloaded.
+        UserError: for an unknown set or a failed download.
     """
     from torchvision import datasets
 
@@ -201,7 +202,7 @@ def fetch(name: str, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         for part in _PARTS[name]:
             getattr(datasets, name)(root, download=True, **part)
-    except Exception as error:  # The network's failures, gdown's and torchvision's have nothing in common.
+    except Exception as error:  # Failures of the network, gdown and torchvision have no common base class.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"cannot fetch {name} ({reason}): try again later, with what is there of it under {root} removed, or put "
@@ -210,11 +211,11 @@ def fetch(name: str, root: Path) -> None:
 
 
 def _load(name: str, root: str | Path | None, **part: Any) -> Any:
-    """The torchvision set, or one line that says how to get it."""
+    """The torchvision set, or a UserError with the command to fetch it."""
     from torchvision import datasets
 
     root = data_root() if root is None else Path(root).expanduser()
     try:
         return getattr(datasets, name)(root, download=False, **part)
-    except Exception as error:  # torchvision's own, and its readers' over damaged files that it has no checksum of.
+    except Exception as error:  # From torchvision, or from its readers for damaged files without a checksum.
         raise UserError(f"{name} is missing or damaged under {root}: run {fetch_command(name, root)}") from error

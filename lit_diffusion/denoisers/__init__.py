@@ -1,4 +1,4 @@
-"""Denoisers: what a network's output means, and what can be read from it."""
+"""Denoisers: the meaning of a network's output, and the predictions read from it."""
 
 from lit_diffusion.denoisers.base import (
     Denoiser,

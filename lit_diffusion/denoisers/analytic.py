@@ -1,4 +1,4 @@
-r"""Distributions whose smoothed densities and scores are known exactly: the yardstick of everything else.
+r"""Distributions whose smoothed densities and scores are known exactly, the reference for networks and samplers.
 
 If ``x_0 ~ sum_k w_k N(m_k, C_k)`` then ``x_t ~ sum_k w_k N(alpha m_k, alpha^2 C_k + sigma^2 I)``, so the score, the
 posterior mean and the density of every noise level are closed expressions.
@@ -17,7 +17,7 @@ from lit_diffusion.processes import Process
 
 
 class GaussianMixture:
-    """A mixture of Gaussians in D dimensions. It computes in float64 on the device of what it is asked about.
+    """A mixture of Gaussians ``sum_k w_k N(m_k, C_k)`` in D dimensions, computed in float64 on its input's device.
 
     Args:
         weights: ``[K]``, positive; normalized here.
@@ -39,15 +39,15 @@ class GaussianMixture:
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """The dimension D."""
         return self.means.shape[1]
 
     def mean(self) -> Tensor:
-        """``[D]``."""
+        """The mean of the mixture: ``[D]``."""
         return self.weights @ self.means
 
     def covariance(self) -> Tensor:
-        """``[D, D]``."""
+        """The covariance of the mixture: ``[D, D]``."""
         centred = self.means - self.mean()
         return torch.einsum("k,kij->ij", self.weights, self.covariances + centred[:, :, None] * centred[:, None, :])
 
@@ -64,11 +64,16 @@ class GaussianMixture:
         return log_prob, score
 
     def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is known of ``x_0`` where ``alpha x_0 + sigma eps`` is ``[B, D]``; alpha, sigma ``[B]``.
+        """The density, score and posterior mean of ``x_0`` given ``x = alpha x_0 + sigma eps``.
+
+        Args:
+            x: ``[B, D]``.
+            alpha: ``[B]``.
+            sigma: ``[B]``.
 
         Returns:
             Log-density ``[B]``, score ``[B, D]``, and the posterior mean ``E[x_0 | x]`` ``[B, D]``, each by its own
-            closed form: right where sigma is small and where alpha is 0.
+            closed form, accurate where sigma is small and where alpha is 0.
         """
         weights, means, eigenvalues, eigenvectors = self._parts(x)
         x = x.to(torch.float64)
@@ -85,7 +90,7 @@ class GaussianMixture:
         return log_prob, (responsibility * pull).sum(1), (responsibility * mean).sum(1)
 
     def component_of(self, x: Tensor) -> Tensor:
-        """The likeliest component of each row of x: int64 ``[B]``."""
+        """The most likely component of each row of x: int64 ``[B]``."""
         weights, means, eigenvalues, eigenvectors = self._parts(x)
         rotated = torch.einsum("kji,bkj->bki", eigenvectors, x.to(torch.float64)[:, None] - means)
         variance = eigenvalues.clamp(min=1e-20)  # A component may be flat in some directions.
@@ -94,7 +99,12 @@ class GaussianMixture:
 
 
 class ExactDenoiser(Denoiser):
-    """The best denoiser there is for data from a Gaussian mixture, by closed form; it also knows its energy."""
+    """The optimal denoiser ``E[x_0 | x_t]`` of data from a Gaussian mixture, in closed form, with its energy.
+
+    Args:
+        distribution: the law of the data.
+        process: the forward process.
+    """
 
     has_energy = True
 

@@ -1,6 +1,6 @@
-r"""Denoisers and their predictions: what can be read from a network's output, or from anything else.
+r"""Denoisers and their predictions: the views of one output F, of a network or of anything else.
 
-Whatever is known of the clean datum and of the noise is one linear combination of both,
+An output F is one linear combination of the clean datum and the noise,
 
 .. math::  F = u\, x_0 + v\, \epsilon, \qquad x_t = \alpha x_0 + \sigma \epsilon.
 
@@ -10,7 +10,7 @@ Solving the two equations gives every view in closed form, with ``det = alpha v 
     x_0 = \frac{v x_t - \sigma F}{det}, \quad \epsilon = \frac{\alpha F - u x_t}{det}, \quad
     s = -\frac{\epsilon}{\sigma}, \quad velocity = \alpha' x_0 + \sigma' \epsilon.
 
-Each view is one map ``p x_t + q F`` with p and q in float64, never taken through another view: eps through a rounded x0
+Each view is one map ``p x_t + q F`` with p and q in float64, never computed from another view: eps from a rounded x0
 loses all its digits where sigma is small.
 """
 
@@ -29,17 +29,17 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Coefficients, Process, Transition, expand_like
 
 ReverseLogVariance = Callable[[Transition, Tensor], Tensor]
-"""The log-variance of the reverse steps, in nats and float64, that broadcasts against ``x_t`` ``[B, ...]``, from the
-forward steps and the times ``[B]`` of their ends."""
+"""A function of the forward steps and the times ``[B]`` of their ends that returns the log-variance of the reverse
+steps, in nats and float64, broadcasting against ``x_t`` ``[B, ...]``."""
 
 
 @dataclass(frozen=True)
 class InterpolatedVariance:
-    r"""A reverse variance between those of the forward step and of its posterior, in the logarithm.
+    r"""A reverse variance interpolated in the logarithm between those of the forward step and of its posterior.
 
     .. math::  \log v = w \log\beta + (1 - w) \log\tilde\beta
 
-    (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    (Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15).
 
     Attributes:
         share: w, ``[B, ...]`` like ``x_t``.
@@ -56,21 +56,25 @@ class InterpolatedVariance:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One evaluation of a denoiser and its views, each ``[B, ...]`` like ``x_t`` and in its type.
+    r"""One evaluation of a denoiser and its views, each ``[B, ...]`` like ``x_t`` and in its type.
 
-    A network's is made of its output and its row of :data:`~lit_diffusion.denoisers.PARAMETRIZATIONS`; whatever knows
-    the noise, the clean datum or the score makes one by :meth:`from_eps`, :meth:`from_x0`, :meth:`from_score` or, from
-    both, :meth:`from_x0_and_eps`.
+    .. math::
+        F = u\, x_0 + v\, \epsilon, \qquad
+        x_0 = \frac{v x_t - \sigma F}{\alpha v - \sigma u}, \qquad
+        \epsilon = \frac{\alpha F - u x_t}{\alpha v - \sigma u}, \qquad s = -\frac{\epsilon}{\sigma}
+
+    A network's prediction holds its output and its row of :data:`~lit_diffusion.denoisers.PARAMETRIZATIONS`; other
+    sources build one by :meth:`from_eps`, :meth:`from_x0`, :meth:`from_score` or :meth:`from_x0_and_eps`.
 
     Attributes:
         x_t: the noisy input.
         raw: F, a network's output.
-        level: the coefficients of the process at each row's time.
+        coefficients: the coefficients of the process at each row's time.
         u: weight of x_0 in F, float64 ``[B]``.
         v: weight of eps in F, float64 ``[B]``.
-        energy: ``E(x_t)`` with ``score = -grad E``, up to a constant: ``[B]``, None where the model has none.
-        reverse_log_variance: the model's own variance of the reverse steps, as a function of the steps and of the times
-            of their ends, see :data:`ReverseLogVariance`; None where it has none.
+        energy: ``E(x_t)`` with ``score = -grad E``, up to a constant: ``[B]``; None where the model has none.
+        reverse_log_variance: the model's own variance of the reverse steps, see :data:`ReverseLogVariance`; None where
+            it has none.
     """
 
     x_t: Tensor
@@ -83,27 +87,27 @@ class Prediction:
 
     @classmethod
     def from_eps(cls, x_t: Tensor, coefficients: Coefficients, eps: Tensor, energy: Tensor | None = None) -> Self:
-        """The prediction of what knows the noise ``[B, ...]``; it has no x0 where alpha is 0."""
+        """The prediction given the noise ``[B, ...]``; it has no x0 where alpha is 0."""
         return cls(x_t, eps, coefficients, torch.zeros_like(coefficients.t), torch.ones_like(coefficients.t), energy)
 
     @classmethod
     def from_x0(cls, x_t: Tensor, coefficients: Coefficients, x0: Tensor, energy: Tensor | None = None) -> Self:
-        """The prediction of what knows the clean datum ``[B, ...]``; its eps loses digits where sigma is small."""
+        """The prediction given the clean datum ``[B, ...]``; its eps loses digits where sigma is small."""
         return cls(x_t, x0, coefficients, torch.ones_like(coefficients.t), torch.zeros_like(coefficients.t), energy)
 
     @classmethod
     def from_score(cls, x_t: Tensor, coefficients: Coefficients, score: Tensor, energy: Tensor | None = None) -> Self:
-        """The prediction of what knows the score ``[B, ...]``; it has no x0 where alpha is 0."""
+        """The prediction given the score ``[B, ...]``; it has no x0 where alpha is 0."""
         return cls(x_t, score, coefficients, torch.zeros_like(coefficients.t), -1.0 / coefficients.sigma, energy)
 
     @classmethod
     def from_x0_and_eps(
         cls, x_t: Tensor, coefficients: Coefficients, x0: Tensor, eps: Tensor, energy: Tensor | None = None
     ) -> Self:
-        """The prediction of what knows both, with ``x_t = alpha x0 + sigma eps``.
+        """The prediction given both the clean datum and the noise, with ``x_t = alpha x0 + sigma eps``.
 
-        It keeps ``v = alpha eps - sigma x0``, from which every view is had with all its digits, at small sigma and
-        where alpha is 0: what is made of other predictions, as guidance is, is best made so.
+        It keeps ``v = alpha eps - sigma x0``, from which every view has all its digits, also at small sigma and where
+        alpha is 0: the right constructor for combinations of predictions, such as guidance.
         """
         raw = expand_like(coefficients.alpha, eps) * eps - expand_like(coefficients.sigma, x0) * x0
         return cls(x_t, raw, coefficients, -coefficients.sigma, coefficients.alpha, energy)
@@ -151,9 +155,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class EndPoint(Prediction):
-    """A prediction that is no posterior mean: the end of a trajectory, as a consistency model says it.
+    """A prediction of a trajectory's end, as a consistency model makes it, instead of a posterior mean.
 
-    It has x0 only, and is made by :meth:`Prediction.from_x0`. What needs a score refuses it.
+    It has x0 only, and is made by :meth:`Prediction.from_x0`; every other view raises UserError (consistency models:
+    Song et al. 2023, https://arxiv.org/abs/2303.01469).
     """
 
     def _refuse(self, view: str) -> NoReturn:
@@ -164,17 +169,17 @@ class EndPoint(Prediction):
 
     @property
     def eps(self) -> Tensor:
-        """Refused."""
+        """Raise UserError: an end point has no eps."""
         self._refuse("eps")
 
     @property
     def score(self) -> Tensor:
-        """Refused."""
+        """Raise UserError: an end point has no score."""
         self._refuse("score")
 
     @property
     def velocity(self) -> Tensor:
-        """Refused."""
+        """Raise UserError: an end point has no velocity."""
         self._refuse("velocity")
 
 
@@ -186,16 +191,16 @@ class Denoiser(nn.Module, ABC):
     """``mean``: posterior means, from which a score follows; ``end_point``: :class:`EndPoint`."""
 
     has_energy: bool = False
-    """Whether predictions say an energy."""
+    """True where predictions have an energy."""
 
     learned_variance: bool = False
-    """Whether predictions say the reverse variance."""
+    """True where predictions have a reverse variance."""
 
     on_grid_only: bool = False
-    """Whether it knows the grid's levels only, and no time between them."""
+    """True where only the grid's timesteps are valid times, and none between them."""
 
     data_range: tuple[float, float] | None = None
-    """The least and the largest value of what it denoises, None where there are none: points, exact densities."""
+    """The smallest and the largest value of clean data, None where they have none: points, exact densities."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, began: Tensor | None = None) -> Prediction:
@@ -203,25 +208,25 @@ class Denoiser(nn.Module, ABC):
 
         Args:
             x_t: noisy data.
-            t: their times.
+            t: the times of the rows.
             cond: the condition, ``[B]`` rows.
-            began: times ``[B]`` at which the step of a sampler began that asks: what is on at some noise levels only,
-                such as guidance in an interval, is on or off for whole steps by it; None: t itself.
+            began: times ``[B]`` at which the current sampler step began, so that guidance in an interval of noise
+                levels is on or off for whole steps; None: t itself.
         """
 
 
 def _handed_on(name: str) -> Any:
-    """An attribute of the denoiser inside, as it is whenever it is asked for."""
+    """A property that reads an attribute of the wrapped denoiser on every access."""
     return property(lambda wrapped: getattr(wrapped.denoiser, name))
 
 
 class WrappedDenoiser(Denoiser):
-    """A denoiser around another, whose process and properties it has.
+    """A denoiser around another, with the process and properties of the wrapped one.
 
-    A subclass says :meth:`forward`, and those of the properties that are otherwise: a class attribute replaces one.
+    A subclass implements :meth:`forward`; a class attribute replaces a property that differs.
 
     Args:
-        denoiser: the one inside.
+        denoiser: the wrapped denoiser.
     """
 
     process = _handed_on("process")

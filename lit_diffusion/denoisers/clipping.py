@@ -1,4 +1,4 @@
-"""The range in which a predicted clean datum is kept."""
+"""Clipping of the predicted clean datum to a range."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lit_diffusion.denoisers.base import Denoiser
 from lit_diffusion.errors import UserError, require_choice
 
 ClipX0 = Literal["data"] | tuple[float, float] | None
-"""The range in which a predicted clean datum is kept: the data's own, a given one, or none."""
+"""The range to which a predicted clean datum is clipped: the data's own, a given one, or none."""
 
 
 def require_clip(clip: ClipX0) -> None:
-    """Refuse what is no range.
+    """Refuse an invalid range.
 
     Raises:
-        UserError: naming the key.
+        UserError: for a word other than ``data`` and for an empty range.
     """
     if isinstance(clip, str):
         require_choice("", "clip_x0", clip, ("data",))
@@ -26,18 +26,18 @@ def require_clip(clip: ClipX0) -> None:
 
 
 def clip_range(clip: ClipX0, denoiser: Denoiser) -> tuple[float, float] | None:
-    """The range that is meant with a denoiser, None for none."""
+    """The range as numbers, the data's own read from the denoiser; None for none."""
     return denoiser.data_range if clip == "data" else clip
 
 
 def clipped(x0: Tensor, clip: ClipX0, denoiser: Denoiser) -> Tensor:
-    """A predicted clean datum, kept in the range that is meant with its denoiser."""
+    """A predicted clean datum ``[B, ...]`` clipped to the range."""
     found = clip_range(clip, denoiser)
     return x0 if found is None else x0.clamp(*found)
 
 
 def describe_clip(clip: ClipX0, denoiser: Denoiser) -> str:
-    """A range with what it means here: ``data [-1, 1]``, ``[-1, 1]``, ``null``; ``data`` where the data have none."""
+    """The range as text: ``data [-1, 1]``, ``[-1, 1]``, ``null``; ``data`` alone where the data have no range."""
     found = clip_range(clip, denoiser)
-    said = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"
-    return f"data {said}".rstrip() if clip == "data" else said or "null"
+    text = "" if found is None else f"[{found[0]:g}, {found[1]:g}]"
+    return f"data {text}".rstrip() if clip == "data" else text or "null"

@@ -1,4 +1,4 @@
-"""A network as a denoiser: the backbone, the process, and what the backbone's output means."""
+"""A network as a denoiser: backbone, process and parametrization."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ CIn = Literal["none", "unit_variance"]
 
 
 class NetworkDenoiser(Denoiser):
-    """A backbone, a process and what the backbone's output means.
+    r"""A backbone, a process and a parametrization, the meaning of the backbone's output.
 
-    Only the backbone ever runs under autocast: the coefficients are float64, the views and everything after them are
-    in the state's own type.
+    .. math::  F_\theta(c_{in} x_t,\, c_{noise},\, cond) = u\, x_0 + v\, \epsilon
+               \quad\Longleftrightarrow\quad x_0 = c_{skip}\, x_t + c_{out}\, F_\theta
+
+    (in the notation of Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 7.) Only the backbone runs under
+    autocast: the coefficients are float64, the views and everything after them have the state's own type.
 
     Args:
         backbone: the network.
-        process: the forward noising.
-        parametrization: what the network's output is, a row of :data:`PARAMETRIZATIONS`.
-        c_noise: what it is told of the noise level, a row of :data:`C_NOISE`.
-        c_in: ``none`` feeds x_t as it is; ``unit_variance`` divides it by ``sqrt(alpha^2 sigma_data^2 +
+        process: the forward process.
+        parametrization: the meaning of the network's output, a row of :data:`PARAMETRIZATIONS`.
+        c_noise: the encoding of the noise level that the network receives, a row of :data:`C_NOISE`.
+        c_in: ``none`` leaves x_t as it is; ``unit_variance`` divides it by ``sqrt(alpha^2 sigma_data^2 +
             sigma^2)``, which trains better where sigma is large (always on for ``edm``).
         sigma_data: standard deviation of the normalized data, for ``edm`` and ``unit_variance``.
-        learned_variance: the second half of the network's output channels says the reverse variance.
+        learned_variance: if true, the second half of the network's output channels is the reverse variance, see
+            :class:`~lit_diffusion.denoisers.InterpolatedVariance`.
 
     Raises:
-        UserError: for a name that is not in the tables, one that asks for levels on a process that has none or means
-            nothing where the process has no signal left, or a network whose output has another number of channels than
-            that asks for.
+        UserError: for a name that is not in the tables, one that needs a grid on a process in continuous time or is
+            undefined where the process has no signal left, and a network with the wrong number of output channels.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class NetworkDenoiser(Denoiser):
                     f"the backbone has out_channels {backbone.out_channels}; data of {backbone.data_shape[0]} channels "
                     f"with{'' if learned_variance else 'out'} a learned variance need out_channels: {channels}"
                 )
-        # A level index or a step below asks for a grid: find out now, not in the first step.
+        # An index or a step below needs a grid: fail now, not in the first step.
         end = process.coefficients(torch.tensor([process.t_max], dtype=torch.float64))
         u, v = PARAMETRIZATIONS[parametrization](end, process, sigma_data)
         conditioning = C_NOISE[c_noise](process, end)
@@ -96,11 +99,11 @@ class NetworkDenoiser(Denoiser):
 
 
 def _require_meaning(parametrization: str, says_x0: bool, c_noise: str, value: float) -> None:
-    """Refuse what is undefined at the largest time of a process with alpha 0 there."""
+    """Refuse names that are undefined at the largest time of a process with alpha 0 there."""
     if not says_x0:
         raise UserError(
-            f"parametrization {parametrization!r} says nothing of the data where alpha is 0, at this process's largest "
-            f"time: choose velocity, x0, v or edm, or set the process's t_max below 1"
+            f"parametrization {parametrization!r} does not determine the data where alpha is 0, at this process's "
+            f"largest time: choose velocity, x0, v or edm, or set the process's t_max below 1"
         )
     if not math.isfinite(value):
         raise UserError(

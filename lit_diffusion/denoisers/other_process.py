@@ -18,8 +18,8 @@ class OtherProcess(WrappedDenoiser):
     .. math::  \frac{\sigma'(t')}{\alpha'(t')} = \frac{\sigma(t)}{\alpha(t)}, \qquad
                x'_{t'} = \frac{\sigma'(t')}{\sigma(t)}\, x_t
 
-    have one clean datum and one noise, so what is said of the one is true of the other (Karras et al. 2022, arXiv
-    2206.00364, section 2: any schedule and scaling goes with any network).
+    have one clean datum and one noise, so what is said of the one is true of the other (Karras et al. 2022,
+    https://arxiv.org/abs/2206.00364, section 2: any schedule and scaling goes with any network).
 
     Args:
         denoiser: the one inside.

@@ -1,10 +1,10 @@
-r"""What a network's output means, and what it is told of the noise level: the two tables.
+r"""Parametrizations of a network's output, and encodings ``c_noise`` of the noise level: two tables.
 
-A backbone's raw output F is one linear combination of what it must guess,
+A backbone's raw output F is one linear combination of the clean datum and the noise,
 
 .. math::  F = u\, x_0 + v\, \epsilon, \qquad x_t = \alpha x_0 + \sigma \epsilon,
 
-and ``(u, v)`` is all that tells one parametrization from another: they are the rows of :data:`PARAMETRIZATIONS`. No row
+and ``(u, v)`` is all that distinguishes one parametrization from another: the rows of :data:`PARAMETRIZATIONS`. No row
 is singular and none cancels, where the same row in the form ``x_0 = c_skip x_t + c_out F`` divides by alpha or by
 sigma; :class:`~lit_diffusion.denoisers.Prediction` derives that form, and every view, from ``(u, v)``.
 """
@@ -32,7 +32,9 @@ def _edm(coefficients: Coefficients, process: Process, sigma_data: float) -> tup
 def _mean(coefficients: Coefficients, process: Process, sigma_data: float) -> tuple[Tensor, Tensor]:
     """DDPM's posterior mean ``E[x_{t-1} | x_t, x_0]``, linear in x_0 and x_t (Ho et al. 2020, eq. 7)."""
     if process.num_timesteps is None:
-        raise UserError("parametrization 'mean' is DDPM's step to the level below: the process needs levels")
+        raise UserError(
+            "parametrization 'mean' is DDPM's step to the previous timestep: the process needs num_timesteps"
+        )
     step = process.transition((coefficients.t - 1.0 / process.num_timesteps).clamp(min=0.0), coefficients.t)
     return step.x0_coefficient + step.xt_coefficient * coefficients.alpha, step.xt_coefficient * coefficients.sigma
 
@@ -47,14 +49,17 @@ PARAMETRIZATIONS: dict[str, Callable[[Coefficients, Process, float], tuple[Tenso
     "edm": _edm,
     "mean": _mean,
 }
-"""``(u, v)`` of ``F = u x_0 + v eps`` by name: ``score`` is NCSNv2's ``F = sigma score``, ``raw_score`` NCSN's
-``F = score``, ``v`` Salimans and Ho's ``alpha eps - sigma x_0``, ``edm`` Karras et al. 2022, ``mean`` DDPM's posterior
-mean."""
+"""``(u, v)`` of ``F = u x_0 + v eps`` by name: ``eps`` the noise (Ho et al. 2020, https://arxiv.org/abs/2006.11239),
+``score`` sigma times the score (NCSNv2: Song and Ermon 2020, https://arxiv.org/abs/2006.09011), ``raw_score`` the score
+(NCSN: Song and Ermon 2019, https://arxiv.org/abs/1907.05600), ``x0`` the clean datum, ``v`` ``alpha eps - sigma x_0``
+(Salimans and Ho 2022, https://arxiv.org/abs/2202.00512), ``velocity`` ``alpha' x_0 + sigma' eps`` (Lipman et al. 2023,
+https://arxiv.org/abs/2210.02747), ``edm`` (Karras et al. 2022, https://arxiv.org/abs/2206.00364), ``mean`` DDPM's
+posterior mean."""
 
 
 def _index(process: Process, coefficients: Coefficients) -> Tensor:
     if process.num_timesteps is None:
-        raise UserError("c_noise 'index' needs a process with levels; continuous time has no index")
+        raise UserError("c_noise 'index' needs a process with num_timesteps; continuous time has no index")
     return (coefficients.t * process.num_timesteps - 1.0).clamp(0.0, process.num_timesteps - 1.0)
 
 
@@ -66,6 +71,7 @@ C_NOISE: dict[str, Callable[[Process, Coefficients], Tensor]] = {
     "time": lambda process, coefficients: coefficients.t,
     "time_999": lambda process, coefficients: 999.0 * coefficients.t,
 }
-"""``c_noise`` by name: what the backbone is told of the noise level. ``index`` is DDPM's t - 1, 0 .. levels - 1 on the
-grid and interpolated between its points; no time is told as another than these. ``log_half_sigma`` is the VE SDE's and
-``quarter_log_sigma`` EDM's in table 1 of Karras et al. 2022."""
+"""``c_noise`` by name, the encoding of the noise level that the backbone receives: ``index`` is DDPM's t - 1, from 0 to
+num_timesteps - 1 on the grid and interpolated between its points; ``log_sigma`` is ``log(sigma / alpha)``,
+``log_half_sigma`` ``log(sigma / (2 alpha))`` (the VE SDE in table 1 of Karras et al. 2022), ``quarter_log_sigma`` a
+quarter of ``log_sigma`` (EDM), ``time`` t and ``time_999`` 999 t (score-SDE)."""

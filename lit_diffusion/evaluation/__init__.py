@@ -1,4 +1,4 @@
-"""Samples drawn and measured, and bits per dimension, of any model, with or without a Trainer.
+"""Evaluation of any model, with or without a Trainer: metrics of its samples, and bits per dimension.
 
 .. code-block:: python
 
@@ -6,7 +6,7 @@
     evaluation = Evaluation(data, load_extractor("inception", data.shape))
     print(evaluation.of_model(method, method.sampler, count=50_000, seed=0).result.values)
 
-Free of Lightning: a :class:`~lit_diffusion.methods.base.Method` is handed in, and anything else that generates.
+Free of Lightning: a model is a :class:`~lit_diffusion.methods.base.Method`, or any other :class:`GenerativeModel`.
 """
 
 from lit_diffusion.evaluation.measure import Evaluated, Evaluation, RealSets

@@ -2,9 +2,9 @@ r"""Bits per dimension of data under a model: by the probability-flow ODE and by
 
 .. math::  b = -\log_2 p(x) / D
 
-for D-dimensional data, of grey levels the probability of the level, by uniform dequantization (Theis et al. 2016,
-https://arxiv.org/abs/1511.01844) or by the chain's discretised last step. The two are likelihoods of two models that
-share a network (:mod:`lit_diffusion.likelihood`): neither bounds the other.
+for D-dimensional data; for images p is the probability of the grey levels, by uniform dequantization (Theis et al.
+2016, https://arxiv.org/abs/1511.01844) or by the chain's discretized last step. The two are likelihoods of two models
+that share a network (:mod:`lit_diffusion.likelihood`): neither bounds the other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lit_diffusion.samplers.times import Spacing
 
 
 class EncodedData(Protocol):
-    """Data in the space that is diffused."""
+    """Data in the diffused space."""
 
     @property
     def z(self) -> Tensor:
@@ -48,7 +48,7 @@ class EncodedData(Protocol):
 
     @property
     def nats(self) -> Tensor:
-        """What it costs to go there, ``[B]``: ``log p(x) >= log p(z) - nats``."""
+        """The cost of the encoder, ``[B]``: ``log p(x) >= log p(z) - nats``."""
 
 
 class LikelihoodModel(GenerativeModel, Protocol):
@@ -56,25 +56,25 @@ class LikelihoodModel(GenerativeModel, Protocol):
 
     @property
     def encodes_grey_levels(self) -> bool:
-        """Whether the encoder counts the probability of grey levels in its nats."""
+        """True where the encoder's nats include the probability of grey levels."""
 
     @property
     def diffuses_data(self) -> bool:
-        """Whether the data are diffused as they are."""
+        """True where the data themselves are diffused."""
 
     @property
     def grey_levels(self) -> GreyLevels | None:
-        """Grey levels of what is diffused; None where it has none."""
+        """Grey levels of the diffused data; None for points and for latents."""
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape of one sample in the space that is diffused."""
+        """The shape of one sample in the diffused space."""
 
     def encode(self, x: Tensor, noise: SampleNoise) -> EncodedData:
-        """Take data to the space that is diffused."""
+        """Encode data into the diffused space."""
 
     def decode(self, z: Tensor, noise: SampleNoise, cond: Condition | None) -> Tensor:
-        """Take samples from the space that is diffused to data."""
+        """Decode samples of the diffused space to data."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Held:
     """A batch of data to be measured.
 
     Attributes:
-        x: normalized, ``[B, *shape]``; grey levels at the centres of their bins.
-        index: their numbers, int64 ``[B]``, which key all noise: the batch changes nothing.
+        x: normalized data, ``[B, *shape]``; grey levels at the centers of their bins.
+        index: numbers of the data, int64 ``[B]``, which key all noise, whatever the batch.
         cond: the condition, ``[B]`` rows.
     """
 
@@ -101,14 +101,14 @@ class Held:
 
 @dataclass(frozen=True)
 class ODESettings:
-    """How the probability-flow ODE is solved.
+    """Settings of the likelihood by the probability-flow ODE.
 
     Attributes:
-        trace: of its divergence: ``hutchinson``, estimated, or ``exact``.
-        probe: entries of Hutchinson's vectors.
-        probes: how many of them a datum.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
+        trace: the divergence: ``hutchinson``, estimated, or ``exact``.
+        probe: law of the entries of Hutchinson's probes, ``rademacher`` or ``gaussian``.
+        probes: number of probes a datum.
+        rtol: relative tolerance of the solver.
+        atol: absolute tolerance of the solver.
         t_min: the smallest time; None: the process's.
     """
 
@@ -120,18 +120,20 @@ class ODESettings:
     t_min: float | None = None
 
     def protocol(self) -> dict[str, Any]:
-        """What bits by the ODE depend on, besides weights, seed and smallest time."""
+        """The protocol's entries, besides weights, seed and smallest time."""
         trace = self.trace if self.trace == "exact" else f"hutchinson, {self.probes} {self.probe}"
         return {"trace": trace, "rtol": self.rtol, "atol": self.atol}
 
 
 class ODEBits:
-    """Bits per dimension by the ODE, their mean over data that are taken in batch by batch.
+    """Bits per dimension by the ODE, ``-log_2 p(x) / D``, and their mean over data, batch by batch.
+
+    Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 39.
 
     Args:
-        model: whose likelihood it is.
-        settings: of the solver.
-        seed: of dequantization, encoder and probes.
+        model: the model.
+        settings: settings of the solver.
+        seed: seed of dequantization, encoder and probes.
     """
 
     def __init__(self, model: LikelihoodModel, settings: ODESettings, seed: int = 0) -> None:
@@ -140,7 +142,7 @@ class ODEBits:
         self.seed = seed
         self.mean = Mean()
         self.evaluations: list[int] = []
-        """Network evaluations of each batch."""
+        """The number of network evaluations of each batch."""
 
     def take(self, data: Held, on_time: Callable[[float], None] | None = None) -> Tensor:
         """Measure a batch: bits per dimension ``[B]``."""
@@ -162,7 +164,7 @@ class ODEBits:
             on_time=on_time,
         )
         self.evaluations.append(found.evaluations)
-        # An encoder of grey levels has counted their probability: there is no density over their bins.
+        # The nats of an encoder of grey levels include their probability: there is no density over their bins.
         width = None if model.encodes_grey_levels else grey_levels
         bits = bits_per_dimension(found.log_prob - encoded.nats, data.x[0].numel(), width)
         self.mean.update(bits)
@@ -174,13 +176,13 @@ class ODEBits:
 
 @dataclass(frozen=True)
 class BoundSettings:
-    """Which chain is bounded, and how.
+    """Settings of the variational bound.
 
     Attributes:
-        chain: its variances and its range.
-        steps: how many; None: every level of the model, 1000 in continuous time.
-        spacing: which levels fewer steps visit.
-        sampled: evaluate so many of the terms of a datum, at random; None: all.
+        chain: the reverse chain, its variances and its clipping.
+        steps: number of steps; None: every timestep of the model, 1000 in continuous time.
+        spacing: spacing of fewer steps.
+        sampled: number of terms of a datum to evaluate, at random; None: all.
     """
 
     chain: ReverseChain
@@ -194,12 +196,12 @@ class BoundResult:
     """The bound over all data, in bits per dimension.
 
     Attributes:
-        value: its mean.
-        error: the standard error of that; NaN of a single datum.
-        count: of data.
+        value: mean of the bound.
+        error: standard error of the mean; NaN for a single datum.
+        count: number of data.
         parts: means of ``prior``, ``kl`` and ``decoder``.
         by_step: mean of each step's term, float64 ``[S]``; the decoder's first.
-        times: at which the steps start, float64 ``[S]``.
+        times: times at which the steps start, float64 ``[S]``.
     """
 
     value: float
@@ -211,12 +213,14 @@ class BoundResult:
 
 
 class BoundBits:
-    """Bits per dimension by the variational bound, their mean over data that are taken in batch by batch.
+    """Bits per dimension by the variational bound, ``L_vlb / (D ln 2)``, and their mean over data, batch by batch.
+
+    Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 5.
 
     Args:
-        model: whose likelihood it is.
-        settings: of the chain.
-        seed: of dequantization, encoder and terms.
+        model: the model.
+        settings: settings of the chain.
+        seed: seed of dequantization, encoder and terms.
     """
 
     def __init__(self, model: LikelihoodModel, settings: BoundSettings, seed: int = 0) -> None:
@@ -231,7 +235,7 @@ class BoundBits:
         """Measure a batch; ``on_step`` is called with the number of terms done and to do."""
         model, settings, noise = self.model, self.settings, data.noise(self.seed)
         grey_levels, dimension = model.require_data_spec().grey_levels, data.x[0].numel()
-        # Where the data are diffused as they are, the chain's last step is a law of grey levels.
+        # Where the data themselves are diffused, the chain's last step is a law of grey levels.
         as_density = not (model.diffuses_data or model.encodes_grey_levels)
         x = dequantized(data.x, noise, grey_levels) if as_density else data.x
         encoded = model.encode(x, noise.stream("encode"))
@@ -257,7 +261,7 @@ class BoundBits:
         self._times = bound.times.cpu()
 
     def result(self) -> BoundResult:
-        """Over all processes, which all call it."""
+        """The bound over the data of all processes, which all call it."""
         value, error, count = self.total.compute()
         parts = {name: mean.compute()[0] for name, mean in self.parts.items()}
         return BoundResult(value, error, count, parts, sum_over_ranks(self._by_step) / count, self._times)
@@ -277,16 +281,16 @@ def frechet_by_time(
     batch_size: int = 250,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """Frechet distances in pixels of samples of one and the same ODE solution, stopped at each of the times.
+    """Frechet distances in pixels of samples of one ODE solution, stopped at each of the times.
 
     Args:
-        model: of images.
-        real: of the pixels of real data, see :func:`pixel_moments`.
-        times: from the largest to the smallest.
-        settings: of the solver.
-        count: of samples over all processes, which all call it.
-        seed: of the samples.
-        batch_size: at a time.
+        model: a model of images.
+        real: Gaussian of the pixels of real data, see :func:`pixel_moments`.
+        times: times from the largest to the smallest.
+        settings: settings of the solver.
+        count: number of samples over all processes, which all call it.
+        seed: the samples' seed.
+        batch_size: samples at a time.
         on_batch: called with the number of batches done and to do.
     """
     spec, process = model.require_data_spec(), model.denoiser.process

@@ -1,10 +1,11 @@
-r"""Interpolation between samples through the noise that a deterministic walk makes them of.
+r"""Interpolation between samples, by spherical interpolation of the noise of a deterministic sampler.
 
 .. math::  x_1(w) = \frac{\sin((1 - w) \theta)}{\sin\theta} x_1^a + \frac{\sin(w \theta)}{\sin\theta} x_1^b,
            \qquad \cos\theta = \frac{x_1^a \cdot x_1^b}{|x_1^a| |x_1^b|}
 
-(Song, Meng and Ermon 2021, appendix D.5, after Shoemake 1985.) On the straight line between two Gaussian vectors the
-norm shrinks, and the walk would start where it was never trained.
+(Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502, appendix D.5, after Shoemake 1985,
+https://doi.org/10.1145/325334.325242.) On the straight line between two Gaussian vectors the norm shrinks, to states on
+which no network was trained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from lit_diffusion.samplers.base import Samples, Strays
 
 
 def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
-    """Between the rows of two states ``[B, ...]``: the first at weight 0, the second at 1; straight where parallel."""
+    """Spherical interpolation between the rows of two states ``[B, ...]``, linear where they are parallel.
+
+    ``slerp(a, b, w) = (sin((1 - w) theta) a + sin(w theta) b) / sin(theta)``, with the angle theta between a and b.
+
+    Args:
+        first: states at weight 0.
+        second: states at weight 1.
+        weight: w, between 0 and 1.
+    """
     a, b = first.flatten(1).double(), second.flatten(1).double()
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-300)
     angle = torch.arccos(cosine.clamp(-1.0, 1.0))
@@ -45,19 +54,19 @@ def interpolate(
     cond: Condition | None = None,
     second_cond: Condition | None = None,
 ) -> Samples:
-    """Samples made of the noise between two states.
+    """Samples from the noise between two states.
 
-    Between states of different classes each point has the class of the end that is nearer, the first's in the middle:
-    a network knows nothing between two labels, and both ends are made of the class that they belong to.
+    Between states of different classes each point has the class of the nearer end, the first's in the middle, since no
+    network is conditioned on anything between two labels.
 
     Args:
         method: the model.
         first: states at time 1, ``[B, ...]``, e.g. from ``DDIM.encode`` or the prior.
-        second: as many others.
-        columns: how many points, both ends included.
+        second: as many further states.
+        columns: number of points, both ends included.
         sampler: the deterministic sampler.
         cond: the condition of the first states, ``[B]`` rows.
-        second_cond: of the second; None: as of the first.
+        second_cond: the condition of the second states; None: that of the first.
 
     Returns:
         ``x`` is ``[B, columns, ...]`` in data space, ``farthest`` ``[B, columns]``.

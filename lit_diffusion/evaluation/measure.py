@@ -1,7 +1,7 @@
-"""Samples of a model measured against real data, by all processes together.
+"""Evaluation of samples against real data, by all processes together.
 
-The one place where an evaluation is made: the callback :class:`~lit_diffusion.callbacks.evaluator.Evaluator`, the
-commands ``test``, ``evaluate`` and ``doctor`` all stand on :class:`Evaluation`.
+The callback :class:`~lit_diffusion.callbacks.evaluator.Evaluator` and the commands ``test``, ``evaluate`` and
+``doctor`` all use :class:`Evaluation`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class RealSets:
     """The real data of an evaluation.
 
     Attributes:
-        reference: what samples are compared with; a :class:`Reference` where only statistics are there.
-        shape: of one datum, ``(C, H, W)`` or ``(D,)``.
-        training: what samples may be copies of; None: the reference.
-        mirrored: the training data mirrored left to right, where the model learned from those, too.
-        class_counts: data of each class in the reference; samples have their classes as often. None: not known.
+        reference: the data that samples are compared with, or their statistics.
+        shape: shape of one datum, ``(C, H, W)`` or ``(D,)``.
+        training: the training data, of which samples may be copies; None: the reference.
+        mirrored: the training data mirrored left to right, where the model was trained on these, too.
+        class_counts: number of data of each class in the reference, the proportions of the samples' classes; None:
+            unknown.
     """
 
     reference: RealData | Reference
@@ -51,17 +52,17 @@ class RealSets:
 
     @classmethod
     def of(cls, reference: RealData, training: RealData | None = None) -> RealSets:
-        """Data that are a model's reference, and its training data where these are others."""
+        """The sets of a model's reference data and its training data, where these are others."""
         return cls(reference, tuple(reference.shape), training)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model's samples, measured.
+    """The evaluation of a model's samples.
 
     Attributes:
-        result: the values with their protocol.
-        kept: the first samples of this process by their numbers, as the extractor saw them.
+        result: the metric values with their protocol.
+        kept: the first samples of this process by number, as given to the extractor.
         strays: samples that ended far outside the data's range.
     """
 
@@ -71,15 +72,15 @@ class Evaluated:
 
 
 class Evaluation:
-    """Measures samples against real data, whose features are found once.
+    """The measurement of samples against real data, whose features are computed once.
 
     Args:
-        data: the real ones.
-        extractor: of the features.
-        metrics: names of the catalogue; None: the default ones, where they can be had.
-        options: of the metrics.
-        pairs: so many of the samples closest to training data are kept, to be looked at.
-        clip: embeds images and captions; None: the extractor itself, where it can.
+        data: the real data.
+        extractor: the feature extractor.
+        metrics: names of the catalogue; None: the default metrics, where possible.
+        options: the metrics' options.
+        pairs: number of the samples closest to training data to keep for inspection.
+        clip: embeds images and captions; None: the extractor, where it is CLIP.
         say: prints one line.
     """
 
@@ -105,10 +106,10 @@ class Evaluation:
         self._references: dict[int, Reference] = {}
 
     def choose(self, count: int, has_captions: bool = False) -> Choice:
-        """The metrics of so many samples that can be had; costs nothing.
+        """The metrics that can be measured with ``count`` samples, without any work.
 
         Raises:
-            UserError: for one that was asked for and cannot be had.
+            UserError: for a requested metric that cannot be measured.
         """
         reference, training = self.data.reference, self.data.training
         real_count = reference.count if isinstance(reference, RealData) else len(reference.features)
@@ -124,7 +125,7 @@ class Evaluation:
         return choose_metrics(self.metrics, context)
 
     def scores(self, choice: Choice, show_progress: bool = False) -> Scores:
-        """Ready to take samples in; all processes call it, since they find the real features together."""
+        """The scores, ready to take samples; all processes call it to compute the real features together."""
         if self._scores is None or choice != self._choice:
             data = self.data
             reference = self._known(data.reference, show_progress)
@@ -165,15 +166,15 @@ class Evaluation:
         has_captions: bool = False,
         show_progress: bool = False,
     ) -> Result:
-        """Measure samples that are there, or being made.
+        """Measure batches of samples.
 
         Args:
-            batches: this process's share of them.
-            count: over all processes.
-            device: where features and metrics are computed.
-            survives: whether the other metrics are to be had where the computation of one fails.
-            has_captions: whether the batches have captions.
-            show_progress: draw a bar while features of real data are found.
+            batches: this process's share of the samples.
+            count: number of samples over all processes.
+            device: device of features and metrics.
+            survives: if true, a failure of one metric does not end the others.
+            has_captions: true where the batches have captions.
+            show_progress: if true, draw a bar while features of real data are computed.
         """
         choice = self.choose(count, has_captions)
         self.extractor.to(device)
@@ -199,18 +200,18 @@ class Evaluation:
         show_progress: bool = False,
         guidance: Guidance | None = None,
     ) -> Evaluated:
-        """Draw samples ``0 .. count - 1`` of a seed and measure them; all processes come, each draws its share.
+        """Draw samples ``0 .. count - 1`` of a seed and measure them; all processes call it, each draws its share.
 
         Args:
-            model: whose samples they are.
-            sampler: that draws them.
-            count: over all processes.
-            seed: of the samples.
-            batch_size: at a time on each process.
-            keep: so many of the first samples are kept.
-            survives: whether the other metrics are to be had where the computation of one fails.
-            show_progress: draw bars.
-            guidance: of the samples; the protocol says it.
+            model: the model.
+            sampler: the sampler.
+            count: number of samples over all processes.
+            seed: the samples' seed.
+            batch_size: samples at a time on each process.
+            keep: number of the first samples to keep.
+            survives: if true, a failure of one metric does not end the others.
+            show_progress: if true, draw progress bars.
+            guidance: makes the denoiser that is sampled, and is in the protocol; None: the model's own denoiser.
 
         Raises:
             DivergedError: if the sampler ended in NaN.
@@ -234,7 +235,7 @@ class Evaluation:
                 guidance=guidance,
             ):
                 evaluations, strays = max(evaluations, made.evaluations), strays + made.strays
-                if len(made.indices) == 0:  # A batch for the others' sake.
+                if len(made.indices) == 0:  # A batch that only the other processes need.
                     continue
                 data = as_seen(model, made.x)
                 kept.update({int(i): data[k] for k, i in enumerate(made.indices) if i < keep})
@@ -247,7 +248,7 @@ class Evaluation:
         return Evaluated(result, kept, strays)
 
     def nearest_training_data(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """The training images that samples are closest to, mirrored where it is the mirror image: ``[n, H, W, C]``."""
+        """The training images nearest to samples, mirrored where the mirror image is nearest: ``[n, H, W, C]``."""
         assert self._scores is not None
         training = self.data.training or self.data.reference
         assert isinstance(training, RealData)
@@ -259,7 +260,7 @@ class Evaluation:
         return images
 
     def seconds_a_sample(self, model: GenerativeModel, sampler: Sampler, count: int, seed: int) -> float:
-        """The time of one of ``count`` samples on one process, drawn and seen by the extractor, after a first batch."""
+        """Seconds a sample on one process, for sampling and features of ``count`` samples, after a first batch."""
         indices, seconds = torch.arange(count), 0.0
         self.extractor.to(model.device)
         for _ in range(2):
@@ -273,6 +274,6 @@ class Evaluation:
 
 
 def as_seen(model: GenerativeModel, x: Tensor) -> np.ndarray:
-    """Samples as extractors take them: bytes of images, points as they are."""
+    """Samples in the form that extractors take: bytes of images, points unchanged."""
     spec = model.require_data_spec()
     return to_uint8(x, spec) if spec.is_image else x.float().numpy()

@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model; a :class:`~lit_diffusion.methods.base.Method` answers all of it."""
+"""The interface of a model in evaluations; every :class:`~lit_diffusion.methods.base.Method` has it."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from lit_diffusion.samplers.base import OnStep, Sampler, Samples
 
 
 class GenerativeModel(Protocol):
-    """A model of which samples can be drawn."""
+    """A model from which samples can be drawn."""
 
     @property
     def denoiser(self) -> Denoiser:
-        """What samplers see."""
+        """The denoiser that samplers evaluate."""
 
     @property
     def sampler(self) -> Sampler:
-        """The model's own."""
+        """The default sampler."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model."""
 
     @property
     def sharded(self) -> bool:
-        """Whether each process has a part of the weights only, so that all evaluate the network or none does."""
+        """True where each process has a shard of the weights, so that all must evaluate the network together."""
 
     @property
     def num_classes(self) -> int | None:
-        """Classes that samples may have; None for a model that is not class-conditional."""
+        """Number of classes that samples may have; None for a model that is not class-conditional."""
 
     def require_data_spec(self) -> DataSpec:
-        """What the data of the model are."""
+        """The spec of the model's data."""
 
     def check_sampler(self, sampler: Sampler) -> None:
-        """Refuse a sampler that does not fit."""
+        """Refuse a sampler that does not fit the model."""
 
     def condition_by_counts(
         self, indices: Tensor, seed: int, class_counts: Sequence[int] | None, label: int | str | None = None
     ) -> Condition | None:
-        """The condition of samples, their classes as often as the counts say."""
+        """The condition of samples with classes in proportion to the counts."""
 
     def decode(self, z: Tensor, noise: SampleNoise, cond: Condition | None) -> Tensor:
-        """Data of what a sampler made."""
+        """Decode a sampler's output to data."""
 
     def generate(
         self,

@@ -1,4 +1,4 @@
-"""Many samples from a method, batch by batch, at one fixed batch shape, alone or with other processes."""
+"""Sampling in batches of one fixed shape, by one or several processes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Drawn:
     """A batch of samples.
 
     Attributes:
-        indices: int64 ``[b]``, which samples they are.
+        indices: numbers of the samples, int64 ``[b]``.
         x: the samples ``[b, *shape]``, on the CPU.
-        evaluations: network evaluations of each.
-        strays: those that went astray, among this batch of all processes.
+        evaluations: network evaluations per sample.
+        strays: samples far outside the data's range, in this batch of all processes.
     """
 
     indices: Tensor
@@ -43,12 +43,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one process makes of a number of samples that several make together.
+    """The share of one process in a number of samples.
 
     Attributes:
-        indices: int64 ``[n]``, its samples: every world_size-th, so that no two processes make one.
-        batches: how many batches it makes; as many as every other process, if need be of samples that are dropped,
-            since a sharded network is evaluated by all processes or by none.
+        indices: numbers of its samples, every world_size-th, int64 ``[n]``.
+        batches: number of batches, the same on every process, if need be of samples that are dropped, since a sharded
+            network is evaluated by all processes or by none.
     """
 
     indices: Tensor
@@ -56,7 +56,7 @@ class Shard:
 
     @classmethod
     def of(cls, count: int, batch_size: int, rank: int, world_size: int) -> Shard:
-        """Of samples ``0 .. count - 1``."""
+        """The share of process ``rank`` in samples ``0 .. count - 1``."""
         largest = math.ceil(count / world_size)
         return cls(torch.arange(count)[rank::world_size], math.ceil(largest / batch_size))
 
@@ -76,21 +76,20 @@ def generate_in_batches(
 ) -> Iterator[Drawn]:
     """Samples of a seed, in order, batch by batch.
 
-    The network always sees the same batch shape, so that nothing is compiled or tuned twice: the last batch is filled
-    up with further samples, which are dropped. At the end a line says how many of all processes went astray, where any
-    did.
+    All batches have the same shape, so that nothing is compiled or tuned twice: the last one is padded with further
+    samples, which are dropped. At the end one line reports samples far outside the data's range, if any.
 
     Args:
         method: the model.
-        samples: int64 ``[n]``, which samples; or this process's share of them: then all processes come, and whatever
-            ends the work of one ends it for all after the same batch.
-        seed: of the samples.
-        batch_size: at a time.
-        sampler: None for the method's own.
-        label: class of all samples; None: as class_counts say.
-        show_progress: draw a bar.
+        samples: numbers of the samples, int64 ``[n]``; or this process's share of them: then all processes call it, and
+            an error on one ends the work of all after the same batch.
+        seed: the samples' seed.
+        batch_size: samples at a time.
+        sampler: the sampler; None for the method's default.
+        label: class of all samples; None: by ``class_counts``.
+        show_progress: if true, draw a progress bar.
         on_step: called after every sampler step.
-        class_counts: of the data whose classes the samples are to have as often, see
+        class_counts: number of data of each class, the proportions of the samples' classes, see
             :meth:`~lit_diffusion.methods.base.Method.condition_by_counts`; None: all classes in turn.
         say: prints one line.
         guidance: see :meth:`~lit_diffusion.methods.base.Method.generate`.
@@ -121,7 +120,7 @@ def generate_in_batches(
 
         for number in range(batches):
             if together:
-                agree()  # Before the network: of a sharded one, who failed with the last batch would be waited for.
+                agree()  # Before the network: a sharded one would wait for a process that failed in the last batch.
             begun = number * length
             part = indices[number * size : (number + 1) * size]
             first = int(part[-1]) + 1 if len(part) else 0
@@ -163,7 +162,7 @@ def _stop_if_asked() -> None:
 
 
 def _of_all(trouble: UserError | None, strays: Strays) -> tuple[UserError | None, Strays]:
-    """The trouble of this process, or word of another's, and the strays of all; all processes come."""
+    """The error of this process or of another, and the strays of all; all processes call it."""
     shares = all_gather_objects((isinstance(trouble, Interrupted), isinstance(trouble, DivergedError), strays))
     total = sum((share[2] for share in shares), Strays())
     if any(interrupted for interrupted, _, _ in shares):

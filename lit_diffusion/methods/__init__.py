@@ -1,4 +1,4 @@
-"""One file per paper."""
+"""Methods, one file per paper."""
 
 from lit_diffusion.methods.base import Method
 from lit_diffusion.methods.ddim import DDIM

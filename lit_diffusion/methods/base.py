@@ -1,4 +1,4 @@
-"""What every method is: a training module that generates, and is one paper."""
+"""The base of every method: a training module that generates samples, one paper each."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lit_diffusion.training.own_loaders import assumed_data_spec
 
 
 class Encoded(NamedTuple):
-    """Data in the space that is diffused.
+    """Data in the diffused space.
 
     Attributes:
-        z: ``[B, *sample_shape]``.
-        nats: what it costs to go there, ``[B]``: ``log p(x) >= log p(z) - nats``. It is minus the log-determinant of an
-            invertible encoder, or ``E log q(z|x) - E log p(x|z)`` of a variational one.
+        z: the encoded data, ``[B, *sample_shape]``.
+        nats: the cost of the encoder in ``log p(x) >= log p(z) - nats``, ``[B]``: minus the log-determinant of an
+            invertible encoder, ``E log q(z|x) - E log p(x|z)`` of a variational one.
     """
 
     z: Tensor
@@ -41,22 +41,22 @@ class Encoded(NamedTuple):
 class Method(TrainedModule):
     """One paper: a denoiser, an objective, a default sampler and the optimizer.
 
-    A subclass builds the first three in its constructor. One that diffuses something else than the
-    data overrides :meth:`encode` and :meth:`decode`, and :meth:`losses` if the encoder learns.
+    A subclass builds the first three in its constructor. A method that diffuses latents instead of the data overrides
+    :meth:`encode` and :meth:`decode`, and :meth:`losses` if the encoder learns.
 
     Args:
         denoiser: the model.
-        objective: what is minimized.
-        sampler: the paper's own, used where none is asked for.
+        objective: the loss that is minimized.
+        sampler: the default sampler.
         **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 
     reverse_variance: ReverseVariance | None = None
-    """Of the reverse chain that the method trains; None: it trains none, and the chain has the papers' own variance."""
+    """The variance of the reverse chain that the method trains; None: none is trained, the papers' choice is used."""
 
     encodes_grey_levels: bool = False
-    """Whether :meth:`encode` takes grey levels as they are and counts their probability in its nats (a variational
-    encoder whose decoder is a law of grey levels); otherwise it takes values, and what it costs is a density's."""
+    """True where :meth:`encode` takes grey levels and its nats include their probability (a variational encoder with a
+    decoder over grey levels); otherwise it takes values, and its nats are those of a density."""
 
     def __init__(self, denoiser: NetworkDenoiser, objective: Objective, sampler: Sampler, **training: Any) -> None:
         super().__init__(**training)
@@ -65,22 +65,22 @@ class Method(TrainedModule):
         self.objective = objective
         self.sampler = sampler
 
-    # ---- what a paper says -------------------------------------------------------------------------------------
+    # ---- the paper ---------------------------------------------------------------------------------------------
 
     def trained(self) -> dict[str, nn.Module]:
-        """The denoiser."""
+        """The networks that are trained: the denoiser."""
         return {"denoiser": self.denoiser}
 
     def loss(self, batch: Batch, seed: int) -> Loss:
-        """The loss of each image of a batch that is encoded; randomness is keyed by ``seed`` and ``batch.index``."""
+        """The loss of each datum of an encoded batch; randomness is keyed by ``seed`` and ``batch.index``."""
         return self.objective(self.denoiser, batch.x, seed, batch.index, batch.cond, eps=batch.eps)
 
     def losses(self, batch: Batch, seed: int) -> dict[str, Loss]:
-        """The denoiser's loss in the space that is diffused."""
+        """The losses by network: the denoiser's, in the diffused space."""
         return {"denoiser": self.loss(self.encoded(batch, seed), seed)}
 
     def loss_given_t(self, batch: Batch, t: Tensor, eps: Tensor) -> Loss:
-        """The loss of each encoded image at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
+        """The loss of each encoded datum at given times ``[B]`` and noise ``[B, ...]``, whatever the law of t."""
         return self.objective.at(self.denoiser, batch.x, t, eps, batch.cond)
 
     def before_step(self, batch: Batch, seed: int) -> Batch:
@@ -99,12 +99,12 @@ class Method(TrainedModule):
         return replace(batch, eps=paired[first : first + len(batch)].to(x0.device))
 
     def after_step(self, kept: Mapping[str, Tensor]) -> None:
-        """Let a law of t that learns take in the losses of the step that was made; no other keeps any."""
+        """Pass the losses of the step to a law of t that learns; other laws keep none."""
         if kept:
             self.objective.time_law.learn(**kept)
 
     def noise_level(self, t: float) -> tuple[str, dict[str, float]]:
-        """A time of the process, in words and in numbers for an event."""
+        """A time of the process as text, and as numbers for an event."""
         coefficients = self.denoiser.process.coefficients(torch.tensor([t], dtype=torch.float64))
         sigma = float(coefficients.sigma / coefficients.alpha)
         return f"noise level sigma/alpha {sigma:.4g} (t {t:.4g})", {"t": t, "sigma_over_alpha": sigma}
@@ -114,8 +114,8 @@ class Method(TrainedModule):
         """Numbers for the keys that the configuration leaves to the data (``auto``).
 
         Args:
-            init_args: of this class, as configured.
-            data: set up, ready to be measured.
+            init_args: the configured arguments of this class.
+            data: the data module, set up.
             say: prints one line about a value that was found.
 
         Returns:
@@ -127,47 +127,47 @@ class Method(TrainedModule):
         return found
 
     def encode(self, x: Tensor, noise: SampleNoise) -> Encoded:
-        """Take data ``[B, *shape]`` to the space that is diffused; the data themselves for most methods.
+        """Encode data ``[B, *shape]`` into the diffused space; by default the identity.
 
         Args:
             x: normalized data.
-            noise: what a random encoder draws from, keyed by the data's numbers.
+            noise: random numbers of a stochastic encoder, keyed by the data's numbers.
         """
         return Encoded(x, x.new_zeros(x.shape[0]))
 
     def decode(self, z: Tensor, noise: SampleNoise, cond: Condition | None) -> Tensor:
-        """Take ``[B, *sample_shape]`` from the space that is diffused to data ``[B, *shape]``.
+        """Decode ``[B, *sample_shape]`` of the diffused space to data ``[B, *shape]``; by default the identity.
 
         Args:
-            z: what a sampler made.
-            noise: what a random decoder draws from.
+            z: the sampler's output.
+            noise: random numbers of a stochastic decoder.
             cond: the condition of the samples, ``[B]`` rows.
         """
         return z
 
     @property
     def diffuses_data(self) -> bool:
-        """Whether the data are diffused as they are, with their range and their grey levels."""
+        """True where the data themselves are diffused, with their range and their grey levels."""
         return type(self).encode is Method.encode
 
     def encoded(self, batch: Batch, seed: int) -> Batch:
-        """A batch in the space that is diffused; a random encoder draws by (seed, number of the datum)."""
+        """A batch in the diffused space; a stochastic encoder draws by (seed, number of the datum)."""
         noise = SampleNoise(seed, batch.index, tuple(batch.x.shape[1:])).stream("encode")
         return replace(batch, x=self.encode(batch.x, noise).z)
 
     @property
     def grey_levels(self) -> GreyLevels | None:
-        """Grey levels of what is diffused; None where it has none: points, and whatever an encoder makes."""
+        """Grey levels of the diffused data; None for points and for latents."""
         return self.require_data_spec().grey_levels if self.diffuses_data else None
 
     @property
     def reverse_chain(self) -> ReverseChain:
-        """The chain whose bound ``test`` reports: its own sampler's where that is ancestral."""
+        """The reverse chain whose bound ``test`` reports: the default sampler's where that is ancestral."""
         return self.sampler.chain if isinstance(self.sampler, Ancestral) else ReverseChain(self.reverse_variance)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Of one sample in the space that is diffused."""
+        """The shape of one sample in the diffused space."""
         return self.require_data_spec().shape
 
     # ---- sampling ----------------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ class Method(TrainedModule):
 
         Args:
             indices: int64 ``[B]``.
-            seed: of the samples, independent of the training seed.
+            seed: the samples' seed, independent of the training seed.
             cond: the condition, ``[B]`` rows.
-            sampler: any that fits; None for the method's own.
+            sampler: any sampler that fits the denoiser; None for the method's default.
             on_step: called after every sampler step.
             guidance: makes the denoiser that is sampled of the method's own; None for that itself.
 
@@ -209,24 +209,24 @@ class Method(TrainedModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Of the classes that samples may have: those of the data; None where the model or the data have none."""
+        """Number of classes that samples may have, the data's; None where the model or the data have none."""
         classes = self.denoiser.backbone.num_classes
         if self.data_spec is None or classes is None:
             return classes
         return None if self.data_spec.num_classes is None else min(classes, self.data_spec.num_classes)
 
     def condition(self, indices: Tensor, label: int | str | None = None) -> Condition | None:
-        """What samples ``indices`` ``[B]`` are conditioned on: a given class, else all classes of the data in turn.
+        """The condition of samples ``indices`` ``[B]``: a given class, else all classes of the data in turn.
 
         With K classes in the training data sample i has the (i mod K)-th; None for a model that is not
         class-conditional.
 
         Args:
             indices: int64 ``[B]``.
-            label: of all, by its name or its number.
+            label: the class of all samples, by its name or its number.
 
         Raises:
-            UserError: if a label is asked of a model that has none, or there is no such class.
+            UserError: for a label where the model is not class-conditional, or an unknown class.
         """
         if self.num_classes is None:
             if label is not None:
@@ -243,15 +243,15 @@ class Method(TrainedModule):
     def condition_by_counts(
         self, indices: Tensor, seed: int, class_counts: Sequence[int] | None, label: int | str | None = None
     ) -> Condition | None:
-        """What samples ``indices`` ``[B]`` are conditioned on to have their classes as often as data have them.
+        """The condition of samples ``indices`` ``[B]`` with classes in the proportions of the data.
 
         Sample i's class is drawn in proportion to the counts, keyed by (seed, i).
 
         Args:
             indices: int64 ``[B]``.
-            seed: of the samples.
-            class_counts: data of each class; None: not known, then all classes in turn.
-            label: of all, whatever the counts, by its name or its number; None: as the counts say.
+            seed: the samples' seed.
+            class_counts: number of data of each class; None: unknown, all classes in turn.
+            label: the class of all samples, by its name or its number; None: by the counts.
 
         Raises:
             UserError: as :meth:`condition`.
@@ -267,23 +267,22 @@ class Method(TrainedModule):
         """The number of a class by its name or, where no class has that name, by its number.
 
         Raises:
-            UserError: if there is no such class.
+            UserError: for an unknown class.
         """
         names = None if self.data_spec is None else self.data_spec.class_names
         return class_number(label, self.num_classes or 0, names)
 
     def require_fitting_classes(self, data: DataModule | None = None) -> None:
-        """Refuse, before any work, data whose labels the backbone cannot be told.
+        """Refuse, before any work, data whose labels do not fit the backbone's classes.
 
-        A backbone without classes is told none. One with more classes than the data have, for weights that were
-        trained on more, is told those of the data; the others are neither trained nor sampled.
+        A backbone without classes ignores labels. One with more classes than the data, for weights that were trained
+        on more, is conditioned on those of the data; the others are neither trained nor sampled.
 
         Args:
-            data: what it is to be trained or measured on, whose held-out part needs labels, too; None for a model
-                alone.
+            data: the data for training or evaluation, whose held-out part needs labels, too; None for a model alone.
 
         Raises:
-            UserError: naming the classes of both and the key to set.
+            UserError: naming the numbers of classes and the key to set.
         """
         classes, data_spec = self.denoiser.backbone.num_classes, self.require_data_spec()
         key = "model.init_args.backbone.init_args.num_classes"
@@ -303,23 +302,23 @@ class Method(TrainedModule):
             )
         raise UserError(
             f"the backbone has {classes} classes and the data {data_spec.source} have {data_spec.num_classes}: set "
-            f"{key} {data_spec.num_classes}, or null for a model that is not told the class"
+            f"{key} {data_spec.num_classes}, or null for an unconditional model"
         )
 
     def on_data_spec(self) -> None:
-        """Tell the denoiser the range of what it denoises; what else than the data is diffused has not theirs."""
+        """Set the denoiser's data range; latents have none."""
         known = self.data_spec is not None and self.diffuses_data
         self.denoiser.data_range = self.data_spec.value_range if known and self.data_spec is not None else None
 
     @property
     def num_conditional_classes(self) -> int | None:
-        """How many classes the backbone is told; None: none."""
+        """Number of classes that the backbone is conditioned on; None: none."""
         return self.denoiser.backbone.num_classes
 
     # ---- training ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse classes and a sampler that do not fit before any work: the first samples may be drawn at its end."""
+        """Refuse, before any work, classes and a sampler that do not fit: the first samples may come late."""
         super().setup(stage)
         if stage in ("fit", "predict"):
             self.check_sampler(self.sampler)
@@ -338,7 +337,7 @@ class Method(TrainedModule):
         self.require_fitting_classes(datamodule if of_module else None)
 
     def check_sampler(self, sampler: Sampler) -> None:
-        """Refuse, before any work, a sampler that cannot walk on this model as it is run.
+        """Refuse, before any work, a sampler that does not fit this model or the trainer's strategy.
 
         Raises:
             UserError: with the reason.
@@ -347,10 +346,10 @@ class Method(TrainedModule):
         if self.sharded and sampler.adaptive:
             raise UserError(
                 f"{type(sampler).__name__} chooses its own steps, and with trainer.strategy fsdp all processes must "
-                f"make equally many: choose a walk of fixed steps such as Heun or DDIM, or use ddp"
+                f"make equally many: choose a sampler of fixed steps such as Heun or DDIM, or use ddp"
             )
 
     def predict_step(self, indices: Tensor, batch_idx: int) -> Samples:
-        """Samples number ``indices`` of the run's seed, their classes as often as in the training data."""
+        """Samples number ``indices`` of the run's seed, with classes in the proportions of the training data."""
         cond = self.condition_by_counts(indices, self.seed, self.require_data_spec().class_counts)
         return self.generate(indices, self.seed, cond)

@@ -1,7 +1,10 @@
-"""Denoising diffusion implicit models (Song, Meng and Ermon 2021): DDPM's training, another walk back.
+r"""Denoising diffusion implicit models (DDIM): DDPM's training with a deterministic sampler.
 
-The losses of the whole family of non-Markovian processes with DDPM's marginals are DDPM's own up to weights (theorem
-1), so a network trained as DDPM samples under any member: see :class:`lit_diffusion.samplers.DDIM`.
+.. math::  x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon
+
+(Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502.) All non-Markovian processes with DDPM's marginals have
+DDPM's loss up to weights (theorem 1), so a network trained as DDPM samples with any of them: see
+:class:`lit_diffusion.samplers.DDIM`.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from lit_diffusion.samplers import Sampler
 
 
 class DDIM(DDPM):
-    """DDIM: DDPM's training, sampled by the deterministic walk in a few steps.
+    r"""DDIM: DDPM's training, sampled by the deterministic DDIM sampler in few steps.
+
+    .. math::  x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon
+
+    (Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502, eq. 12 with eta = 0.)
 
     Args:
         backbone: the network.
-        sampler: default sampler, null for the deterministic walk in 50 steps.
-        **ddpm: as of :class:`~lit_diffusion.methods.DDPM`.
+        sampler: default sampler; null: deterministic DDIM in 50 steps.
+        **ddpm: arguments of :class:`~lit_diffusion.methods.DDPM`.
     """
 
     def __init__(self, backbone: Backbone, sampler: Sampler | None = None, **ddpm: Any) -> None:

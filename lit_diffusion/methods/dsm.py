@@ -1,11 +1,12 @@
-r"""Denoising score matching at one noise level (Vincent 2011, "A connection between score matching and denoising
-autoencoders").
+r"""Denoising score matching at one noise level.
 
 .. math::  L = E \Big\| s_\theta(x + \sigma \epsilon) + \frac{\epsilon}{\sigma} \Big\|^2
 
-learns the score of the data smoothed by :math:`N(0, \sigma^2 I)`; Tweedie's formula :math:`E[x | \tilde x] = \tilde x +
-\sigma^2 s(\tilde x)` turns it into a denoiser. With ``parametrization: x0`` and the backbone ``TiedAutoencoder`` it is
-Vincent's denoising autoencoder, :math:`s = (W' \mathrm{sigmoid}(W \tilde x + b) + c - \tilde x) / \sigma^2`.
+(Vincent 2011, "A connection between score matching and denoising autoencoders", https://doi.org/10.1162/NECO_a_00142.)
+It learns the score of the data smoothed by :math:`N(0, \sigma^2 I)`; Tweedie's formula :math:`E[x | \tilde x] =
+\tilde x + \sigma^2 s(\tilde x)` turns it into a denoiser. With ``parametrization: x0`` and the backbone
+``TiedAutoencoder`` it is Vincent's denoising autoencoder,
+:math:`s = (W' \mathrm{sigmoid}(W \tilde x + b) + c - \tilde x) / \sigma^2`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from lit_diffusion.samplers import Langevin, Sampler
 
 
 class DSM(Method):
-    """Denoising score matching at one noise level, with Langevin dynamics as the sampler.
+    r"""Denoising score matching at one noise level, with Langevin dynamics as the sampler.
+
+    .. math::  L = \frac{\sigma^2}{2} E \Big\| s_\theta(x + \sigma \epsilon) + \frac{\epsilon}{\sigma} \Big\|^2
+
+    (Vincent 2011, https://doi.org/10.1162/NECO_a_00142.)
 
     Args:
-        backbone: the network; there is one level, so it need not be told of it (``time_embedding: none``).
+        backbone: the network; with one noise level it needs no time embedding (``time_embedding: none``).
         sigma: the noise level, in units of the normalized data.
-        parametrization: what the network's output is: ``score`` (sigma times the score), ``raw_score``, ``x0``, ...
-        sampler: default sampler, null for 1000 Langevin steps of eta = sigma^2 / 10 from the unit cube.
+        parametrization: meaning of the network's output: ``score`` (sigma times the score), ``raw_score``, ``x0``, ...
+        sampler: default sampler; null: 1000 Langevin steps of eta = sigma^2 / 10 from the unit cube.
         **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 

@@ -1,4 +1,4 @@
-r"""EDM (Karras et al. 2022, "Elucidating the design space of diffusion-based generative models", arXiv 2206.00364).
+r"""EDM (Karras et al. 2022, "Elucidating the design space of diffusion-based generative models", https://arxiv.org/abs/2206.00364).
 
 .. math::
     D_\theta(x; \sigma) &= c_{skip}\, x + c_{out}\, F_\theta(c_{in}\, x;\, c_{noise}), \qquad
@@ -51,14 +51,14 @@ class EDM(Method):
     .. math::  D_\theta(x; \sigma) = c_{skip}\, x + c_{out}\, F_\theta(c_{in}\, x;\, c_{noise}), \qquad
                L = E_\sigma\, c_{out}^{-2}\, \| D_\theta(x_0 + \sigma \epsilon; \sigma) - x_0 \|^2
 
-    (Karras et al. 2022, arXiv 2206.00364, table 1, whose other columns are configurations, too.)
+    (Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1, whose other columns are configurations, too.)
 
     Args:
         backbone: the network.
         process: null for EDM's, ``PowerVE`` from 0.002 to 80, or another.
         sigma_data: standard deviation of the normalized data; ``auto``: measured.
         parametrization: what the network's output is: ``edm`` (the paper), ``eps``, ``score``, ...
-        c_noise: what it is told of the noise level: ``quarter_log_sigma`` (the paper), or another.
+        c_noise: the noise level as the network receives it: ``quarter_log_sigma`` (the paper), or another.
         time_law: of the noise levels in training: ``log_normal`` with the paper's P_mean -1.2 and P_std 1.2, another by
             name, or a law with other parameters by its class.
         sampler: default sampler, null for the paper's: Heun's method in 17 steps of ``karras:7`` and the posterior

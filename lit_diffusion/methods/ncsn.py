@@ -1,12 +1,12 @@
-r"""Noise conditional score networks (Song and Ermon 2019, "Generative modeling by estimating gradients of the data
-distribution").
+r"""Noise conditional score networks (NCSN).
 
-Train one network on all levels of a geometric sequence :math:`\sigma_1 > \dots > \sigma_L`,
+One network is trained on all noise levels of a geometric sequence :math:`\sigma_1 > \dots > \sigma_L`,
 
 .. math::  L = \frac{1}{L} \sum_i \sigma_i^2\, \frac{1}{2} E \Big\| s_\theta(x + \sigma_i \epsilon, \sigma_i)
            + \frac{\epsilon}{\sigma_i} \Big\|^2
 
-(eqs. 5 and 6), and sample with annealed Langevin dynamics (algorithm 1).
+and sampled with annealed Langevin dynamics (Song and Ermon 2019, "Generative modeling by estimating gradients of the
+data distribution", https://arxiv.org/abs/1907.05600, eqs. 5 and 6, algorithm 1).
 """
 
 from __future__ import annotations
@@ -22,19 +22,25 @@ from lit_diffusion.samplers import AnnealedLangevin, Sampler
 
 
 class NCSN(Method):
-    """NCSN: a noise-conditional score network with annealed Langevin sampling.
+    r"""NCSN: a noise conditional score network with annealed Langevin sampling.
+
+    .. math::  L = \frac{1}{L} \sum_i \frac{\sigma_i^2}{2} E \Big\| s_\theta(x + \sigma_i \epsilon, \sigma_i)
+               + \frac{\epsilon}{\sigma_i} \Big\|^2
+
+    (Song and Ermon 2019, https://arxiv.org/abs/1907.05600, eqs. 5 and 6.)
 
     Args:
         backbone: the network.
         sigma_max: the largest noise level, in units of the normalized data.
         sigma_min: the smallest noise level.
-        num_levels: number of levels L, geometric from sigma_max to sigma_min.
-        parametrization: what the network's output is: ``raw_score`` (the paper), ``score`` (sigma times the score), ...
-        c_noise: what it is told of the level: ``index`` (the paper, with conditional instance normalization) or
-            ``log_sigma``.
+        num_levels: number of noise levels L, geometric from sigma_max to sigma_min.
+        parametrization: meaning of the network's output: ``raw_score`` (the paper), ``score`` (sigma times the score),
+            ...
+        c_noise: encoding of the noise level that the network receives: ``index`` (the paper, with conditional instance
+            normalization) or ``log_sigma``.
         c_in: ``none`` (the paper) or ``unit_variance``: divide the noisy input by its standard deviation.
         sigma_data: standard deviation of the normalized data, for ``unit_variance`` and ``edm``.
-        sampler: default sampler, null for annealed Langevin dynamics with the paper's constants.
+        sampler: default sampler; null: annealed Langevin dynamics with the paper's constants.
         **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.
     """
 

@@ -1,6 +1,6 @@
-"""How good generated data are: distances, scores and shares, each with the protocol that it was made by.
+"""Metrics of generated data: distances, scores and shares, each with its protocol.
 
-Free of Lightning. :mod:`lit_diffusion.metrics.catalogue` names all of them.
+Free of Lightning. :mod:`lit_diffusion.metrics.catalogue` lists all metrics.
 """
 
 from lit_diffusion.metrics.base import Context, Pair, SampleMetric, ScoreOptions, Seen, Subject, Value

@@ -1,8 +1,8 @@
-"""What a metric of samples is.
+"""The interface of a metric of samples.
 
-A metric is a class that takes samples in batch by batch and says its values at the end, over all processes. It has a
-row in :mod:`lit_diffusion.metrics.catalogue`, which says its name, direction and needs. The two ways to add up over
-processes, sums and rows, are in :mod:`lit_diffusion.metrics.gathering`; most metrics inherit from one of them, too:
+A metric is a class that takes samples batch by batch and returns its values at the end, over all processes. It has a
+row in :mod:`lit_diffusion.metrics.catalogue` with its name, direction and needs. The two ways to combine processes,
+sums and rows, are in :mod:`lit_diffusion.metrics.gathering`; most metrics inherit from one of them, too:
 
 .. code-block:: python
 
@@ -38,18 +38,21 @@ from lit_diffusion.metrics.reference import Reference
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How metrics are computed; the defaults are the literature's, and torch-fidelity's where that has any.
+    """Options of the metrics; the defaults are torch-fidelity's or else the literature's.
 
     Attributes:
-        is_splits: parts of the Inception Score.
-        kid_subsets: random subsets of the kernel distance.
-        kid_subset_size: features in each.
+        is_splits: number of parts of the Inception Score.
+        kid_subsets: number of random subsets of the kernel distance.
+        kid_subset_size: number of features in each subset.
         precision_neighbours: k of precision and recall.
         density_neighbours: k of density and coverage.
-        manifold_samples: the most samples, and the most data, of those four.
+        manifold_samples: the largest number of samples, and of data, for these four.
         block_mb: megabytes of distances held at once.
-        bootstrap: resamples of each interval; 0: no intervals.
-        seed: of the subsets and parts.
+        bootstrap: number of resamples of each interval; 0: no intervals.
+        seed: seed of the subsets and parts.
+
+    Raises:
+        UserError: for a value below its minimum.
     """
 
     is_splits: int = 10
@@ -73,16 +76,16 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class Context:
-    """What there is to measure with, known before any work.
+    """The properties of an evaluation that decide which metrics are possible, known before any work.
 
     Attributes:
-        extractor: of the features.
-        count: of samples.
-        real_count: of real data with features.
-        options: of the metrics.
-        has_features: whether the real features are known, not their moments alone.
-        has_captions: whether the samples have captions.
-        training_count: of training data, where these are not the real data; None: they are.
+        extractor: the feature extractor.
+        count: number of samples.
+        real_count: number of real data with features.
+        options: the metrics' options.
+        has_features: true where the real features are available, not only their moments.
+        has_captions: true where the samples have captions.
+        training_count: number of training data, where they are not the real data; None: they are.
     """
 
     extractor: Extractor
@@ -96,17 +99,17 @@ class Context:
 
 @dataclass(frozen=True)
 class Subject:
-    """What samples are measured against, and how.
+    """The references and options that samples are measured with.
 
     Attributes:
-        extractor: of the features.
-        reference: of the real data.
-        training: of what the samples may be copies of.
-        mirrored: the same data mirrored left to right, where the training saw those too.
-        shape: of a sample, ``(C, H, W)`` or ``(D,)``.
-        options: of the metrics.
-        pairs: so many of the samples closest to training data are kept to be looked at.
-        captioner: embeds images and captions; None where there is none.
+        extractor: the feature extractor.
+        reference: statistics of the real data.
+        training: statistics of the training data, of which samples may be copies.
+        mirrored: those of the training data mirrored left to right, where the model was trained on these, too.
+        shape: shape of a sample, ``(C, H, W)`` or ``(D,)``.
+        options: the metrics' options.
+        pairs: number of the samples closest to training data to keep for inspection.
+        captioner: embeds images and captions; None: none.
     """
 
     extractor: Extractor
@@ -121,15 +124,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Seen:
-    """A batch of samples and what the extractor says of it.
+    """A batch of samples and the extractor's output.
 
     Attributes:
         index: numbers of the samples, int64 ``[B]``.
         data: uint8 images ``[B, H, W, C]`` or float32 points ``[B, D]``.
         features: float32 ``[B, D]``.
-        logits: of a classifier, float32 ``[B, K]``; None where the extractor is none.
-        captions: of each sample, where there are any.
-        filled: ``data`` filled up to the shape of the largest batch so far, for networks of a metric's own.
+        logits: a classifier's logits, float32 ``[B, K]``; None where the extractor is not a classifier.
+        captions: caption of each sample, None without captions.
+        filled: ``data`` padded to the size of the largest batch so far, for a metric's own networks.
     """
 
     index: Tensor
@@ -142,15 +145,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Value:
-    """A value of a metric and how sure it is.
+    """A value of a metric with its uncertainty.
 
     Attributes:
-        value: itself.
+        value: the value.
         error: standard deviation over parts or subsets, or standard error.
-        interval: of 95 %, by resampling.
-        count: of samples that it is of, where not of all.
-        lacking: what cannot be had, ``error`` or ``interval``, with the reason.
-        flagged: whether it says that the samples look like copies of training data.
+        interval: 95 % interval by resampling.
+        count: number of samples behind the value, where not all.
+        lacking: reasons by name for a missing ``error`` or ``interval``.
+        flagged: true where the samples look like copies of training data.
     """
 
     value: float
@@ -166,11 +169,11 @@ class Pair:
     """A sample and the training datum nearest to it.
 
     Attributes:
-        distance: between their features.
-        index: of the sample.
+        distance: distance between their features.
+        index: number of the sample.
         neighbour: position of the datum among the real features.
         image: the sample, uint8 ``[H, W, C]``.
-        mirrored: whether it is the datum's mirror image that is nearest.
+        mirrored: true where the datum's mirror image is nearest.
     """
 
     distance: float
@@ -181,54 +184,54 @@ class Pair:
 
 
 class SampleMetric(ABC):
-    """A metric of samples: takes them in batch by batch, each process its share, and says its values together."""
+    """A metric of samples, which takes each process's share batch by batch and returns its values over all."""
 
     @classmethod
     @abstractmethod
     def of(cls, names: Sequence[str], subject: Subject) -> Self:
-        """Ready to take samples in.
+        """Build the metric, ready to take samples.
 
         Args:
-            names: the metrics of the catalogue that are wanted of it.
-            subject: what they are measured against.
+            names: the metrics of the catalogue to measure.
+            subject: the references and options.
         """
 
     @classmethod
     def unfit(cls, name: str, context: Context) -> str | None:
-        """Why a metric cannot be had although its needs are met, too few samples for instance; None: it can."""
+        """The reason why a metric is impossible though its needs are met, such as too few samples; None: possible."""
         return None
 
     @classmethod
     def caveat(cls, context: Context) -> str | None:
-        """What a reader of its values must know; None for nothing."""
+        """A caveat for the readers of its values; None for none."""
         return None
 
     @abstractmethod
     def take(self, seen: Seen) -> None:
-        """Take in a batch."""
+        """Take a batch of samples."""
 
     @abstractmethod
     def values(self, total: int) -> dict[str, Value]:
-        """The values of the samples of all processes, which all call it; there are ``total``."""
+        """The values over the ``total`` samples of all processes, which all call it."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the samples; what was found out about the real data stays."""
+        """Forget the samples, and keep results about the real data."""
 
     def protocol(self, total: int) -> dict[str, Any]:
-        """What the values of ``total`` samples depend on besides features, reference and number."""
+        """The settings behind the values of ``total`` samples, besides features, reference and number."""
         return {}
 
     def closest(self) -> list[Pair]:
-        """Samples to be looked at beside the training data nearest to them; all processes call it."""
+        """Samples for inspection beside the training data nearest to them; all processes call it."""
         return []
 
     def place(self, device: torch.device) -> None:  # noqa: B027 (rows are kept on the CPU, and need no device)
-        """Compute on a device."""
+        """Move the computation to a device."""
 
 
 def resampled(statistic: Callable[[Tensor], float], count: int, options: ScoreOptions) -> tuple[float, float] | None:
-    """The bootstrap interval of a statistic of ``count`` data, where the options ask for intervals."""
+    """The bootstrap interval of a statistic of ``count`` data; None where the options have no intervals."""
     if not options.bootstrap:
         return None
     return bootstrap_interval(statistic, count, options.bootstrap, options.seed)
@@ -239,9 +242,9 @@ def mean_value(parts: Tensor, options: ScoreOptions, is_share: bool, count: int 
 
     Args:
         parts: float64 ``[N]``.
-        options: of the metrics.
-        is_share: whether the parts are 0 or 1, so that a unanimous share has an interval, too.
-        count: of samples, where not of all.
+        options: the metrics' options.
+        is_share: true where the parts are 0 or 1, so that a unanimous share has an interval, too.
+        count: number of samples behind the value, where not all.
     """
     value = float(parts.mean())
     if not options.bootstrap:

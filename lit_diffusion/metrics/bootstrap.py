@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals (Efron 1979): what a figure would be on other samples of the same model."""
+"""Percentile bootstrap intervals (Efron 1979) of a metric over further samples of the same model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lit_diffusion.randomness import keyed_uniform
 def bootstrap_interval(
     statistic: Callable[[Tensor], float], count: int, replicates: int, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """The interval that holds the central ``level`` of a statistic over resampled data, about its value on the data.
+    """The central interval of a statistic over resampled data, shifted to its value on the data.
 
-    A resample has fewer different data. A statistic whose bias depends on that, such as a Frechet distance, is larger
-    on every resample than on the data, so the whole interval is moved back by the mean difference.
+    A resample has fewer different data. A statistic whose bias depends on their number, such as a Frechet distance, is
+    larger on every resample than on the data, so the interval is shifted back by the mean difference.
 
     Args:
-        statistic: from positions int64 ``[count]``, some of them repeated, to the figure.
-        count: of the data.
-        replicates: resamples.
-        seed: of the resamples.
-        level: of the interval.
+        statistic: a function of positions int64 ``[count]``, some of them repeated, that returns the value.
+        count: number of data.
+        replicates: number of resamples.
+        seed: seed of the resamples.
+        confidence: probability of the interval.
     """
     values = torch.empty(replicates, dtype=torch.float64)
     for k in range(replicates):
@@ -40,8 +40,8 @@ def unanimous_interval(share: float, count: int, confidence: float = 0.95) -> tu
 
     Args:
         share: 0 or 1.
-        count: of the data.
-        level: of the interval.
+        count: number of data.
+        confidence: probability of the interval.
     """
     bound = (0.5 * (1.0 - confidence)) ** (1.0 / count)
     return (bound, 1.0) if share == 1.0 else (0.0, 1.0 - bound)

@@ -1,4 +1,4 @@
-"""Every metric of samples: what its values are called, which way they are better, what it needs and where it is shown.
+"""The catalogue of metrics: their values' names, directions, needs and panels.
 
 A metric is a class in a file of its own (:class:`lit_diffusion.metrics.base.SampleMetric`) and a row of this table.
 Evaluations, ``evaluate``, ``doctor``, the best checkpoints, ``report``, the dashboard and docs/metrics.md read it. The
@@ -20,12 +20,12 @@ Need = Literal["logits", "features", "captions"]
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture of curves, which metrics of one kind share.
+    """A plot of curves, shared by metrics of one kind.
 
     Attributes:
-        title: above it.
-        hint: what to look for.
-        axis: the line plot's y axis on the dashboard; empty for the usual one.
+        title: the title.
+        hint: advice for reading it.
+        axis: the line plot's y axis on the dashboard; empty for the default.
     """
 
     title: str
@@ -35,19 +35,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """A metric as everything but its own file knows it.
+    """A row of the catalogue, a metric.
 
     Attributes:
-        name: in configurations, e.g. ``eval.metrics``.
+        name: name in configurations, e.g. ``eval.metrics``.
         measured_by: class path of the :class:`~lit_diffusion.metrics.base.SampleMetric`; metrics that share their work
             share a class.
-        better: which way its value is better; None: neither way.
-        panel: where it is drawn.
-        needs: what it cannot do without.
-        default: whether it is measured where nothing is asked for.
-        values: names of its values; empty: its own name is the one value's.
+        better: ``min`` where lower values are better, ``max`` where higher; None: neither.
+        panel: the panel of its plot.
+        needs: its requirements.
+        default: true where it is measured by default.
+        values: names of its values; empty: one value with the metric's name.
         elsewhere: the name of its value in features other than Inception's; empty: the same.
-        features_named: where the names of its values say the extractor.
+        features_named: when the names of its values contain the extractor.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def value_names(self) -> tuple[str, ...]:
-        """All names that its values may have, without extractor and number."""
+        """All names of its values, without extractor and number."""
         return tuple(dict.fromkeys((*(self.values or (self.name,)), *([self.elsewhere] if self.elsewhere else []))))
 
 
@@ -102,7 +102,7 @@ CATALOGUE: dict[str, Row] = {
             "is",
             "lit_diffusion.metrics.inception_score.InceptionScore",
             "max",
-            Panel("Inception score", "Higher is better; it knows nothing of the data."),
+            Panel("Inception score", "Higher is better; it ignores the data."),
             needs=("logits",),
             features_named="unless inception",
         ),
@@ -125,7 +125,7 @@ CATALOGUE: dict[str, Row] = {
             None,
             Panel(
                 "Memorisation",
-                "Near copies or memorised rising, ratio or authenticity falling: it learns its images by heart.",
+                "Near copies or memorised rising, ratio or authenticity falling: it memorizes its images.",
             ),
             needs=("features",),
             values=("near_copies", "nn_ratio", "memorised", "authenticity"),
@@ -149,7 +149,7 @@ else:
 
 
 def default_metrics() -> list[str]:
-    """Those that are measured, where they can be, if nothing is asked for."""
+    """Names of the metrics that are measured by default, where possible."""
     return [row.name for row in CATALOGUE.values() if row.default]
 
 
@@ -157,19 +157,19 @@ def default_metrics() -> list[str]:
 
 
 def count_label(count: int) -> str:
-    """A number of samples in a value's name: 500, 2k, 50k."""
+    """The number of samples as in a value's name: 500, 2k, 50k."""
     return f"{count // 1000}k" if count % 1000 == 0 and count > 0 else str(count)
 
 
 def metric_key(value: str, extractor: str, count: int) -> str:
-    """The name that a value is logged under: ``fid-2k``, ``fd/digits-500``, ``precision/inception-10k``.
+    """The name under which a value is logged: ``fid-2k``, ``fd/digits-500``, ``precision/inception-10k``.
 
-    Only what is of Inception's features is called FID, KID or Inception Score without more; other features are named.
+    FID, KID and Inception Score alone stand for Inception's features; other features are named.
 
     Args:
-        value: as in :attr:`Row.value_names`.
-        extractor: of the features.
-        count: of samples.
+        value: one of :attr:`Row.value_names`.
+        extractor: name of the extractor.
+        count: number of samples.
     """
     row = _row_of_value(value)
     named = "always" if row is None else row.features_named
@@ -179,7 +179,7 @@ def metric_key(value: str, extractor: str, count: int) -> str:
 
 
 def metric_of(key: str) -> tuple[str, str]:
-    """A key of an evaluation as the value and what it was measured with: ``fd/digits-500``: ``fd``, ``digits-500``."""
+    """The parts of an evaluation's key, the value's name and the rest: ``fd/digits-500``: ``fd``, ``digits-500``."""
     match = re.fullmatch(r"([a-z][a-z0-9_]*)[-/](.+)", key, flags=re.DOTALL)
     return (match[1], match[2]) if match else (key, "")
 
@@ -197,7 +197,7 @@ def _row_of_value(value: str) -> Row | None:
 
 
 def is_better(metric: str, value: float, than: float | None) -> bool:
-    """Whether a value of a metric beats another; NaN beats nothing."""
+    """True where a value of a metric is better than another; NaN is never better."""
     if math.isnan(value):
         return False
     if than is None or math.isnan(than):
@@ -245,7 +245,7 @@ _LOSSES = ("val/loss", "test/loss", "test/bpd_ode", "test/bpd_bound")
 
 
 def better(key: str) -> Direction | None:
-    """Whether lower or higher is better, None where neither is or nobody knows."""
+    """The direction of a logged value, ``min`` where lower is better or ``max``; None where neither or unknown."""
     if key in _LOSSES:
         return "min"
     row = row_of(key)

@@ -1,4 +1,4 @@
-"""Which metrics an evaluation can have, found out before any work."""
+"""The choice of an evaluation's metrics, before any work."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def class_of(row: Row) -> type[SampleMetric]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Metrics that can be had.
+    """The metrics of an evaluation.
 
     Attributes:
-        metrics: by name, each once.
-        left_out: those of the wanted ones that cannot be had, with the reason.
-        caveats: what a reader of the values must know.
+        metrics: names of the metrics that can be measured, each once.
+        left_out: reasons by name for the requested metrics that cannot be measured.
+        caveats: caveats for the readers of the values.
     """
 
     metrics: tuple[str, ...]
@@ -45,14 +45,14 @@ class Choice:
 
 
 def choose_metrics(wanted: Sequence[str] | None, context: Context) -> Choice:
-    """Those asked for, each checked before any work; of the default ones, those that can be had.
+    """The requested metrics, each checked before any work; of the default metrics, those that can be measured.
 
     Args:
-        wanted: None for the default ones.
-        context: what there is to measure with.
+        wanted: names of metrics; None for the default ones.
+        context: the evaluation, as far as known before any work.
 
     Raises:
-        UserError: for one that there is not, or that was asked for and cannot be had.
+        UserError: for an unknown metric, or a requested one that cannot be measured.
     """
     for name in wanted or ():
         require_choice("", "metrics", name, CATALOGUE)
@@ -60,11 +60,12 @@ def choose_metrics(wanted: Sequence[str] | None, context: Context) -> Choice:
     left_out = {name: reason for name in names if (reason := _refused(CATALOGUE[name], context)) is not None}
     if wanted is not None and left_out:
         name, reason = next(iter(left_out.items()))
-        raise UserError(f"{name} cannot be had: {reason}")
+        raise UserError(f"{name} cannot be measured: {reason}")
     chosen = tuple(name for name in names if name not in left_out)
     if not chosen:
         raise UserError(
-            f"no metric can be had of {context.count} samples and {context.real_count} real data; give more of both"
+            f"no metric can be measured with {context.count} samples and {context.real_count} real data; give more of "
+            f"both"
         )
     caveats = (class_of(CATALOGUE[name]).caveat(context) for name in chosen)
     return Choice(chosen, left_out, tuple(dict.fromkeys(caveat for caveat in caveats if caveat is not None)))
@@ -76,7 +77,7 @@ def _refused(row: Row, context: Context) -> str | None:
 
 
 def left_out_line(left_out: Mapping[str, str]) -> str:
-    """What was left out and why, each reason once; empty where nothing was."""
+    """One line about the metrics left out, each reason once; empty for none."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)

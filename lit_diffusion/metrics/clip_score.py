@@ -1,8 +1,9 @@
-r"""How well images fit their captions, by CLIP (Hessel et al. 2021).
+r"""The CLIP score, the agreement of images with their captions.
 
 .. math::  100 \cdot \mathbb{E}\, \max\Big(0, \frac{E_I \cdot E_T}{|E_I|\,|E_T|}\Big)
 
-of the embeddings of image and caption; torchmetrics' scale (the paper multiplies by 2.5 instead of 100).
+of CLIP's embeddings of image and caption, in torchmetrics' scale (Hessel et al. 2021,
+https://arxiv.org/abs/2104.08718, multiply by 2.5 instead of 100).
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from lit_diffusion.metrics.mean import Mean
 
 
 class CLIPScore(SampleMetric):
-    """Mean and standard error over pairs of an image and its caption.
+    r"""The CLIP score, from 0 to 100, with its standard error over pairs of an image and its caption.
+
+    .. math::  100 \cdot \mathbb{E}\, \max\Big(0, \frac{E_I \cdot E_T}{|E_I|\,|E_T|}\Big)
+
+    (Hessel et al. 2021, https://arxiv.org/abs/2104.08718.)
 
     Args:
         captioner: embeds images and captions; None: embeddings are given to :meth:`update`.
-        extractor_too: whether it is the extractor of the features as well, which are the images' embeddings then.
+        extractor_too: true where it is also the feature extractor, so that the features are the images' embeddings.
     """
 
     def __init__(self, captioner: CLIP | None = None, extractor_too: bool = False) -> None:
@@ -35,16 +40,16 @@ class CLIPScore(SampleMetric):
 
     @classmethod
     def of(cls, names: Sequence[str], subject: Subject) -> Self:
-        """By the captioner."""
+        """Build the metric with the subject's captioner."""
         return cls(subject.captioner, subject.captioner is subject.extractor)
 
     def update(self, images: Tensor, captions: Tensor) -> None:
-        """Take in embeddings of images ``[B, D]`` and of their captions ``[B, D]``."""
+        """Take embeddings of images ``[B, D]`` and of their captions ``[B, D]``."""
         cosine = torch.nn.functional.cosine_similarity(images.double(), captions.to(images.device).double(), dim=1)
         self.mean.update(100.0 * cosine.clamp(min=0.0))
 
     def take(self, seen: Seen) -> None:
-        """Take in a batch with its captions."""
+        """Take a batch with its captions."""
         assert self.captioner is not None
         assert seen.captions is not None
         embedded = seen.features if self.extractor_too else self.captioner(seen.filled).features[: len(seen.index)]
@@ -55,7 +60,7 @@ class CLIPScore(SampleMetric):
         self.mean.reset()
 
     def compute(self) -> tuple[float, float]:
-        """Mean and standard error; NaN for that of a single pair.
+        """Mean and standard error; the error of a single pair is NaN.
 
         Raises:
             UserError: without a pair.
@@ -73,6 +78,6 @@ class CLIPScore(SampleMetric):
         return {"clip_score": Value(score, error)}
 
     def protocol(self, total: int) -> dict[str, Any]:
-        """The network that embeds."""
+        """The embedding network and its weights' hash."""
         assert self.captioner is not None
         return {"clip": self.captioner.model, "clip_sha256": self.captioner.sha256}

@@ -2,11 +2,12 @@ r"""The Frechet distance between the Gaussians with the moments of two sets of f
 
 .. math::  d^2 = |m_1 - m_2|^2 + \mathrm{tr}\big(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\big)
 
-(Frechet 1957; Heusel et al. 2017, eq. 6). What the features are is said in a figure's name: of Inception's it is the
-FID, ``fd/pixels`` is of pixels.
+(Frechet 1957; FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, eq. 6). A value's name contains the features:
+FID is the distance in Inception's, ``fd/pixels`` in pixels.
 
-Its bias by the number N of samples is :math:`c / N + O(N^{-2})` (Binkowski et al. 2018; Chong and Forsyth 2020), so
-that a line in 1/N through the distances of ever smaller parts of the samples gives FD-infinity where it meets 0.
+Its bias by the number N of samples is :math:`c / N + O(N^{-2})` (Binkowski et al. 2018,
+https://arxiv.org/abs/1801.01401; Chong and Forsyth 2020, https://arxiv.org/abs/1911.07023), so that the intercept of a
+line in 1/N through the distances of ever smaller parts of the samples is FD-infinity.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from lit_diffusion.metrics.gathering import RowsMetric, SumsMetric, outside_infe
 from lit_diffusion.metrics.gaussian import Gaussian, Moments, gaussian_of
 
 INFINITY_GROUPS = 10
-"""Of samples, whose sums are kept apart for FD-infinity; each is left out once for its error."""
+"""The number of groups of samples with separate sums for FD-infinity; each is left out once for its error."""
 _INFINITY_PARTS = (1, 2, 5)
-"""FD-infinity's line goes through the distances of all samples, of their halves and of their fifths."""
+"""The parts of FD-infinity's fit: the distances of all samples, of their halves and of their fifths."""
 
 
 def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
-    """``d^2`` above, by eigenvalues of symmetric matrices: no root of a product that rounding makes complex."""
+    """The squared distance ``d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2})``.
+
+    It is computed by eigenvalues of symmetric matrices, without the root of a product that rounding makes complex.
+    """
     cross = reference.root @ other.covariance @ reference.root
     shared = torch.linalg.eigvalsh(cross).clamp(min=0.0).sqrt().sum()
     traces = reference.covariance.trace() + other.covariance.trace()
@@ -39,7 +43,7 @@ def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
 
 
 def _intercept(reference: Gaussian, groups: list[Tensor], dimension: int) -> float:
-    """Where the weighted line of the distance in 1/N meets 0; a part of N samples has a weight of N."""
+    """The intercept of a weighted linear fit of the distance in 1/N; a part of N samples has the weight N."""
     rows, distances, weights = [], [], []
     for parts in _INFINITY_PARTS:
         for part in torch.arange(len(groups)).tensor_split(parts):
@@ -55,10 +59,10 @@ def _intercept(reference: Gaussian, groups: list[Tensor], dimension: int) -> flo
 
 
 def require_enough_for_infinity(count: int, dimension: int) -> None:
-    """Refuse FD-infinity where its smallest part has too few samples for the law 1/N: fewer than two a dimension.
+    """Refuse FD-infinity where its smallest part has fewer than two samples a dimension, too few for the law 1/N.
 
     Raises:
-        UserError: with the number that is needed.
+        UserError: with the number of samples that it needs.
     """
     needed = 2 * dimension * max(_INFINITY_PARTS)
     if count < needed:
@@ -66,12 +70,12 @@ def require_enough_for_infinity(count: int, dimension: int) -> None:
 
 
 def frechet_infinity(reference: Gaussian, groups: list[Tensor]) -> tuple[float, float]:
-    """The Frechet distance that infinitely many samples would have, and its standard error.
+    """The Frechet distance extrapolated to infinitely many samples, and its standard error.
 
-    The error is the delete-a-group jackknife's: the estimate is made again without each group in turn.
+    The error is the delete-a-group jackknife's: the estimate is repeated without each group in turn.
 
     Args:
-        reference: of the real features; their number is as it is, only the samples' is extrapolated.
+        reference: Gaussian of the real features; only the samples' number is extrapolated.
         groups: the sums (:attr:`Moments.sums`) of equally large groups of samples, at least ten.
 
     Raises:
@@ -89,8 +93,8 @@ class _FrechetSums(SumsMetric, SampleMetric):
     """Sums of streamed features, in groups by the samples' numbers.
 
     Args:
-        reference: of the real features.
-        groups: how many; each takes 34 MB in 2048 dimensions.
+        reference: Gaussian of the real features.
+        groups: number of groups; each takes 34 MB in 2048 dimensions.
     """
 
     def __init__(self, reference: Gaussian, groups: int) -> None:
@@ -102,31 +106,35 @@ class _FrechetSums(SumsMetric, SampleMetric):
 
     @classmethod
     def unfit(cls, name: str, context: Context) -> str | None:
-        """Too few samples for a covariance."""
+        """The reason where there are too few samples for a covariance."""
         return f"it needs at least 2 samples, there are {context.count}" if context.count < 2 else None
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """Take in the features ``[B, D]`` of samples number ``index`` ``[B]``."""
+        """Take the features ``[B, D]`` of samples number ``index`` ``[B]``."""
         with outside_inference_mode():
             group = index.to(features.device) % self.groups
             for k in range(self.groups):
                 Moments(self.dimension, self.sums[k]).add(features[group == k])
 
     def take(self, seen: Seen) -> None:
-        """Take in a batch."""
+        """Take a batch of samples."""
         self.update(seen.features.to(self.sums.device), seen.index)
 
     def place(self, device: torch.device) -> None:
-        """Compute on a device that has float64; MPS has not."""
+        """Move the computation to a CUDA device, else to the CPU: MPS has no float64."""
         self.to(device if device.type == "cuda" else "cpu")
 
 
 class FrechetDistance(_FrechetSums):
-    """The Frechet distance of streamed features to a reference, ``d^2`` above.
+    r"""The Frechet distance of streamed features to a reference, at least 0; in Inception's features the FID.
+
+    .. math::  d^2 = |m_1 - m_2|^2 + \mathrm{tr}\big(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\big)
+
+    (Heusel et al. 2017, https://arxiv.org/abs/1706.08500, eq. 6.)
 
     Args:
-        reference: of the real features.
-        options: of the metrics; where they ask for intervals, the features are kept.
+        reference: Gaussian of the real features.
+        options: the metrics' options; with intervals, the features are kept.
     """
 
     def __init__(self, reference: Gaussian, options: ScoreOptions | None = None) -> None:
@@ -136,16 +144,16 @@ class FrechetDistance(_FrechetSums):
 
     @classmethod
     def of(cls, names: Sequence[str], subject: Subject) -> Self:
-        """Against the reference."""
+        """Build the metric with the subject's reference."""
         return cls(subject.reference.gaussian, subject.options)
 
     @classmethod
     def caveat(cls, context: Context) -> str | None:
-        """Said of fewer samples than dimensions."""
+        """The caveat for fewer samples than dimensions."""
         return bias_caveat(context.extractor, context.count)
 
     def take(self, seen: Seen) -> None:
-        """Take in a batch."""
+        """Take a batch of samples."""
         super().take(seen)
         if self.kept is not None:
             self.kept.update(seen.features, seen.index)
@@ -157,7 +165,7 @@ class FrechetDistance(_FrechetSums):
             self.kept.reset()
 
     def compute(self) -> float:
-        """Of the samples of all processes.
+        """The distance over the samples of all processes.
 
         Raises:
             UserError: for fewer than two samples.
@@ -166,7 +174,7 @@ class FrechetDistance(_FrechetSums):
         return frechet_distance(self.reference, Moments(self.dimension, sums).gaussian())
 
     def values(self, total: int) -> dict[str, Value]:
-        """The distance, with an interval over resampled samples."""
+        """The distance, with options for intervals also its bootstrap interval."""
         value, interval = self.compute(), None
         if self.kept is not None:
             rows = self.kept.compute()
@@ -177,10 +185,12 @@ class FrechetDistance(_FrechetSums):
 
 
 class FrechetInfinity(_FrechetSums):
-    """:func:`frechet_infinity` of streamed features.
+    """The Frechet distance of streamed features extrapolated to infinitely many samples, ``d^2(N) = FD_inf + c / N``.
+
+    Chong and Forsyth 2020, https://arxiv.org/abs/1911.07023; see :func:`frechet_infinity`.
 
     Args:
-        reference: of the real features.
+        reference: Gaussian of the real features.
     """
 
     def __init__(self, reference: Gaussian) -> None:
@@ -188,12 +198,12 @@ class FrechetInfinity(_FrechetSums):
 
     @classmethod
     def of(cls, names: Sequence[str], subject: Subject) -> Self:
-        """Against the reference."""
+        """Build the metric with the subject's reference."""
         return cls(subject.reference.gaussian)
 
     @classmethod
     def unfit(cls, name: str, context: Context) -> str | None:
-        """Too few samples for the smallest part."""
+        """The reason where there are too few samples for the smallest part."""
         try:
             require_enough_for_infinity(context.count, context.extractor.dimension)
         except UserError as error:
@@ -201,7 +211,7 @@ class FrechetInfinity(_FrechetSums):
         return None
 
     def compute(self) -> tuple[float, float]:
-        """The distance and its standard error, of the samples of all processes.
+        """The distance and its standard error over the samples of all processes.
 
         Raises:
             UserError: for too few samples.
@@ -214,10 +224,10 @@ class FrechetInfinity(_FrechetSums):
 
 
 def bias_caveat(extractor: Extractor, count: int) -> str | None:
-    """What to say of a Frechet distance of so few samples; None where there are enough."""
+    """The caveat of a Frechet distance of fewer samples than dimensions; None where there are enough."""
     if count >= extractor.dimension:
         return None
     return (
         f"{count} samples are fewer than the {extractor.dimension} dimensions of {extractor.name}'s features: the "
-        f"Frechet distance is biased upward and compares only with others of {count}; its name says the number"
+        f"Frechet distance is biased upward and compares only with others of {count}; its name has the number"
     )

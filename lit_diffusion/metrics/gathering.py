@@ -1,8 +1,8 @@
 """Metrics over several processes: sums that are added, rows that are counted before they are gathered.
 
-torchmetrics gathers a list state update by update, so processes with different numbers of updates wait for each other
-for ever or compute on a part. Here all processes make one gather whatever they hold, nothing included, and the rows are
-put into the order of the samples' numbers: every process then computes on exactly what a single one would.
+torchmetrics gathers a list state update by update, so processes with different numbers of updates deadlock or compute
+on a part. Here all processes make one gather, even without rows, and the rows are sorted by the samples' numbers, so
+that every process computes on the same rows as a single process would.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lit_diffusion.distributed import gather_rows
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Where states are made or changed: a tensor made in inference mode cannot be added to outside it."""
+    """Leave inference mode while states are made or changed: tensors made in it cannot be changed outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class SumsMetric(Metric):
-    """A metric of sums in float64 that are added over the processes; usable in and out of inference mode, in any order.
+    """A metric of float64 sums that are added over the processes, usable inside and outside of inference mode.
 
-    Nothing is cached: a process that took in nothing since the last figure must come to the sum with the others.
+    Nothing is cached: a process without new samples since the last value must take part in the sum with the others.
 
     Args:
-        shape: of the sums.
+        shape: shape of the sums.
     """
 
     full_state_update = False
@@ -48,13 +48,17 @@ class SumsMetric(Metric):
             super().reset()
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
-        # A copy on another device, too, is made outside.
+        # Copies on another device must be made outside of inference mode, too.
         with outside_inference_mode():
             return super()._apply(fn, exclude_state)
 
 
 class RowsMetric(Metric):
-    """A metric of all samples' rows, kept on the CPU in the precision that they come in."""
+    """A metric of all samples' rows, kept on the CPU.
+
+    Args:
+        dtype: data type of the rows.
+    """
 
     full_state_update = False
     rows: list[Tensor]
@@ -70,25 +74,25 @@ class RowsMetric(Metric):
         return self  # The rows stay on the CPU.
 
     def update(self, rows: Tensor, index: Tensor) -> None:
-        """Take in ``[B, D]`` of samples number ``index`` ``[B]``."""
+        """Take the rows ``[B, D]`` of samples number ``index`` ``[B]``."""
         if len(rows) != len(index):
             raise ValueError(f"{len(rows)} rows for {len(index)} samples")
         self.rows.append(rows.detach().to("cpu", self._rows_dtype))
         self.indices.append(index.detach().to("cpu", torch.int64))
 
     def all_rows(self) -> Tensor:
-        """Of the samples of all processes, by number ``[N, D]``.
+        """The rows of the samples of all processes, sorted by number: ``[N, D]``.
 
         Raises:
-            ValueError: if two samples have one number.
+            ValueError: if two samples have the same number.
         """
         mine = torch.cat(self.rows) if self.rows else torch.empty(0, 0, dtype=self._rows_dtype)
         numbers = torch.cat(self.indices) if self.indices else torch.empty(0, dtype=torch.int64)
         rows, order = gather_rows(mine), gather_rows(numbers[:, None])[:, 0]
         if len(order.unique()) != len(order):
-            raise ValueError("two samples have one number; each must be counted once")
+            raise ValueError("two samples have the same number; each must be counted once")
         return rows[order.argsort()]
 
     def compute(self) -> Any:
-        """The rows; a metric of them computes something of its own."""
+        """The rows; a subclass computes its metric of them."""
         return self.all_rows()

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, added up in float64."""
+"""Mean and covariance of features, from sums in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Gaussian:
     Attributes:
         mean: float64 ``[D]``.
         covariance: float64 ``[D, D]``.
-        count: of the features that they were taken of.
+        count: number of the features.
     """
 
     mean: Tensor
@@ -36,17 +36,17 @@ class Moments:
     """Mean and covariance of features, from sums in float64 that can be added over batches and processes.
 
     Args:
-        dimension: D of the features.
-        sums: to start from, float64 ``[1 + D + D^2]``; None: nothing.
+        dimension: D, the dimension of the features.
+        sums: initial sums, float64 ``[1 + D + D^2]``; None: zeros.
     """
 
     def __init__(self, dimension: int, sums: Tensor | None = None) -> None:
         self.sums = torch.zeros(1 + dimension + dimension**2, dtype=torch.float64) if sums is None else sums
-        """Their number, their sum and the sum of their outer products, in one tensor."""
+        """The number of features, their sum and the sum of their outer products, in one tensor."""
         self.dimension = dimension
 
     def add(self, features: Tensor) -> None:
-        """Take in ``[N, D]``."""
+        """Add features ``[N, D]``."""
         features = features.detach().to(self.sums.device, torch.float64)
         self.sums[0] += len(features)
         self.sums[1 : 1 + self.dimension] += features.sum(0)
@@ -55,14 +55,14 @@ class Moments:
 
     @property
     def count(self) -> int:
-        """How many there were."""
+        """The number of features."""
         return int(self.sums[0])
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance, the latter with the divisor N - 1.
 
         Raises:
-            UserError: for fewer than two.
+            UserError: for fewer than two features.
         """
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 samples, there are {self.count}")
@@ -76,7 +76,7 @@ def gaussian_of(features: Tensor) -> Gaussian:
     """The Gaussian of features ``[N, D]``.
 
     Raises:
-        UserError: for fewer than two.
+        UserError: for fewer than two features.
     """
     moments = Moments(features.shape[1])
     moments.add(features)

@@ -1,13 +1,15 @@
-r"""The kernel distance of features, of Inception's the KID (Binkowski et al. 2018).
+r"""The kernel distance of features; in Inception's features the KID.
 
 The unbiased estimate of the squared maximum mean discrepancy under :math:`k(a, b) = (a^\top b / D + 1)^3`:
 
 .. math::  \frac{1}{m(m-1)} \sum_{i \ne j} \big(k(x_i, x_j) + k(y_i, y_j)\big) - \frac{2}{m^2} \sum_{i,j} k(x_i, y_j)
 
-averaged over random subsets of m features of each set. Unbiased at any m, so it may be slightly negative.
+averaged over random subsets of m features of each set (Binkowski et al. 2018, https://arxiv.org/abs/1801.01401).
+Unbiased at any m, so it may be slightly negative.
 
-The deviation over the subsets is an error only where these differ: of subsets of m among n features it understates that
-of fresh ones by about :math:`\sqrt{1 - m / n}`, and it is 0 where every subset is the whole set.
+The standard deviation over the subsets is an error only where these differ: for subsets of m among n features it
+understates that of fresh ones by a factor of about :math:`\sqrt{1 - m / n}`, and it is 0 where every subset is the
+whole set.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> float:
-    """The estimate above of two sets ``[m, D]``, in their precision.
+    """The unbiased estimate of the squared maximum mean discrepancy of two sets ``[m, D]``, in their precision.
 
     Raises:
-        UserError: for fewer than two.
+        UserError: for fewer than two features in a set.
     """
     m = len(x)
     if m < 2 or len(y) != m:
@@ -42,16 +44,20 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 class KernelDistance(RowsMetric, SampleMetric):
-    """Mean and standard deviation over the subsets, of features ``[B, D]`` a batch.
+    r"""The kernel distance (KID), mean and standard deviation over random subsets, of features ``[B, D]`` a batch.
 
-    The subsets are torch-fidelity's for the same seed and counts.
+    .. math::  \frac{1}{m(m-1)} \sum_{i \ne j} \big(k(x_i, x_j) + k(y_i, y_j)\big)
+               - \frac{2}{m^2} \sum_{i,j} k(x_i, y_j), \qquad k(a, b) = (a^\top b / D + 1)^3
+
+    (Binkowski et al. 2018, https://arxiv.org/abs/1801.01401.) The subsets are torch-fidelity's for the same seed and
+    counts.
 
     Args:
         reference: features of the real data ``[M, D]``.
-        subsets: how many.
-        subset_size: m; fewer where there are fewer features.
-        seed: of the choice of subsets.
-        n_real: real data in all, where only some of them keep their features; None: the reference is all.
+        subsets: number of subsets.
+        subset_size: m; reduced where there are fewer features.
+        seed: seed of the subsets.
+        n_real: number of all real data, where only some of their features are kept; None: the reference's.
     """
 
     def __init__(
@@ -71,7 +77,7 @@ class KernelDistance(RowsMetric, SampleMetric):
 
     @classmethod
     def of(cls, names: Sequence[str], subject: Subject) -> Self:
-        """Against the reference's features."""
+        """Build the metric with the reference's features."""
         options, reference = subject.options, subject.reference
         return cls(
             reference.features, options.kid_subsets, options.kid_subset_size, options.seed, reference.gaussian.count
@@ -79,7 +85,7 @@ class KernelDistance(RowsMetric, SampleMetric):
 
     @classmethod
     def unfit(cls, name: str, context: Context) -> str | None:
-        """Too few samples or data for a variance."""
+        """The reason where there are too few samples or data."""
         if context.count < 2:
             return f"it needs at least 2 samples, there are {context.count}"
         if context.real_count < 2:
@@ -87,21 +93,21 @@ class KernelDistance(RowsMetric, SampleMetric):
         return None
 
     def take(self, seen: Seen) -> None:
-        """Take in a batch."""
+        """Take a batch of samples."""
         self.update(seen.features, seen.index)
 
     def drawn(self, count: int) -> tuple[int, int]:
-        """Of ``count`` samples, how many subsets are drawn and of what size; one where it must be the whole of both."""
+        """Number and size of the subsets for ``count`` samples; one where it is the whole of both sets."""
         size = min(self.subset_size, count, len(self.reference))
         return 1 if size == count == len(self.reference) else self.subsets, size
 
     def has_error(self, count: int) -> bool:
-        """Whether the deviation of ``count`` samples is one: subsets share at most three quarters of either set."""
+        """True where the standard deviation is an error: subsets have at most three quarters of either set."""
         subsets, size = self.drawn(count)
         return subsets > 1 and size <= 0.75 * min(count, len(self.reference))
 
     def compute(self) -> tuple[float, float]:
-        """Mean and deviation over the subsets; see :meth:`has_error` for what the latter is worth.
+        """Mean and standard deviation over the subsets; :meth:`has_error` tells where the latter is an error.
 
         Raises:
             UserError: for fewer than two samples.
@@ -119,7 +125,7 @@ class KernelDistance(RowsMetric, SampleMetric):
         return float(np.mean(values)), float(np.std(values))
 
     def values(self, total: int) -> dict[str, Value]:
-        """The distance; its error is the deviation over the subsets, where that is one."""
+        """The distance, whose error is the standard deviation over the subsets where :meth:`has_error`."""
         distance, deviation = self.compute()
         if self.has_error(total):
             return {"kid": Value(distance, deviation)}
@@ -128,7 +134,7 @@ class KernelDistance(RowsMetric, SampleMetric):
         return {"kid": Value(distance, lacking={"error": reason})}
 
     def protocol(self, total: int) -> dict[str, Any]:
-        """Subsets, and how many real data there are where not all."""
+        """The subsets, and the number of real data where not all."""
         subsets, size = self.drawn(total)
         fewer = {} if len(self.reference) == self.n_real else {"kid_n_real": len(self.reference)}
         return {"kid_subsets": subsets, "kid_subset_size": size, "metric_seed": self.seed, **fewer}

@@ -1,11 +1,11 @@
-r"""How far generated and real features lie in each other's neighbourhoods.
+r"""Precision, recall, density and coverage of samples' features.
 
-With :math:`B_k(y)` the ball around y that reaches its k-th nearest neighbour in its own set, N samples x and M real y:
+With :math:`B_k(y)` the ball around y that reaches its k-th nearest neighbor in its own set, N samples x and M real y:
 
 - precision: the share of x in some :math:`B_3(y)`; recall: the share of y in some :math:`B_3(x)` (Kynkaanniemi et al.
-  2019);
-- density: the mean over x of the number of :math:`B_5(y)` that hold it, over 5; coverage: the share of y with an x in
-  :math:`B_5(y)` (Naeem et al. 2020).
+  2019, https://arxiv.org/abs/1904.06991);
+- density: the mean over x of the number of :math:`B_5(y)` that contain it, over 5; coverage: the share of y with an x
+  in :math:`B_5(y)` (Naeem et al. 2020, https://arxiv.org/abs/2002.09797).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ METRICS = ("precision", "recall", "density", "coverage")
 def compare_manifolds(
     samples: Tensor, real: Neighbourhood, precision_neighbours: int = 3, density_neighbours: int = 5
 ) -> dict[str, Tensor]:
-    """What each of the samples ``[N, D]`` and each datum contributes; the metrics are the means.
+    """The contributions of each of the samples ``[N, D]`` and each datum; the metrics are their means.
 
     Returns:
         float64: ``precision`` ``[N]`` (0 or 1), ``recall`` ``[M]`` (0 or 1), ``density`` ``[N]``, ``coverage`` ``[M]``
         (0 or 1).
 
     Raises:
-        UserError: if either set has no k-th neighbour.
+        UserError: if either set has no k-th neighbor.
     """
     fewest, k = min(len(samples), len(real.features)), max(precision_neighbours, density_neighbours)
     if fewest <= k:
-        raise UserError(f"neighbourhoods of {k} need more than {k} samples and data, there are {fewest}")
+        raise UserError(f"{k} nearest neighbors need more than {k} samples and data, there are {fewest}")
     device = real.device
     real_ball = real.squared_radius(precision_neighbours).to(device)
     dense_ball = real.squared_radius(density_neighbours).to(device)
@@ -60,15 +60,21 @@ def compare_manifolds(
 
 
 class ManifoldMetrics(RowsMetric, SampleMetric):
-    """Precision, recall, density and coverage of samples' features, ``[B, D]`` a batch, against real ones.
+    r"""Precision, recall, density and coverage of samples' features x, ``[B, D]`` a batch, against real features y.
+
+    With :math:`B_k(y)` the ball to the k-th nearest neighbor: precision and recall are the shares of x in some
+    :math:`B_3(y)` and of y in some :math:`B_3(x)` (Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991); density
+    is the mean number of :math:`B_5(y)` that contain x, over 5, and coverage the share of y with an x in
+    :math:`B_5(y)` (Naeem et al. 2020, https://arxiv.org/abs/2002.09797). All are in [0, 1] but density, which is at
+    least 0.
 
     Args:
         real: features of the real data.
         precision_neighbours: k of precision and recall.
         density_neighbours: k of density and coverage.
-        most: only the samples with the ``most`` lowest numbers count; both sets should have about equally many.
-        names: those of the four that are wanted.
-        options: of the metrics, for intervals; None: no intervals.
+        most: number of samples used, those with the lowest numbers; both sets should have about equally many.
+        names: the metrics to measure, of these four.
+        options: the metrics' options, for intervals; None: no intervals.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class ManifoldMetrics(RowsMetric, SampleMetric):
 
     @classmethod
     def of(cls, names: Sequence[str], subject: Subject) -> Self:
-        """Against the reference's features, or some of them."""
+        """Build the metric with the reference's features, at most ``manifold_samples`` of them."""
         options = subject.options
         real = Neighbourhood(
             _at_most(subject.reference.features, options.manifold_samples), subject.extractor.device, options.block_mb
@@ -100,32 +106,32 @@ class ManifoldMetrics(RowsMetric, SampleMetric):
 
     @classmethod
     def unfit(cls, name: str, context: Context) -> str | None:
-        """Too few samples or data for neighbourhoods."""
+        """The reason where there are too few samples or data for k nearest neighbors."""
         options = context.options
         k = max(options.precision_neighbours, options.density_neighbours)
         if min(context.count, context.real_count, options.manifold_samples) <= k:
-            return f"neighbourhoods of {k} need more than {k} samples and data"
+            return f"{k} nearest neighbors need more than {k} samples and data"
         return None
 
     def take(self, seen: Seen) -> None:
-        """Take in a batch."""
+        """Take a batch of samples."""
         self.update(seen.features, seen.index)
 
     def place(self, device: torch.device) -> None:
-        """Compute distances on a device."""
+        """Move the computation of distances to a device."""
         self.real.device = device
 
     def compute(self) -> dict[str, Tensor]:
         """The contributions of the samples of all processes, see :func:`compare_manifolds`.
 
         Raises:
-            UserError: if either set has no k-th neighbour.
+            UserError: if either set has no k-th neighbor.
         """
         samples = self.all_rows()[: self.most]
         return compare_manifolds(samples, self.real, self.precision_neighbours, self.density_neighbours)
 
     def values(self, total: int) -> dict[str, Value]:
-        """The means of the contributions."""
+        """The metrics, means of the contributions."""
         found, count = self.compute(), min(total, self.most)
         return {
             name: mean_value(found[name], self.options, is_share=name != "density", count=count)
@@ -134,7 +140,7 @@ class ManifoldMetrics(RowsMetric, SampleMetric):
         }
 
     def protocol(self, total: int) -> dict[str, Any]:
-        """Neighbours, and how many real data."""
+        """The numbers of neighbors and of real data."""
         protocol: dict[str, Any] = {
             "precision_neighbours": self.precision_neighbours,
             "density_neighbours": self.density_neighbours,
@@ -146,7 +152,7 @@ class ManifoldMetrics(RowsMetric, SampleMetric):
 
 
 def _at_most(features: Tensor, most: int) -> Tensor:
-    """All of them, or a fixed random choice of so many."""
+    """All features, or a fixed random choice of ``most``."""
     if len(features) <= most:
         return features
     return features[keyed_permutation(0, "manifold", len(features))[:most].sort().values]

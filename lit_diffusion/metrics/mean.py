@@ -1,4 +1,4 @@
-"""Mean and standard error of values that several processes hold."""
+"""Mean and standard error of values over several processes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lit_diffusion.metrics.gathering import SumsMetric, outside_inference_mode
 
 
 class Mean(SumsMetric):
-    """Number, sum and sum of squares of values, each one datum's."""
+    """The mean of values, one a datum, from their number, sum and sum of squares."""
 
     def __init__(self) -> None:
         super().__init__(3)
 
     def update(self, values: Tensor) -> None:
-        """Take in values ``[B]``."""
+        """Take values ``[B]``."""
         values = values.detach().to(self.sums.device, torch.float64)
         with outside_inference_mode():
             count = torch.tensor(float(len(values)), dtype=torch.float64, device=self.sums.device)
             self.sums += torch.stack((count, values.sum(), values.square().sum()))
 
     def compute(self) -> tuple[float, float, int]:
-        """Over all processes: mean, standard error and number; NaN where there is none, the error of a single value."""
+        """Mean, standard error and number over all processes; NaN for a mean of none and an error of fewer than two."""
         count, total, squares = sum_over_ranks(self.sums).tolist()
         mean = total / count if count else math.nan
         if count < 2:

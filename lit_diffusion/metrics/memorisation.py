@@ -1,15 +1,16 @@
-r"""Whether samples are copies of training data.
+r"""Memorization: metrics of samples that are copies of training data.
 
 With :math:`d_1, d_2` a sample's distances to its two nearest training data, and r the nearest of them:
 
 - ``nn_ratio``: the mean of :math:`d_1 / d_2`, near 1 for new samples, 0 for copies; ``memorised``: the share of samples
-  where it is below 1/3 (Yoon et al. 2023);
+  where it is below 1/3 (Yoon et al. 2023, "Diffusion probabilistic models generalize when they fail to memorize");
 - ``near_copies``: the share of samples nearer to a training datum than all but the closest 1 % of those are to each
   other;
-- ``authenticity``: the share of samples farther from r than r's own nearest neighbour among the training data is (Alaa
-  et al. 2022, sec. 3): about a half for fresh data (0.38 in the plane), 0 for copies.
+- ``authenticity``: the share of samples farther from r than r's own nearest neighbor among the training data is (Alaa
+  et al. 2022, https://arxiv.org/abs/2102.08921, section 3): about a half for fresh data (0.38 in the plane), 0 for
+  copies.
 
-Where a training mirrors its images, an image and its mirror image are one datum, as far away as the nearer of the two.
+Where training mirrors its images, an image and its mirror image are one datum, at the smaller of the two distances.
 """
 
 from __future__ import annotations
@@ -29,18 +30,24 @@ from lit_diffusion.metrics.neighbours import Neighbourhood, nearest_exactly
 
 MEMORISED_BELOW = 1.0 / 3.0
 FLAGGED_ABOVE = 0.05
-"""A share of near copies that is called memorisation: five times what unseen data of the same law would have."""
+"""The share of near copies above which samples are flagged: five times the share of unseen data of the same law."""
 
 
 class Memorisation(RowsMetric, SampleMetric):
-    """Distances of samples to the training data that a model may have learned by heart.
+    """Memorization metrics from the distances ``d_1 <= d_2`` of samples to their two nearest training data.
+
+    ``nn_ratio`` is the mean of ``d_1 / d_2``; ``memorised`` the share of samples where it is below 1/3; ``near_copies``
+    the share with ``d_1`` below the 1 % quantile of the distances between training data; ``authenticity`` the share
+    with ``d_1`` above the distance of the nearest datum to its own nearest neighbor (Alaa et al. 2022,
+    https://arxiv.org/abs/2102.08921). All lie in [0, 1].
 
     Args:
         real: features of the training data.
-        pairs: so many of the samples closest to a training datum are kept to be looked at.
-        mirrored: features of the same data mirrored left to right, float32 ``[M, D]``, where the training saw those.
-        options: of the metrics, for intervals; None: no intervals.
-        record: what the protocol says of the training data.
+        pairs: number of the samples closest to a training datum to keep for inspection.
+        mirrored: features of the same data mirrored left to right, float32 ``[M, D]``, where the model was trained on
+            them, too.
+        options: the metrics' options, for intervals; None: no intervals.
+        record: entries of the protocol about the training data.
     """
 
     def __init__(
@@ -62,7 +69,7 @@ class Memorisation(RowsMetric, SampleMetric):
 
     @classmethod
     def of(cls, names: Sequence[str], subject: Subject) -> Self:
-        """Against the training data."""
+        """Build the metric with the subject's training data."""
         training, options = subject.training, subject.options
         return cls(
             Neighbourhood(training.features, subject.extractor.device, options.block_mb),
@@ -74,7 +81,7 @@ class Memorisation(RowsMetric, SampleMetric):
 
     @classmethod
     def unfit(cls, name: str, context: Context) -> str | None:
-        """Too few training data for two nearest ones."""
+        """The reason where there are fewer than two training data."""
         training = context.real_count if context.training_count is None else context.training_count
         return "it needs at least 2 training data" if training < 2 else None
 
@@ -84,15 +91,15 @@ class Memorisation(RowsMetric, SampleMetric):
         self._closest = []
 
     def place(self, device: torch.device) -> None:
-        """Compute distances on a device."""
+        """Move the computation of distances to a device."""
         self.real.device = device
 
     def take(self, seen: Seen) -> None:
-        """Take in a batch; images are kept where they are among the closest."""
+        """Take a batch of samples, and keep images that are among the closest."""
         self.update(seen.features, seen.index, seen.data if seen.data.ndim == 4 else None)
 
     def update(self, features: Tensor, index: Tensor, images: np.ndarray | None = None) -> None:
-        """Take in samples; the images themselves so that the closest can be kept.
+        """Take samples, with the images so that the closest can be kept.
 
         Args:
             features: ``[B, D]``.
@@ -120,7 +127,7 @@ class Memorisation(RowsMetric, SampleMetric):
         return nearest_exactly(queries, points, 2, self.real.device, self.real.block_mb)
 
     def _between_data(self) -> Tensor:
-        """Distance of each training datum to the nearest of the others: float64 ``[M]``."""
+        """Distances of the training data to their nearest neighbors: float64 ``[M]``."""
         if self._between is None:
             self._between = self.real.nearest_other()
             if self.mirrored is not None:
@@ -131,10 +138,10 @@ class Memorisation(RowsMetric, SampleMetric):
         return self._between
 
     def compute(self) -> dict[str, Tensor]:
-        """What each of the samples of all processes contributes; the metrics are the means, float64 ``[N]`` each."""
+        """Contributions of the samples of all processes, float64 ``[N]`` each; the metrics are their means."""
         first, second, position = self.all_rows().unbind(1)
         between = self._between_data()
-        # Where the data hold a datum twice, a copy of it has 0 / 0: no sign of a new sample.
+        # Where the data contain a datum twice, a copy of it has 0 / 0, which must not count as a new sample.
         ratio = torch.where(second > 0.0, first / second, 0.0)
         return {
             "nn_ratio": ratio,
@@ -144,7 +151,7 @@ class Memorisation(RowsMetric, SampleMetric):
         }
 
     def values(self, total: int) -> dict[str, Value]:
-        """The means of the contributions; ``near_copies`` is flagged where it is far above what fresh data have."""
+        """The metrics, means of the contributions; ``near_copies`` is flagged above :data:`FLAGGED_ABOVE`."""
         found = {
             name: mean_value(parts, self.options, is_share=name != "nn_ratio") for name, parts in self.compute().items()
         }
@@ -154,7 +161,7 @@ class Memorisation(RowsMetric, SampleMetric):
         return {name: copies if name == "near_copies" else found[name] for name in order}
 
     def protocol(self, total: int) -> dict[str, Any]:
-        """The training data, where they are not the reference."""
+        """Entries about the training data, where they are not the reference."""
         return self.record
 
     def closest(self) -> list[Pair]:
@@ -164,7 +171,7 @@ class Memorisation(RowsMetric, SampleMetric):
 
 
 def _record(subject: Subject) -> dict[str, Any]:
-    """What data copies are looked for among, where these are not the reference or not all of it."""
+    """The protocol's entries about the training data, where they are not the reference or not all of it."""
     reference, training = subject.reference, subject.training
     found: dict[str, Any] = {}
     if training is not reference:

@@ -1,4 +1,4 @@
-"""Nearest neighbours in feature space, block by block, in bounded memory."""
+"""Nearest neighbors in feature space, block by block, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_diffusion.metrics.extractors import full_precision
 
 BLOCK_MB = 256
-"""Of distances that are held at once."""
+"""Megabytes of distances that are held at once."""
 
 
 def distance_blocks(
@@ -19,7 +19,7 @@ def distance_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Squared distances of a few queries at a time to all points: ``(first query, [b, M])``, float32 on ``device``.
 
-    By ``|q|^2 + |p|^2 - 2 q p`` about the points' mean, which keeps the terms that cancel small.
+    Computed as ``|q|^2 + |p|^2 - 2 q p`` about the points' mean, which keeps the canceling terms small.
     """
     points = points.to(device, torch.float32)
     mean = points.mean(0)
@@ -47,10 +47,10 @@ def nearest(
     Args:
         queries: ``[N, D]``.
         points: ``[M, D]``.
-        k: at most M, or M - 1 of the others.
-        device: to compute on; None for the CPU.
+        k: number of neighbors, at most M, or M - 1 with ``excluding_self``.
+        device: device of the computation; None for the CPU.
         block_mb: megabytes of distances that are held at once.
-        excluding_self: the queries are the points, and none is its own neighbour.
+        excluding_self: true where the queries are the points, so that none is its own neighbor.
     """
     values, positions = [], []
     for start, squares in distance_blocks(queries, points, device or torch.device("cpu"), block_mb):
@@ -67,9 +67,10 @@ def nearest(
 def nearest_exactly(
     queries: Tensor, points: Tensor, k: int, device: torch.device | None = None, block_mb: int = BLOCK_MB
 ) -> tuple[Tensor, Tensor]:
-    """Distances ``[N, k]`` (not squared) in float64, by differences, of the nearest points, and their positions.
+    """Exact distances ``[N, k]`` (not squared, float64) of the k nearest points, and their positions.
 
-    Among a few more candidates than k: between near copies the blocks' float32 has no digit left.
+    They are computed by differences from a few more candidates than k: between near copies the blocks' float32 loses
+    all digits.
     """
     _, candidates = nearest(queries, points, min(len(points), k + 3), device, block_mb)
     distances, positions = [], []
@@ -85,11 +86,11 @@ def nearest_exactly(
 
 @dataclass
 class Neighbourhood:
-    """Real features, and the distances between them that several metrics ask for, each computed once.
+    """Real features and the distances between them, shared by several metrics and computed once.
 
     Attributes:
         features: float32 ``[M, D]``.
-        device: to compute on.
+        device: device of the computation.
         block_mb: megabytes of distances that are held at once.
     """
 
@@ -102,15 +103,15 @@ class Neighbourhood:
         self._nearest: Tensor | None = None
 
     def squared_radius(self, k: int) -> Tensor:
-        """To the k-th nearest of the others, squared: float32 ``[M]``."""
+        """Squared distances to the k-th nearest neighbors: float32 ``[M]``."""
         if self._squares is None or self._squares.shape[1] < k:
             deepest = min(max(k, 5), len(self.features) - 1)
             self._squares, _ = nearest(self.features, self.features, deepest, self.device, self.block_mb, True)
         return self._squares[:, k - 1]
 
     def nearest_other(self) -> Tensor:
-        """Exact distance of each to the nearest of the others: float64 ``[M]``."""
+        """Exact distances to the nearest neighbors: float64 ``[M]``."""
         if self._nearest is None:
-            # The nearest of all is the datum itself, or an exact copy: either way the second is what is asked for.
+            # The first of two is the datum itself or an exact copy of it; the second is its nearest neighbor.
             self._nearest = nearest_exactly(self.features, self.features, 2, self.device, self.block_mb)[0][:, 1]
         return self._nearest

@@ -1,7 +1,8 @@
-"""What generated data are compared with: features of real data, computed once and kept.
+"""Reference statistics: features of real data, computed once and cached.
 
-Of the data as they are: every datum once, none padded, none augmented. The file's name is a hash of all that the
-features depend on: the data, which of them, their shape and grey levels, the extractor with its weights, the resize.
+They are of the data as they are, every datum once, without padding or augmentation. The file's name is a hash of all
+that the features depend on: the data and their indices, shape and grey levels, the extractor with its weights, the
+resize.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from lit_diffusion.randomness import keyed_permutation
 
 CACHE_FORMAT = 1
 MOST_FEATURES = 50_000
-"""So many data keep their features, which neighbours and kernels need; mean and covariance are of all."""
+"""The largest number of data whose features are kept, for neighbors and kernels; mean and covariance are of all."""
 BATCH = 250
-# RuntimeError: where the damage looks like a password or a compression that zipfile has not.
+# RuntimeError: where the damage looks like a password or a compression that zipfile does not have.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class RealData:
-    """Real data, ready to be looked at.
+    """Real data as an extractor takes them.
 
     Attributes:
-        values: from positions int64 ``[b]`` to uint8 images ``[b, H, W, C]``, or points float32 ``[b, D]``.
-        count: how many there are.
-        shape: of one datum, ``(C, H, W)`` or ``(D,)``.
-        describe: makes their record; finding out which data these are may read them all.
+        values: a function from positions int64 ``[b]`` to uint8 images ``[b, H, W, C]``, or points float32 ``[b, D]``.
+        count: number of data.
+        shape: shape of one datum, ``(C, H, W)`` or ``(D,)``.
+        describe: makes their record; its fingerprint may need a pass over all data.
     """
 
     values: Callable[[Tensor], np.ndarray]
@@ -56,18 +57,18 @@ class RealData:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What they are: ``reference_source``, ``split``, ``fingerprint`` and what else tells them from others."""
+        """The data's identity: ``reference_source``, ``split``, ``fingerprint`` and further distinguishing keys."""
         return self.describe()
 
     @classmethod
     def of(cls, source: Source, indices: Tensor, split: str, mirrored: bool = False) -> RealData:
-        """Data number ``indices`` of a source: their own grey levels, brought to 0 .. 255; points as they are.
+        """Data number ``indices`` of a source: images scaled to 0 .. 255, points unchanged.
 
         Args:
-            source: where they come from.
-            indices: int64 ``[N]``, which of them.
-            split: what part of the source that is, for the record.
-            mirrored: images left to right, as a training that flips sees half of them.
+            source: the data source.
+            indices: numbers of the data, int64 ``[N]``.
+            split: name of this part of the source, for the record.
+            mirrored: if true, mirror images left to right, as training with flips does with half of them.
         """
         num_grey_levels = source.num_grey_levels
 
@@ -93,13 +94,14 @@ class RealData:
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of real data; nothing changes them.
+    """Immutable statistics of real data.
 
     Attributes:
         gaussian: mean and covariance of the features of all data.
-        features: float32 ``[M, D]``, of at most ``MOST_FEATURES`` of the data; none where only moments were given.
-        positions: int64 ``[M]``, which data those are.
-        record: all that they depend on.
+        features: features of at most ``MOST_FEATURES`` of the data, float32 ``[M, D]``; none where only moments were
+            given.
+        positions: positions of those data, int64 ``[M]``.
+        record: all that the statistics depend on.
     """
 
     gaussian: Gaussian
@@ -109,7 +111,7 @@ class Reference:
 
     @property
     def key(self) -> str:
-        """A hash of the record: what two figures must share to be compared."""
+        """A hash of the record, the same for comparable metric values."""
         return record_key(self.record)
 
 
@@ -119,7 +121,7 @@ def record_key(record: dict[str, Any]) -> str:
 
 
 def reference_record(data: RealData, extractor: Extractor) -> dict[str, Any]:
-    """All that a reference depends on."""
+    """The record of a reference, all that it depends on."""
     return {
         "format": CACHE_FORMAT,
         **data.record,
@@ -138,15 +140,15 @@ def reference_of(
     show_progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Reference:
-    """From the cache, else computed by all processes together and kept; all processes call it.
+    """The reference of data, from the cache or computed by all processes together; all processes call it.
 
     Args:
-        data: the real ones.
-        extractor: of the features.
-        folder: of the cache; None for ``references`` in the project's own.
-        rank: of this process, which takes every ``world_size``-th datum.
+        data: the real data.
+        extractor: the feature extractor.
+        folder: folder of the cache; None for ``references`` in the project's cache.
+        rank: number of this process, which takes every ``world_size``-th datum.
         world_size: number of processes.
-        show_progress: with a bar.
+        show_progress: if true, draw a progress bar.
         say: prints one line.
 
     Raises:
@@ -155,7 +157,7 @@ def reference_of(
     record = reference_record(data, extractor)
     path = (folder or cache_folder("references")) / f"{record_key(record)}.npz"
     cached = _read(path, record, say)
-    # One process may see the file that another has just written: all go the same way.
+    # One process may see a file that another has just written: all must take the same branch.
     if int(sum_over_ranks(torch.tensor(float(cached is not None)))) == world_size and cached is not None:
         return cached
     kept = torch.arange(data.count)
@@ -181,7 +183,7 @@ def reference_of(
     if rank == 0:
         try:
             _write(path, reference)
-        except UserError as error:  # A run of hours does not end for a cache.
+        except UserError as error:  # A full disk under the cache must not end a run of hours.
             say(f"the reference statistics are not kept: {error}")
     return reference
 
@@ -202,14 +204,14 @@ def _write(path: Path, reference: Reference) -> None:
         "features": reference.features.numpy(),
         "positions": reference.positions.numpy(),
     }
-    # Whole or absent, and equal whoever writes it: two processes at once do no harm.
+    # Written atomically and with equal contents by every process: concurrent writers do no harm.
     with atomic_write(path) as file:
         texts = {"record": np.array(json.dumps(reference.record)), "sha256": np.array(_digest(arrays))}
         np.savez(file, allow_pickle=False, **arrays, **texts)
 
 
 def _read(path: Path, record: dict[str, Any], say: Callable[[str], None]) -> Reference | None:
-    """The cached reference; None if there is none, or what there is is damaged."""
+    """The cached reference; None where it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -227,7 +229,7 @@ def _read(path: Path, record: dict[str, Any], say: Callable[[str], None]) -> Ref
 
 
 def reference_of_moments(path: Path, dimension: int) -> Reference:
-    """Of a file with ``mu`` and ``sigma``, as other projects publish them: enough for a Frechet distance alone.
+    """The reference of a file with ``mu`` and ``sigma``, as other projects publish them, for Frechet distances alone.
 
     Raises:
         UserError: if they are missing or of another dimension.
@@ -235,7 +237,7 @@ def reference_of_moments(path: Path, dimension: int) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in ("mu", "sigma"))
-    except (*_UNREADABLE, TypeError) as error:  # The last of a lone array, which is no archive.
+    except (*_UNREADABLE, TypeError) as error:  # TypeError: a single array, which is not an archive.
         raise UserError(f"cannot read mu and sigma of {path}: {' '.join(str(error).split())}") from error
     if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):
         raise UserError(

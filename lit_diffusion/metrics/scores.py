@@ -1,4 +1,4 @@
-"""All metrics of a set of samples at once: one forward a batch, one name and one protocol for each value."""
+"""All metrics of a set of samples at once: one forward pass a batch, one name and one protocol for each value."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lit_diffusion.metrics.reference import Reference
 
 @dataclass(frozen=True)
 class Result:
-    """Values and what they mean.
+    """Metric values with their errors, intervals and protocol.
 
     Attributes:
-        values: by their names.
+        values: values by name.
         errors: standard deviation over the parts or subsets, or standard error, of those that have one.
-        intervals: 95 % bootstrap intervals, where asked for; of shares of 0 and 1 the exact binomial ones.
-        protocol: how all of them were made.
+        intervals: 95 % bootstrap intervals, if requested; for shares of 0 and 1 exact binomial ones.
+        protocol: the settings behind all values.
         pairs: samples closest to training data, each with the datum's position in the reference.
-        flagged: whether the samples look like copies of training data.
-        left_out: metrics, errors and intervals that are not there, each with the reason.
-        failed: metrics that failed, where that was to be survived, and how.
+        flagged: true where the samples look like copies of training data.
+        left_out: reasons by name for missing metrics, errors and intervals.
+        failed: failures by metric, where failures are survived.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -46,21 +46,21 @@ class Result:
 
 
 class Scores:
-    """Takes in samples batch by batch and gives all values at the end.
+    """The metrics of a set of samples, taken batch by batch.
 
-    All processes make one, take in their share of the samples, and call :meth:`compute` together.
+    All processes build one, take their share of the samples, and call :meth:`compute` together.
 
     Args:
-        metrics: as :func:`~lit_diffusion.metrics.choice.choose_metrics` gives them.
-        extractor: of the features.
-        reference: of the real data.
-        shape: of a sample, ``(C, H, W)`` or ``(D,)``.
-        options: of the metrics.
-        pairs: so many of the samples closest to training data are kept to be looked at.
-        clip: embeds images and captions; None: the extractor itself, where it can.
-        training: of what the samples may be copies of; None: the reference.
-        mirrored: the same data mirrored left to right, where the training saw those too.
-        left_out: metrics that cannot be had, with the reasons, for the results.
+        metrics: names of the metrics, as :func:`~lit_diffusion.metrics.choice.choose_metrics` returns them.
+        extractor: the feature extractor.
+        reference: statistics of the real data.
+        shape: shape of a sample, ``(C, H, W)`` or ``(D,)``.
+        options: the metrics' options.
+        pairs: number of the samples closest to training data to keep for inspection.
+        clip: embeds images and captions; None: the extractor, where it is CLIP.
+        training: statistics of the training data; None: the reference.
+        mirrored: those of the training data mirrored left to right, where the model was trained on these, too.
+        left_out: reasons by name for metrics that cannot be measured, for the results.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Scores:
         )
         self.left_out = dict(left_out or {})
         self.survives = False
-        """Whether the other metrics are to be had where the computation of one fails."""
+        """True where a failure of one metric does not end the others."""
         self.count = 0
         self._batch = 0
         names: dict[type[SampleMetric], list[str]] = {}
@@ -93,39 +93,39 @@ class Scores:
         self._metrics = {tuple(those): kind.of(those, self.subject) for kind, those in names.items()}
 
     def metric(self, name: str) -> SampleMetric:
-        """What measures a metric of the catalogue."""
+        """The object that measures a metric of the catalogue."""
         return next(metric for names, metric in self._metrics.items() if name in names)
 
     def to(self, device: torch.device) -> None:
-        """Compute on a device."""
+        """Move the computation to a device."""
         self.subject.extractor.to(device)
         for metric in self._metrics.values():
             metric.place(device)
 
     def release(self) -> None:
-        """Forget the samples and give the device's memory back."""
+        """Forget the samples and free the device's memory."""
         self.reset()
         self.to(torch.device("cpu"))
 
     def reset(self) -> None:
-        """Forget the samples; what was found out about the real data stays."""
+        """Forget the samples, and keep results about the real data."""
         self.count = 0
         for metric in self._metrics.values():
             metric.reset()
 
     def update(self, data: np.ndarray, index: Tensor, captions: list[str] | None = None) -> None:
-        """Take in samples number ``index`` ``[B]``.
+        """Take samples number ``index`` ``[B]``.
 
         Args:
             data: uint8 images ``[B, H, W, C]`` or float32 points ``[B, D]``.
             index: int64 ``[B]``.
-            captions: of each, where there are any.
+            captions: caption of each sample, None without captions.
         """
         kept = len(index)
         if kept == 0:
             return
         self.count += kept
-        # One batch shape throughout: a network's last digits depend on it.
+        # One batch shape throughout, since a network's last digits depend on it.
         self._batch = max(self._batch, kept)
         filled = np.concatenate((data, np.repeat(data[-1:], self._batch - kept, axis=0)))
         found = self.subject.extractor(filled)
@@ -135,22 +135,22 @@ class Scores:
             metric.take(seen)
 
     def key(self, value: str, count: int) -> str:
-        """The name of one of its values of ``count`` samples."""
+        """The full name of a value of ``count`` samples."""
         return metric_key(value, self.subject.extractor.name, count)
 
     def compute(self, total: int) -> Result:
-        """The values of the samples of all processes.
+        """The values over the samples of all processes.
 
         Args:
-            total: samples over all processes, for the names.
+            total: number of samples over all processes, for the names.
 
         Raises:
-            UserError: where the values cannot be had of so many.
-            ValueError: if so many were not taken in.
+            UserError: where there are too few samples for a value.
+            ValueError: if another number of samples was taken.
         """
         taken = int(sum_over_ranks(torch.tensor(float(self.count))))
         if taken != total:
-            raise ValueError(f"{taken} samples were taken in, the values' names would say {total}")
+            raise ValueError(f"{taken} samples were taken, the values' names would say {total}")
         result = Result(protocol=self.protocol(total), left_out=dict(self.left_out))
         flagged = False
         for names, metric in self._metrics.items():
@@ -184,7 +184,7 @@ class Scores:
             failed[name] = attempt.failures
 
     def protocol(self, total: int) -> dict[str, Any]:
-        """How the values of ``total`` samples are made, as far as metrics know."""
+        """The settings behind the values of ``total`` samples, as far as metrics know them."""
         reference, options = self.subject.reference, self.subject.options
         protocol: dict[str, Any] = {
             **self.subject.extractor.protocol(self.subject.shape),

@@ -1,7 +1,6 @@
-"""The weights of the networks whose features are compared: where they are, how they come there, that they are whole.
+"""Weights of the feature networks: their files, download and checksums.
 
-``fetch weights NAME`` is the only thing that downloads them. A metric reads what is on the disk, or says at once what
-to type.
+Only ``fetch weights NAME`` downloads them. A metric reads the files on disk, or fails at once with the command to run.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from lit_diffusion.files import atomic_write, cache_folder
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One published file.
+    """One published file of weights.
 
     Attributes:
-        model: whose it is, as a figure's protocol calls it.
-        url: where it is published.
-        sha256: of the whole file.
+        model: name of the network in protocols.
+        url: address of the file.
+        sha256: checksum of the whole file.
     """
 
     model: str
@@ -36,7 +35,7 @@ class WeightsFile:
 
     @property
     def name(self) -> str:
-        """Of the file on this machine."""
+        """The file's name on this machine."""
         return self.url.rsplit("/", 1)[1]
 
 
@@ -66,12 +65,12 @@ WEIGHTS = {
 
 
 def weights_folder() -> Path:
-    """Of fetched weights: ``$LIT_DIFFUSION_WEIGHTS``, or ``weights`` in the cache."""
+    """The folder of fetched weights: ``$LIT_DIFFUSION_WEIGHTS``, or ``weights`` in the cache."""
     return cache_folder("weights", "LIT_DIFFUSION_WEIGHTS")
 
 
 def sha256_of(path: Path) -> str:
-    """Of a whole file.
+    """The sha256 of a file.
 
     Raises:
         UserError: if it cannot be read.
@@ -88,10 +87,10 @@ def find_weights(name: str, given: str | Path | None = None) -> tuple[Path, str]
 
     Args:
         name: a key of ``WEIGHTS``.
-        given: a file of the user's own; None for the fetched one, whose sha256 must be the published one.
+        given: a file of the user; None for the fetched one, whose sha256 must be the published one.
 
     Raises:
-        UserError: if it is missing, with the command that brings it, or damaged.
+        UserError: if it is missing, with the command that fetches it, or damaged.
     """
     require_choice("", "weights", name, WEIGHTS)
     command = f"python -m lit_diffusion fetch weights {name}"
@@ -111,12 +110,12 @@ def find_weights(name: str, given: str | Path | None = None) -> tuple[Path, str]
 
 
 def fetch_weights(name: str) -> Path:
-    """Download a network's weights; nothing is done if they are there and whole.
+    """Download a network's weights, unless an intact file is there.
 
     The file appears under its name only when it is complete and its sha256 is the published one.
 
     Raises:
-        UserError: if there is no such network, or the download fails or is not what was published.
+        UserError: for an unknown network, a failed download, or a file other than the published one.
     """
     require_choice("", "weights", name, WEIGHTS)
     wanted = WEIGHTS[name]
@@ -130,7 +129,7 @@ def fetch_weights(name: str) -> Path:
         total = int(source.headers.get("Content-Length") or 0) or None
         with tqdm(total=total, unit="B", unit_scale=True, desc=wanted.name) as bar:
             while True:
-                with _downloading(wanted.url, path):  # Not around the writing: a full disk is another matter.
+                with _downloading(wanted.url, path):  # Not around the writing: a full disk is another error.
                     chunk = source.read(1 << 20)
                 if not chunk:
                     break
@@ -147,7 +146,7 @@ def fetch_weights(name: str) -> Path:
 
 @contextmanager
 def _downloading(url: str, path: Path) -> Iterator[None]:
-    """Say in one line that the network failed."""
+    """Turn a failure of the network into a UserError of one line."""
     try:
         yield
     except (OSError, HTTPException) as error:

@@ -1,4 +1,4 @@
-"""What training minimizes."""
+"""Objectives: the losses that training minimizes, and the laws of t."""
 
 from lit_diffusion.objectives.base import Loss
 from lit_diffusion.objectives.coupling import OptimalTransport

@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of each datum of a batch, and what comes with it.
+    """The loss of each datum of a batch, with its times, its logged terms and its kept tensors.
 
     Attributes:
         per_sample: ``[B]``, float32; its mean over the global batch is minimized.
-        t: time of the noise of each datum, float64 ``[B]``; None for a loss that has no noise level (a classifier's, an
-            autoencoder's, an energy's contrast).
-        unweighted: ``[B]``, ``per_sample`` without the factor that makes up for an uneven law of t; None where there is
-            no such factor.
+        t: the time to which each datum is noised, float64 ``[B]``; None for a loss without noise level (a classifier's,
+            an autoencoder's, an energy's contrast).
+        unweighted: ``[B]``, ``per_sample`` without the importance weight of an uneven law of t; None where there is no
+            such weight.
         terms: named parts of the loss, ``[B]`` each, logged as ``train/<name>``.
-        kept: named tensors ``[B, ...]`` for the method's ``after_step``, which is given those of the whole global batch
+        kept: named tensors ``[B, ...]`` for the method's ``after_step``, which receives those of the whole global batch
             in its order.
     """
 
@@ -32,7 +32,7 @@ class Loss:
 
     @property
     def shown(self) -> Tensor:
-        """What is shown as the loss of each datum at its own noise level: ``[B]``, without gradient."""
+        """The loss of each datum at its own noise level, for plots: ``[B]``, without gradient."""
         return (self.per_sample if self.unweighted is None else self.unweighted).detach()
 
     @classmethod

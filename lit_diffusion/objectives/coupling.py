@@ -25,10 +25,10 @@ class OptimalTransport(DenoisingScoreMatching):
 
     .. math::  \pi^* = \operatorname*{arg\,min}_{\pi \in S_N} \sum_{i=1}^N \| x_0^{(i)} - \epsilon^{(\pi(i))} \|^2
 
-    exactly, and as a permutation: each noise is used once (Pooladian et al. 2023, "Multisample flow matching", arXiv
-    2304.14772; Tong et al. 2024, "Minibatch optimal transport", arXiv 2302.00482, draw pairs with replacement). Data
-    with labels are paired inside their class: over the whole batch the noise would tell the classes apart, and a model
-    is asked for each of them from all noise.
+    exactly, and as a permutation: each noise is used once (Pooladian et al. 2023, "Multisample flow matching",
+    https://arxiv.org/abs/2304.14772; Tong et al. 2024, "Minibatch optimal transport", https://arxiv.org/abs/2302.00482,
+    draw pairs with replacement). Data with labels are paired inside their class: over the whole batch the noise would
+    tell the classes apart, and a model is asked for each of them from all noise.
 
     What is learned is the velocity of this coupling. Its ODE ends at the data; its score is not that of data with
     independent noise, so that samplers that add noise, and Langevin dynamics, do not.

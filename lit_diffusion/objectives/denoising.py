@@ -1,11 +1,11 @@
-r"""Denoising score matching: the law of the noise level, the weight, the loss of one image.
+r"""Denoising score matching: the law of t, the weight, the loss of each datum.
 
 .. math::  L(\theta) = E_{t}\, \lambda(t)\, E_{x_0, \epsilon}\,
            \Big\| s_\theta(\alpha x_0 + \sigma \epsilon, t) + \frac{\epsilon}{\sigma} \Big\|^2
 
-(Vincent 2011, eq. 9; Song and Ermon 2019, eqs. 5 and 6). It is computed as ``lambda/sigma^2 |eps_theta - eps|^2``,
-which is the same number without the division of two small ones. For each t its minimizer is the score of the smoothed
-density.
+(Vincent 2011, https://doi.org/10.1162/NECO_a_00142, eq. 9; Song and Ermon 2019, https://arxiv.org/abs/1907.05600,
+eqs. 5 and 6). It is computed as ``lambda/sigma^2 |eps_theta - eps|^2``, the same number without dividing two small
+ones. For each t its minimizer is the score of the smoothed density.
 """
 
 from __future__ import annotations
@@ -34,31 +34,32 @@ WEIGHTS: dict[str, Callable[[Process, Coefficients], Tensor]] = {
     "one": lambda process, coefficients: torch.ones_like(coefficients.sigma),
     "g2": lambda process, coefficients: process.diffusion(coefficients.t) ** 2,
 }
-"""``lambda(t)``: ``sigma2`` makes all levels weigh alike (NCSN, DDPM's simple loss), ``one`` is plain score matching,
+"""``lambda(t)``: ``sigma2`` weighs all noise levels alike (NCSN, DDPM's simple loss), ``one`` is plain score matching,
 ``g2`` the likelihood weighting, with ``half_sum`` an upper bound of the negative log-likelihood in nats up to a
-constant (Song et al. 2021, "Maximum likelihood training", theorem 1)."""
+constant (Song et al. 2021, "Maximum likelihood training", https://arxiv.org/abs/2101.09258, theorem 1)."""
 
 
 class DenoisingScoreMatching(Objective):
-    r"""Denoising score matching, or a regression of whatever the network predicts.
+    r"""Denoising score matching, or a regression of the network's own target.
 
     .. math::  \ell = \frac{\lambda(t)}{\sigma^2} \| \epsilon_\theta(x_t, t) - \epsilon \|^2
                \quad\text{or, for the weight raw,}\quad
                \ell = \| F_\theta(x_t, t) - (u\, x_0 + v\, \epsilon) \|^2
 
-    with a half in front, or the mean over the dimensions. With ``raw``, the loss in the network's own output space,
-    DDPM's simple loss (Ho et al. 2020, arXiv 2006.11239, eq. 14), EDM's, whose weight is ``1 / c_out^2`` (Karras et al.
-    2022, arXiv 2206.00364, table 1), and the regression of a flow's velocity (Lipman et al. 2023, arXiv 2210.02747) are
-    one objective, under the parametrizations ``eps``, ``edm`` and ``velocity``.
+    with a half in front, or the mean over the dimensions (Vincent 2011, https://doi.org/10.1162/NECO_a_00142). With
+    ``raw``, the loss in the network's own output space, DDPM's simple loss (Ho et al. 2020,
+    https://arxiv.org/abs/2006.11239, eq. 14), EDM's, whose weight is ``1 / c_out^2`` (Karras et al. 2022,
+    https://arxiv.org/abs/2206.00364, table 1), and the regression of a flow's velocity (Lipman et al. 2023,
+    https://arxiv.org/abs/2210.02747) are one objective, under the parametrizations ``eps``, ``edm`` and ``velocity``.
 
     Args:
-        time_law: how t is drawn, by name, a row of :data:`~lit_diffusion.objectives.laws.LAWS`, or a law.
+        time_law: the law of t: a name, one of the rows of :data:`~lit_diffusion.objectives.laws.LAWS`, or a law.
         weight: ``lambda(t)``, a row of :data:`WEIGHTS`, or ``raw``.
-        reduction: over the dimensions of an image: ``half_sum`` (NCSN's and score-SDE's 1/2 norm^2) or ``mean``
-            (DDPM's).
+        reduction: the reduction over the dimensions of a datum: ``half_sum`` (NCSN's and score-SDE's 1/2 norm^2) or
+            ``mean`` (DDPM's).
 
     Raises:
-        UserError: for a name that is not one of these.
+        UserError: for a name that is not in the tables.
     """
 
     def __init__(
@@ -93,6 +94,6 @@ class DenoisingScoreMatching(Objective):
 
 
 def output_error(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
-    """What the network said less what it should have said, ``F - (u x_0 + v eps)``: ``[B, ...]`` like x0."""
+    """The error of the network's output, ``F - (u x_0 + v eps)``: ``[B, ...]`` like x0."""
     target = expand_like(prediction.u, x0) * x0 + expand_like(prediction.v, x0) * eps
     return prediction.raw.to(x0.dtype) - target

@@ -6,10 +6,11 @@ r"""DDPM's objectives: the simple loss, the variational bound, and their hybrid.
     L_{t-1} = KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t)), \quad L_0 = -\log p_\theta(x_0 | x_1) \\
     L_{hybrid} &= L_{simple} + 0.001\, L_{vlb}
 
-(Ho et al. 2020, eqs. 5, 12 and 14; Nichol and Dhariwal 2021, eq. 16, where L_vlb does not move the mean). F is what the
-network predicts: the noise in DDPM. With a fixed variance ``L_{t-1}`` is DDPM's weighted loss
-``beta^2 / (2 sigma^2 alpha (1 - abar)) |eps - eps_theta|^2``. The prior's term has no parameters and is left out
-here; see :mod:`lit_diffusion.likelihood`.
+(Ho et al. 2020, https://arxiv.org/abs/2006.11239, eqs. 5, 12 and 14; Nichol and Dhariwal 2021,
+https://arxiv.org/abs/2102.09672, eq. 16, where the gradient of L_vlb does not reach the mean). F is the network's
+target: the noise in DDPM. With a fixed variance ``L_{t-1}`` is DDPM's weighted loss
+``beta^2 / (2 sigma^2 alpha (1 - abar)) |eps - eps_theta|^2``. The prior's term has no parameters and is left out;
+:mod:`lit_diffusion.likelihood` has it.
 """
 
 from __future__ import annotations
@@ -35,22 +36,29 @@ LossName = Literal["simple", "bound", "hybrid"]
 LevelLaw = Literal["levels", "second_moment"]
 
 HYBRID_WEIGHT = 0.001
-"""Of the bound, in bits per dimension, beside the simple loss (Nichol and Dhariwal 2021, section 3.1)."""
+"""The weight of the bound in L_hybrid, in bits per dimension (Nichol and Dhariwal 2021, section 3.1)."""
 
 
 class DiffusionObjective(Objective):
-    """The losses above, for a process on a grid.
+    r"""DDPM's losses ``L_simple``, ``L_vlb`` and ``L_hybrid = L_simple + 0.001 L_vlb`` for a process on a grid.
+
+    .. math::
+        L_{simple} = E_{t, \epsilon} |F_\theta(x_t, t) - F|^2 / D, \qquad
+        L_{vlb} = \frac{1}{D \ln 2} \Big(\sum_{t > 1} KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t))
+        - \log p_\theta(x_0 | x_1)\Big)
+
+    (Ho et al. 2020, https://arxiv.org/abs/2006.11239; Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672.) The
+    bound does not clip the predicted datum: a clipped prediction has no gradient.
 
     Args:
         num_timesteps: T.
         loss: ``simple``, ``bound`` (in bits per dimension) or ``hybrid``.
-        variance: of the reverse steps that the bound scores. It does not clip the predicted datum, as the papers' code
-            does not while it trains: where a prediction is clipped it would learn nothing.
-        time_law: in training: ``levels``, all alike, or ``second_moment``, see
+        variance: the variance of the reverse steps that the bound scores.
+        time_law: the law of t in training: ``levels``, all timesteps alike, or ``second_moment``, see
             :class:`~lit_diffusion.objectives.laws.SecondMoments`.
 
     Raises:
-        UserError: for a name that is not one of these, and for a learned variance that the loss would not train.
+        UserError: for a name that is not in the tables, and for a learned variance that the loss would not train.
     """
 
     def __init__(
@@ -73,12 +81,12 @@ class DiffusionObjective(Objective):
         cond: Condition | None = None,
         grey_levels: GreyLevels | None = None,
     ) -> Loss:
-        """The loss at given times ``[B]``, of which the nearest grid points are meant, and noise."""
+        """The loss at the grid points nearest to given times ``[B]``, and noise ``[B, ...]``."""
         process = denoiser.process
         assert process.num_timesteps is not None
         self.chain.check(denoiser)
-        coefficients = process.level_index(t)
-        t = (coefficients + 1).to(torch.float64) / process.num_timesteps
+        index = process.level_index(t)
+        t = (index + 1).to(torch.float64) / process.num_timesteps
         prediction = denoiser(process.perturb(x0, t, eps), t, cond)
         per_sample = x0.new_zeros(len(x0))
         if self.loss != "bound":
@@ -87,7 +95,7 @@ class DiffusionObjective(Objective):
             scored, factor = prediction, 1.0
             if self.loss == "hybrid":
                 scored, factor = replace(prediction, raw=prediction.raw.detach()), HYBRID_WEIGHT
-            s = coefficients.to(torch.float64) / process.num_timesteps
+            s = index.to(torch.float64) / process.num_timesteps
             nats = bound_term(scored, denoiser, x0, s, self.chain, grey_levels)
             bits = process.num_timesteps / (x0[0].numel() * math.log(2.0)) * nats
             per_sample = per_sample + factor * bits.to(x0.dtype)

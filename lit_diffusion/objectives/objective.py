@@ -1,4 +1,4 @@
-"""The interface of every objective of a denoiser: a law of t, the noise and its pairing, the loss of each datum."""
+"""The interface of a denoiser's objective: a law of t, the noise and its coupling, the loss of each datum."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lit_diffusion.randomness import keyed_normal, keyed_uniform
 class Objective(nn.Module, ABC):
     r"""A loss over noise levels, :math:`E_{t \sim p}\, E_{x_0, \epsilon}\, \ell(x_0, t, \epsilon)`.
 
-    A subclass says the loss of each datum at given times and noise (:meth:`at`).
+    A subclass implements the loss of each datum at given times and noise (:meth:`at`).
 
     Args:
-        time_law: how t is drawn.
+        time_law: the law p of t.
     """
 
     def __init__(self, time_law: TimeLaw) -> None:
@@ -30,7 +30,7 @@ class Objective(nn.Module, ABC):
         self.time_law = time_law
 
     def check(self, process: Process) -> None:
-        """Refuse a process that does not have the times asked for, before the first step.
+        """Refuse a process without the law's times, before the first step.
 
         Raises:
             UserError: with the reason.
@@ -38,7 +38,7 @@ class Objective(nn.Module, ABC):
         self.time_law.check(process)
 
     def noise(self, x0: Tensor, seed: int, index: Tensor) -> Tensor:
-        """The noise of the data that are number ``index`` ``[B]`` of a run: ``[B, ...]`` like x0."""
+        """The noise of the run's data number ``index`` ``[B]``: ``[B, ...]`` like x0."""
         return keyed_normal(seed, "noise", index, tuple(x0.shape[1:]), dtype=x0.dtype)
 
     @property
@@ -47,16 +47,16 @@ class Objective(nn.Module, ABC):
         return type(self).couple is not Objective.couple
 
     def couple(self, x0: Tensor, eps: Tensor, cond: Condition | None = None) -> Tensor:
-        """The noise paired with each datum, a permutation of the given; by default as it is given.
+        """The noise coupled with each datum, a permutation of the given noise; by default the given order.
 
-        An objective that pairs noise with data overrides it. The training step calls it once with the global batch, the
-        rows of all processes, before that is split: what it returns is given to :meth:`forward` part by part. All
+        An objective that couples noise with data overrides it. The training step calls it once with the global batch,
+        the rows of all processes, before the batch is split; :meth:`forward` receives the result part by part. All
         processes call it and must find the same. Held-out data have their own noise.
 
         Args:
             x0: the data ``[N, ...]``.
-            eps: the noise keyed to them, ``[N, ...]``.
-            cond: their condition, ``[N]`` rows; no labels where the model is not told them.
+            eps: the noise keyed to the data, ``[N, ...]``.
+            cond: the condition, ``[N]`` rows; without labels where the model is not class-conditional.
         """
         return eps
 
@@ -70,18 +70,18 @@ class Objective(nn.Module, ABC):
         grey_levels: GreyLevels | None = None,
         eps: Tensor | None = None,
     ) -> Loss:
-        """The loss of the data that are number ``index`` ``[B]`` of a run: their times and noise are keyed by it.
+        """The loss of the run's data number ``index`` ``[B]``, whose times and noise are keyed by that number.
 
-        Where the law of t learns, its ``kept`` are the times and the losses there, for :meth:`TimeLaw.learn`.
+        Where the law of t learns, the loss keeps the times and losses for :meth:`TimeLaw.learn`.
 
         Args:
             denoiser: the model.
             x0: the data ``[B, ...]``.
-            seed: of the run.
-            index: int64 ``[B]``.
+            seed: the run's seed.
+            index: the data's numbers in the run, int64 ``[B]``.
             cond: the condition, ``[B]`` rows.
-            grey_levels: of the data; None for points.
-            eps: the noise paired with them, see :meth:`couple`; None: their own.
+            grey_levels: the data's grey levels; None for points.
+            eps: the noise coupled with the data, see :meth:`couple`; None: the noise of :meth:`noise`.
         """
         t, density = self.time_law.draw(keyed_uniform(seed, "time", index), denoiser.process)
         eps = self.noise(x0, seed, index) if eps is None else eps

@@ -1,4 +1,4 @@
-"""Forward noising processes, and the coefficients of one at its times."""
+"""Forward noising processes and their coefficients at given times."""
 
 from lit_diffusion.processes.base import LOG_2PI, Coefficients, LogProcess, Process, Transition, expand_like
 from lit_diffusion.processes.discrete import Betas, cosine_betas, linear_betas

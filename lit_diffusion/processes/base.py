@@ -4,12 +4,13 @@ Each is a linear SDE ``dx = f(t) x dt + g(t) dw`` with
 
 .. math::  f = \frac{d \log\alpha}{dt}, \qquad g^2 = \frac{d\sigma^2}{dt} - 2 f \sigma^2
 
-(the moment equations of a linear SDE: Särkkä and Solin 2019, section 5.5; the kernels are in Song et al. 2021,
-"Score-based generative modeling through SDEs", appendix B). All of this is computed in float64 whatever
-the state's type, because the ratios of small levels are what samplers divide by.
+(the moment equations of a linear SDE: Särkkä and Solin 2019, "Applied stochastic differential equations", section 5.5;
+the kernels: Song et al. 2021, "Score-based generative modeling through SDEs", appendix B,
+https://arxiv.org/abs/2011.13456). All of this is computed in float64 whatever the state's type, because samplers divide
+by ratios of small noise levels.
 
-A discrete method is the same process read on a grid ``t_i = i / levels``, ``i = 1 .. levels``: NCSN's L levels and
-DDPM's T betas are exact at their points, and interpolated in between.
+A discrete method is the same process read on a grid ``t_i = i / num_timesteps``, ``i = 1 .. num_timesteps``: NCSN's L
+noise levels and DDPM's T betas are exact at the grid points and interpolated in between.
 
 A process is given by four functions of t, :meth:`Process.alpha`, :meth:`Process.sigma` and their derivatives. Where
 alpha reaches 0, as a flow's does at t = 1, f, g and the log-SNR are infinite, and nothing is NaN: transitions, the
@@ -38,7 +39,7 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 @dataclass(frozen=True)
 class Transition:
-    r"""The steps between two times ``s < t``, float64 ``[B]`` each.
+    r"""The forward step and its posterior between two times ``s < t``, float64 ``[B]`` each.
 
     .. math::
         q(x_t | x_s) &= N(a\, x_s, \beta I), \quad a = \alpha_t / \alpha_s, \quad
@@ -47,10 +48,10 @@ class Transition:
         c_t = a \sigma_s^2 / \sigma_t^2, \quad \tilde\beta = \beta \sigma_s^2 / \sigma_t^2
 
     On DDPM's grid these are its ``beta_t``, ``sqrt(alpha_t)`` and the posterior's mean and variance (Ho et al. 2020,
-    eqs. 2, 6 and 7).
+    https://arxiv.org/abs/2006.11239, eqs. 2, 6 and 7).
 
     Attributes:
-        scale: ``a``, of the mean of the forward step.
+        scale: ``a``, the factor of x_s in the mean of the forward step.
         beta: variance of the forward step.
         x0_coefficient: ``c_0``.
         xt_coefficient: ``c_t``.
@@ -70,8 +71,8 @@ class Coefficients:
 
     Attributes:
         t: the times.
-        alpha: of the mean, ``alpha(t)``.
-        sigma: standard deviation of the noise, ``sigma(t)``.
+        alpha: ``alpha(t)``, the factor of the clean datum in the mean.
+        sigma: ``sigma(t)``, the standard deviation of the noise.
         dalpha: ``d alpha / dt``.
         dsigma: ``d sigma / dt``.
     """
@@ -84,7 +85,11 @@ class Coefficients:
 
 
 class Process(nn.Module, ABC):
-    """A forward noising process. It may have parameters, and then everything below has gradients in them.
+    """A forward noising process ``q(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I)`` for t in [0, 1].
+
+    It is the linear SDE ``dx = f(t) x dt + g(t) dw`` with ``f = d log alpha / dt`` and
+    ``g^2 = d sigma^2 / dt - 2 f sigma^2`` (Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix B). It may have
+    parameters; everything below is differentiable in them.
 
     Args:
         num_timesteps: the number of grid points of a discrete method, None for continuous time.
@@ -93,6 +98,9 @@ class Process(nn.Module, ABC):
         t_min_sampling: the smallest time that SDE and ODE samplers visit, ``t_min`` if that is larger: below it nothing
             was learned; on a grid it is the first grid point.
         t_max: the largest time of training, from which sampling starts; 1 on a grid.
+
+    Raises:
+        UserError: unless ``0 < t_min, t_min_sampling < t_max <= 1`` and ``num_timesteps >= 1``.
     """
 
     def __init__(
@@ -132,14 +140,14 @@ class Process(nn.Module, ABC):
 
     @abstractmethod
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The inverse of :meth:`log_snr`; of minus infinity, the time at which alpha is 0."""
+        """The inverse of :meth:`log_snr`; minus infinity gives the time at which alpha is 0."""
 
     @property
     @abstractmethod
     def prior_std(self) -> float | Tensor:
         """Standard deviation of the prior ``N(0, prior_std^2 I)`` from which sampling starts.
 
-        A tensor is float64 and broadcasts against one datum; it may have a gradient.
+        A tensor is float64, broadcasts against one datum, and may have a gradient.
         """
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
@@ -162,10 +170,10 @@ class Process(nn.Module, ABC):
         return 2.0 * (self.log_alpha(t) - self.sigma(t).log())
 
     def t_at_sigma(self, sigma: float) -> float:
-        """The time at which the noise-to-signal ratio ``sigma / alpha`` is the given one.
+        """The time at which the noise-to-signal ratio ``sigma / alpha`` has the given value.
 
         Raises:
-            UserError: if the process does not have that ratio from its smallest time to its largest.
+            UserError: if the ratio lies outside the process's range of times.
         """
 
         def ratio(t: float) -> float:
@@ -175,27 +183,27 @@ class Process(nn.Module, ABC):
             t = float(self.t_at_log_snr(torch.tensor(-2.0 * math.log(sigma), dtype=torch.float64)))
             # Both ends belong to the process, whichever way they were rounded.
             t = min(max(t, 1e-12 if self.num_timesteps is None else self.t_min), self.t_max)
-            # In continuous time the smallest level may be the limit at 0, as good as that at the smallest time.
+            # In continuous time the smallest noise level may be the limit at 0, as good as that at the smallest time.
             same = ratio(t) == sigma or abs(ratio(t) / sigma - 1.0) < 1e-6  # Equal, too, where both are infinite.
             if same and ratio(self.t_min) < 1.001 * sigma:
                 return t
         raise UserError(
-            f"noise level {sigma:g} is outside this process, whose levels run from {ratio(self.t_min):g} "
+            f"noise level {sigma:g} is outside this process, whose noise levels run from {ratio(self.t_min):g} "
             f"(at its smallest time) to {ratio(self.t_max):g}"
         )
 
     def require_time(self, key: str, t: float) -> None:
-        """Refuse a time that no network learns on this process.
+        """Refuse a time at which no network is trained on this process.
 
         Args:
-            key: that gives the time, for the message.
+            key: the configuration key of the time, for the message.
             t: the time.
 
         Raises:
             UserError: unless ``t_min <= t < t_max``; on a grid t_min is the first grid point.
         """
         if not self.t_min * (1.0 - 1e-9) <= t < self.t_max:
-            where = "" if self.num_timesteps is None else f", the first of its {self.num_timesteps} levels"
+            where = "" if self.num_timesteps is None else f", the first of its {self.num_timesteps} timesteps"
             raise UserError(
                 f"{key} is {t:g}; this model knows the times from {self.t_min:g}{where}, to {self.t_max:g}: give one "
                 f"of them below {self.t_max:g}"
@@ -216,12 +224,12 @@ class Process(nn.Module, ABC):
         return Coefficients(t, self.alpha(t), self.sigma(t), self.dalpha(t), self.dsigma(t))
 
     def transition(self, s: Tensor, t: Tensor) -> Transition:
-        """What happens between times ``s < t``, ``[B]`` each; s may be 0."""
+        """The forward step from s to t and its posterior, for times ``s < t``, ``[B]`` each; s may be 0."""
         s, t = s.to(torch.float64), t.to(torch.float64)
         alpha_s, alpha_t = self.alpha(s), self.alpha(t)
         variance_s, variance_t = self.sigma(s) ** 2, self.sigma(t) ** 2
-        # SNR_t / SNR_s; the share of noise that is new is 1 minus it, taken without cancellation. All of it is new from
-        # s without noise and to t without signal: left out, since the logarithms have no gradient there.
+        # 1 - SNR_t / SNR_s, the share of new noise, without cancellation. From s without noise or to t without signal
+        # it is 1; these rows stay out of the logarithms, whose gradient would be NaN there.
         inside = (variance_s > 0.0) & (alpha_t > 0.0)
         log_ratio = self.log_snr(torch.where(inside, t, self.t_min)) - self.log_snr(torch.where(inside, s, self.t_min))
         fresh = torch.where(inside, -torch.expm1(log_ratio), 1.0)
@@ -238,12 +246,12 @@ class Process(nn.Module, ABC):
         return expand_like(self.alpha(t), x0) * x0 + expand_like(self.sigma(t), x0) * eps
 
     def first_order_step(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        r"""The probability-flow ODE from t to s with the predicted clean datum kept.
+        r"""One step of the probability-flow ODE from t to s with the predicted clean datum held constant.
 
         .. math::  x_s = \alpha_s x_0 + \frac{\sigma_s}{\sigma_t} (x_t - \alpha_t x_0)
 
-        Exact as long as the prediction does not change, of order 1 where it does (Song, Meng and Ermon 2021, DDIM,
-        arXiv 2010.02502, eq. 12). Where ``alpha_t`` is 0 and the log-SNR infinite it is the way to begin:
+        Exact where the prediction does not change, of order 1 where it does (DDIM: Song, Meng and Ermon 2021,
+        https://arxiv.org/abs/2010.02502, eq. 12). Where ``alpha_t`` is 0 and the log-SNR infinite it is the first step:
         ``x_s = (sigma_s / sigma_t) x_t + alpha_s x_0``.
 
         Args:
@@ -257,24 +265,30 @@ class Process(nn.Module, ABC):
         return expand_like(alpha_s - ratio * alpha_t, x_t) * x0 + expand_like(ratio, x_t) * x_t
 
     def grid(self) -> Tensor:
-        """The times of a discrete method, ``i / levels`` for i = 1 .. levels: float64 ``[levels]``, rising.
+        """The times of a discrete method, ``i / T`` for i = 1 .. T = num_timesteps: float64 ``[T]``, rising.
 
         Raises:
-            UserError: for a process in continuous time, which has no grid of its own.
+            UserError: for a process in continuous time, which has no grid.
         """
         if self.num_timesteps is None:
-            raise UserError("this process is in continuous time: give the number of levels to visit")
+            raise UserError("this process is in continuous time: give the number of timesteps to visit")
         return torch.arange(1, self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
 
     def level_index(self, t: Tensor) -> Tensor:
-        """The grid index ``0 .. levels - 1`` (0 the least noise) nearest to times ``[B]``: int64 ``[B]``."""
+        """The index ``0 .. num_timesteps - 1`` of the grid point nearest to times ``[B]``: int64 ``[B]``.
+
+        Index 0 is the least noise.
+
+        Raises:
+            UserError: for a process in continuous time.
+        """
         if self.num_timesteps is None:
-            raise UserError("c_noise 'index' needs a process with levels; continuous time has no index")
+            raise UserError("c_noise 'index' needs a process with num_timesteps; continuous time has no index")
         return ((t.to(torch.float64) * self.num_timesteps).round().long() - 1).clamp(0, self.num_timesteps - 1)
 
 
 class LogProcess(Process):
-    """A process that is given by ``log alpha`` and its derivative, so that its alpha is never 0."""
+    """A process given by ``log alpha`` and its derivative, so that alpha is never 0."""
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -285,11 +299,11 @@ class LogProcess(Process):
         """``f(t) = d log alpha / dt`` for t in (0, 1]."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """``exp(log alpha)``."""
+        """``alpha = exp(log alpha)``."""
         return self.log_alpha(t).exp()
 
     def dalpha(self, t: Tensor) -> Tensor:
-        """``alpha d log alpha / dt``."""
+        """``d alpha / dt = alpha d log alpha / dt``."""
         return self.alpha(t) * self.dlog_alpha(t)
 
     def coefficients(self, t: Tensor) -> Coefficients:

@@ -16,9 +16,9 @@ class PowerVE(Process):
 
     With the power 1 time is the noise level, and the probability-flow ODE is ``dx/dsigma = (x - D(x; sigma)) / sigma``,
     a step of which straight to 0 is the denoised datum: EDM's schedule. With 1/2 time is the variance, as of the
-    variance-exploding SDE (Karras et al. 2022, arXiv 2206.00364, table 1 and section 3). The paper's time is this one
-    times ``sigma_max^(1 / power)``. Give its samplers the spacing ``karras`` or ``log_snr``: of equal steps in this
-    time the last few would have to take off nearly all of the noise.
+    variance-exploding SDE (Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1 and section 3). The paper's
+    time is this one times ``sigma_max^(1 / power)``. Give its samplers the spacing ``karras`` or ``log_snr``: of equal
+    steps in this time the last few would have to take off nearly all of the noise.
 
     Args:
         sigma_min: the smallest noise level of training and of sampling, in units of the normalized data.

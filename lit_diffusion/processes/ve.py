@@ -14,19 +14,20 @@ from lit_diffusion.processes.base import Process
 class VE(Process):
     r"""Variance exploding: ``alpha = 1``, ``sigma(t) = sigma_min (sigma_max / sigma_min)^t`` for t > 0 and 0 at 0.
 
-    With ``levels: L`` the grid is NCSN's geometric sequence,
+    With ``num_timesteps: L`` the grid is NCSN's geometric sequence,
     ``sigma(i/L) = sigma_min (sigma_max/sigma_min)^{(i-1)/(L-1)}`` for i = 1 .. L, so that both ends are exact (Song and
-    Ermon 2019, section 4; Song et al. 2021, appendix C, with the courses' ``sigma(0) = 0``).
+    Ermon 2019, https://arxiv.org/abs/1907.05600, section 4; Song et al. 2021, https://arxiv.org/abs/2011.13456,
+    appendix C, here with ``sigma(0) = 0``).
 
     Args:
-        sigma_min: the smallest level, in units of the normalized data.
-        sigma_max: the largest level.
-        num_timesteps: L of NCSN, or None for continuous time.
+        sigma_min: the smallest noise level, in units of the normalized data.
+        sigma_max: the largest noise level.
+        num_timesteps: NCSN's L, or None for continuous time.
         t_min: the smallest time of training and of likelihoods in continuous time.
         t_min_sampling: the smallest time that SDE and ODE samplers visit in continuous time.
 
     Raises:
-        UserError: unless ``0 < sigma_min < sigma_max`` (equal for a single level).
+        UserError: unless ``0 < sigma_min < sigma_max`` (equal for a single noise level).
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class VE(Process):
         single = num_timesteps == 1 and sigma_min == sigma_max
         if not (0.0 < sigma_min < sigma_max or (single and sigma_min > 0.0)):
             raise UserError(
-                f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g}: the levels need 0 < sigma_min < sigma_max"
+                f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g}: noise levels need 0 < sigma_min < sigma_max"
             )
         if num_timesteps == 1 and not single:
-            raise UserError("one level has one sigma: give sigma_min and sigma_max the same value, or more levels")
+            raise UserError(
+                "one noise level has one sigma: give sigma_min and sigma_max the same value, or raise num_timesteps"
+            )
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         # d log sigma / dt: on a grid the L - 1 ratios span the time from 1/L to 1.
@@ -53,24 +56,24 @@ class VE(Process):
 
     @property
     def prior_std(self) -> float:
-        """``sigma_max``."""
+        """``sigma(1)``, that is sigma_max."""
         return self.sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1: the mean is the data."""
+        """``alpha = 1``: the mean is the data."""
         return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """``sigma_max exp(-(1 - t) log_slope)``, 0 at 0."""
+        """``sigma = sigma_max exp(-(1 - t) log_slope)``, and 0 at t = 0."""
         t = t.to(torch.float64)
         return torch.where(t > 0, self.sigma_max * torch.exp((t - 1.0) * self.log_slope), 0.0)
 
     def dalpha(self, t: Tensor) -> Tensor:
-        """0."""
+        """``d alpha / dt = 0``."""
         return torch.zeros_like(t, dtype=torch.float64)
 
     def dsigma(self, t: Tensor) -> Tensor:
-        """``sigma log_slope``."""
+        """``d sigma / dt = sigma log_slope``."""
         return self.sigma(t) * self.log_slope
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The variance-preserving process of score-based SDEs, and the sub-VP one."""
+"""The variance-preserving and the sub-VP process of score-based SDEs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from lit_diffusion.processes.base import LogProcess
 class VP(LogProcess):
     r"""Variance preserving: ``alpha = e^{-B/2}``, ``sigma^2 = 1 - e^{-B}``.
 
-    ``B(t) = beta_min t + (beta_max - beta_min) t^2/2`` (Song et al. 2021, appendix C); the SDE is
-    ``dx = -beta(t) x/2 dt + sqrt(beta(t)) dw``.
+    ``B(t) = beta_min t + (beta_max - beta_min) t^2/2``; the SDE is ``dx = -beta(t) x/2 dt + sqrt(beta(t)) dw`` (Song et
+    al. 2021, https://arxiv.org/abs/2011.13456, appendix C).
 
     Args:
         beta_min: ``beta(0)``.
         beta_max: ``beta(1)``.
         t_min: the smallest time of training and of likelihoods.
         t_min_sampling: the smallest time that SDE and ODE samplers visit.
+
+    Raises:
+        UserError: unless ``0 < beta_min < beta_max``.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class VP(LogProcess):
 
     @property
     def prior_std(self) -> float:
-        """1."""
+        """``sigma(1)`` in the limit of no signal, 1."""
         return 1.0
 
     def beta(self, t: Tensor) -> Tensor:
@@ -51,48 +54,50 @@ class VP(LogProcess):
         return 2.0 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2.0 * slope * integral))
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """``-B/2``."""
+        """``log alpha = -B/2``."""
         return -0.5 * self.integral(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """``sqrt(1 - e^{-B})``."""
+        """``sigma = sqrt(1 - e^{-B})``."""
         return torch.sqrt(-torch.expm1(-self.integral(t)))
 
     def dlog_alpha(self, t: Tensor) -> Tensor:
-        """``-beta/2``."""
+        """``f = -beta/2``."""
         return -0.5 * self.beta(t)
 
     def dsigma(self, t: Tensor) -> Tensor:
-        """``beta e^{-B} / (2 sigma)``."""
+        """``d sigma / dt = beta e^{-B} / (2 sigma)``."""
         return 0.5 * self.beta(t) * torch.exp(-self.integral(t)) / self.sigma(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
-        """``sqrt(beta)``, also at t = 0, where the general formula is 0 times infinity."""
+        """``g = sqrt(beta)``, also at t = 0, where the general formula is 0 times infinity."""
         return self.beta(t).sqrt()
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        """From ``log_snr = -log(e^B - 1)``."""
+        """The t with ``log_snr = -log(e^B - 1)``."""
         return self.t_at_integral(nn.functional.softplus(-log_snr.to(torch.float64), threshold=700.0))
 
 
 class SubVP(VP):
-    r"""Sub-VP: ``alpha = e^{-B/2}``, ``sigma = 1 - e^{-B}``, never noisier than VP (Song et al. 2021,
-    appendix C)."""
+    """Sub-VP: ``alpha = e^{-B/2}``, ``sigma = 1 - e^{-B}``, never noisier than :class:`VP`.
+
+    Song et al. 2021, https://arxiv.org/abs/2011.13456, appendix C; arguments as for :class:`VP`.
+    """
 
     def sigma(self, t: Tensor) -> Tensor:
-        """``1 - e^{-B}``."""
+        """``sigma = 1 - e^{-B}``."""
         return -torch.expm1(-self.integral(t))
 
     def dsigma(self, t: Tensor) -> Tensor:
-        """``beta e^{-B}``."""
+        """``d sigma / dt = beta e^{-B}``."""
         return self.beta(t) * torch.exp(-self.integral(t))
 
     def diffusion(self, t: Tensor) -> Tensor:
-        """``sqrt(beta (1 - e^{-2B}))``."""
+        """``g = sqrt(beta (1 - e^{-2B}))``."""
         return torch.sqrt(-self.beta(t) * torch.expm1(-2.0 * self.integral(t)))
 
     def t_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        """With ``u = e^{-B/2}`` and ``k = e^{-log_snr/2}``: ``1 - u^2 = k u``, so ``u = 2 / (k + sqrt(k^2 + 4))``."""
+        """The t with ``1 - u^2 = k u``, ``u = e^{-B/2}``, ``k = e^{-log_snr/2}``: ``u = 2 / (k + sqrt(k^2 + 4))``."""
         k = torch.exp(-0.5 * log_snr.to(torch.float64))
         # 1 - u from 1 - u = k u / (1 + u) keeps its digits where u is near 1.
         u = 2.0 / (k + torch.sqrt(k**2 + 4.0))

@@ -1,4 +1,4 @@
-"""Samplers, and the one table of their short names."""
+"""Samplers, and the table of their short names."""
 
 from lit_diffusion.samplers.ancestral import Ancestral
 from lit_diffusion.samplers.base import Move, Predictor, Progress, Run, Sampler, Samples

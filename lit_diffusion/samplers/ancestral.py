@@ -2,8 +2,9 @@ r"""Ancestral sampling: draw each state from the learned reverse chain.
 
 .. math::  x_s = c_0\, \hat x_0(x_t) + c_t x_t + \sqrt{v}\, z
 
-(Ho et al. 2020, algorithm 2; for variance-exploding processes Song et al. 2021, eq. 47.) On a subsequence of the levels
-the coefficients are those of the longer steps (Nichol and Dhariwal 2021, section 4).
+(Ho et al. 2020, https://arxiv.org/abs/2006.11239, algorithm 2; for variance-exploding processes Song et al. 2021,
+https://arxiv.org/abs/2011.13456, eq. 47.) On a subsequence of the timesteps the coefficients are those of the longer
+steps (Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672, section 4).
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ class Ancestral(EndsAtZero):
 
     .. math::  x_s = c_0\, \hat x_0(x_t) + c_t x_t + \sqrt{v}\, z
 
-    (Ho et al. 2020, https://arxiv.org/abs/2006.11239, algorithm 2.)
+    (Ho et al. 2020, https://arxiv.org/abs/2006.11239, algorithm 2.) ``c_0``, ``c_t``, ``beta`` and ``beta_tilde`` are
+    those of :class:`~lit_diffusion.processes.Transition`.
 
     Args:
-        steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
-        variance: of each step: ``beta``, that of the forward step; ``beta_tilde``, that of its posterior; ``learned``;
-            null: the papers' own, ``learned`` of a model that has learned one, else ``beta_tilde`` where the variance
-            explodes and ``beta`` elsewhere.
-        spacing: which levels it visits: ``uniform`` in time, ``quadratic`` with more of them near the data, ``log_snr``
-            or ``karras:RHO`` between the ends of the log-SNR, or the times themselves, falling.
-        clip_x0: keep the predicted clean image in a range: ``data``, that of the data (points have none), or ``[low,
-            high]``; null: leave it.
+        steps: number of steps and network evaluations; null: every timestep of the model, or 1000 in continuous time.
+        variance: variance v of each step: ``beta``, the forward step's; ``beta_tilde``, its posterior's; ``learned``,
+            the model's; null: the papers' choice, ``learned`` if the model has one, else ``beta_tilde`` where the
+            variance explodes and ``beta`` elsewhere.
+        spacing: timesteps to visit: ``uniform`` in time, ``quadratic`` with more of them near the data, ``log_snr`` or
+            ``karras:RHO`` between the ends of the log-SNR, or a list of falling times.
+        clip_x0: range to which the predicted clean datum is clipped: ``data``, the data's own (points have none), or
+            ``[low, high]``; null: no clipping.
+
+    Raises:
+        UserError: for a name that is not one of these, a spacing that does not match ``steps``, or an empty range.
     """
 
     def __init__(
@@ -49,11 +54,11 @@ class Ancestral(EndsAtZero):
         self.chain = ReverseChain(variance, clip_x0)
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
-        """Refuse a learned variance where none was learned."""
+        """Refuse a learned variance for a model that has none."""
         self.chain.check(denoiser)
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
-        """A draw from ``p(x_s | x_t)``; where s is 0 its mean."""
+        """Draw from ``p(x_s | x_t)``, or take its mean where s is 0."""
         prediction, s = run.predict(x, move.t), at_time(x, move.s)
         step = run.process.transition(s, prediction.coefficients.t)
         log_variance = self.chain.log_variance(prediction, run.denoiser, step, s)

@@ -1,8 +1,8 @@
-r"""The sampler and its run: a trajectory from the prior to the data, one step at a time, seeing only a denoiser.
+r"""The sampler and its run: a trajectory from the prior to the data, step by step, with a denoiser alone.
 
-A sampler is a configuration and keeps nothing of what it made. One call of :meth:`Sampler.sample` is a :class:`Run`:
-the moves planned once, the evaluations counted, the state of a multistep solver. Every step is written for times of
-each row's own, so that a training loss may make one, too.
+A sampler is a configuration and holds no state of its samples. One call of :meth:`Sampler.sample` is a :class:`Run`,
+which holds the planned moves, the count of evaluations and the state of a multistep solver. Every step accepts one time
+per row, so that a training loss can call it, too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lit_diffusion.samplers.times import Spacing, require_spacing, timesteps_to_
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a sampler is, for a progress bar or a trajectory.
+    """Progress of a sampler after a step, for a progress bar or a trajectory.
 
     Attributes:
-        step: steps done; of a solver that chooses its own steps, the percentage of the way.
-        total: steps in all; 100 there.
-        t: the time at which the step just done began; of such a solver the one at which it ended.
-        x: the state after it, ``[B, ...]``.
+        step: steps done; for an adaptive solver, the percentage of the time interval.
+        total: steps in all; 100 for an adaptive solver.
+        t: the time at which the step began; for an adaptive solver, the time at which it ended.
+        x: the state after the step, ``[B, ...]``.
     """
 
     step: int
@@ -50,9 +50,9 @@ class Strays:
     """Samples whose state after the last step was not finite, or far outside the data's range.
 
     Attributes:
-        count: how many they are.
-        of: among how many samples.
-        largest: the largest absolute value in them.
+        count: number of such samples.
+        of: number of all samples.
+        largest: the largest absolute value among them.
     """
 
     count: int = 0
@@ -61,7 +61,7 @@ class Strays:
 
     @classmethod
     def among(cls, farthest: Tensor) -> Strays:
-        """Those of some rows of :attr:`Samples.farthest`."""
+        """The strays among the rows of :attr:`Samples.farthest`."""
         return cls(int((farthest > 0.0).sum()), len(farthest), max(farthest.tolist(), default=0.0))
 
     def __add__(self, other: Strays) -> Strays:
@@ -69,7 +69,7 @@ class Strays:
         return Strays(self.count + other.count, self.of + other.of, max(self.largest, other.largest))
 
     def __str__(self) -> str:
-        """The line."""
+        """One line for the user, with the fix."""
         return (
             f"{self.count} of {self.of} samples ended far outside the data's range before they were cut to it, the "
             f"largest value {self.largest:.3g}: the sampler amplified the network's errors; try clip_x0: data, more "
@@ -78,13 +78,13 @@ class Strays:
 
 
 def far_outside(x: Tensor, data_range: tuple[float, float] | None, sigma: float) -> Tensor:
-    """The largest absolute value of each row that is not finite or far outside a range, 0 of the others: ``[B]``.
+    """The largest absolute value of each row that is not finite or far outside a range, 0 for other rows: ``[B]``.
 
-    Far is more than the range's own width beyond it, and six standard deviations of the noise that is left.
+    Far means beyond the range by more than its own width plus six standard deviations of the remaining noise.
 
     Args:
         x: states ``[B, ...]``.
-        data_range: least and largest value of the data; None where they have none, and only what is not finite counts.
+        data_range: smallest and largest value of the data; None: no range, and only infinite values and NaN count.
         sigma: standard deviation of the noise in the states.
     """
     rows = x.detach().flatten(1)
@@ -95,15 +95,15 @@ def far_outside(x: Tensor, data_range: tuple[float, float] | None, sigma: float)
     return torch.where(far, largest, 0.0)
 
 
-@dataclass  # Not frozen: such a one cannot be moved between devices by a Trainer that predicts.
+@dataclass  # Not frozen: a Trainer that predicts cannot move a frozen dataclass between devices.
 class Samples:
     """The result of one call of a sampler.
 
     Attributes:
         x: the samples, ``[B, ...]``.
-        evaluations: network evaluations of each of them; of a solver with steps of each row's own, of the row that
-            needs the most.
-        farthest: how far each was outside the data's range after the last step, ``[B]``; see :func:`far_outside`.
+        evaluations: network evaluations per sample (NFE); for an adaptive solver, those of the slowest row.
+        farthest: the largest absolute value of each sample that was far outside the data's range after the last step,
+            ``[B]``; see :func:`far_outside`.
     """
 
     x: Tensor
@@ -113,11 +113,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Move:
-    """A step from time ``t`` to a time ``s <= t``, nearer to the data or, as in Langevin dynamics, the same.
+    """A step from time ``t`` to a time ``s <= t``, nearer to the data or, in Langevin dynamics, the same.
 
     Attributes:
-        t: one number for all rows, or float64 ``[B]``.
-        s: likewise.
+        t: start time, one number for all rows or float64 ``[B]``.
+        s: end time, likewise.
     """
 
     t: float | Tensor
@@ -126,18 +126,18 @@ class Move:
 
 @dataclass
 class Run:
-    """One call of a sampler: whatever belongs to these samples and not to the sampler.
+    """One call of a sampler, with everything that belongs to its samples.
 
     Attributes:
         denoiser: the model; steps evaluate it through :meth:`predict`.
-        noise: the samples' own random numbers.
+        noise: the samples' random numbers.
         cond: the condition, ``[B]`` rows.
         plan: the moves, in order.
         on_step: called after every step.
         evaluations: network evaluations so far.
-        began: the time at which the step being made began, which the denoiser is told; None outside of
-            :meth:`Sampler.sample`, then each evaluation's own.
-        state: what a multistep solver or a sampler around another keeps from step to step; None at the beginning.
+        began: the time at which the current step began, passed to the denoiser; None outside of
+            :meth:`Sampler.sample`: the time of each evaluation.
+        state: the history of a multistep solver or of a sampler around another; None at the beginning.
     """
 
     denoiser: Denoiser
@@ -155,28 +155,28 @@ class Run:
         return self.denoiser.process
 
     def predict(self, x: Tensor, t: float | Tensor) -> Prediction:
-        """One evaluation of the denoiser at x ``[B, ...]`` and times ``[B]`` or one for all rows; counted."""
+        """Evaluate the denoiser at x ``[B, ...]`` and times ``[B]``, or one for all rows, and count the evaluation."""
         self.evaluations += 1
         began = None if self.began is None else at_time(x, self.began)
         return self.denoiser(x, at_time(x, t), self.cond, began)
 
 
 class Sampler(ABC):
-    """A way from noise to data.
+    """A sampler: a configuration of trajectories from noise to data.
 
-    A subclass says which steps there are (:meth:`plan`) and makes one (:meth:`step`); a multistep solver keeps its
-    history in ``run.state``, which :meth:`begin` sets. The samples' state is float32 or better whatever the backbone
+    A subclass implements the steps' times (:meth:`plan`) and one step (:meth:`step`); a multistep solver keeps its
+    history in ``run.state``, which :meth:`begin` sets. The state is float32 or float64 whatever precision the backbone
     computes in.
     """
 
     adaptive: bool = False
-    """Whether the number of steps follows from the samples, so that two batches may need different numbers of them."""
+    """True where the number of steps depends on the samples, so that it may differ between batches."""
 
     takes_end_points: bool = False
     """Whether its steps ask a prediction for x0 alone, which is all that a model of end points says."""
 
     def check(self, denoiser: Denoiser) -> None:
-        """Refuse, before any work, a denoiser that this sampler does not fit.
+        """Refuse, before any work, a denoiser that does not fit this sampler.
 
         Raises:
             UserError: with the reason.
@@ -193,7 +193,7 @@ class Sampler(ABC):
             )
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:  # noqa: B027 (most fit any denoiser)
-        """Refuse a denoiser that the planned moves cannot be made with.
+        """Refuse a denoiser that cannot make the planned moves.
 
         Raises:
             UserError: with the reason.
@@ -208,22 +208,22 @@ class Sampler(ABC):
         """The moves on a process, in order.
 
         Raises:
-            UserError: where they cannot be made on it.
+            UserError: where the process does not have these times.
         """
 
     def begin(self, run: Run) -> None:  # noqa: B027 (most samplers keep nothing from step to step)
-        """Prepare ``run.state`` before the first step, by default nothing."""
+        """Prepare ``run.state`` before the first step; by default a no-op."""
 
     @abstractmethod
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
-        """The state after one move, whose times may be each row's own: ``[B, ...]`` like x."""
+        """The state after one move, whose times may differ between rows: ``[B, ...]`` like x."""
 
     def finish(self, run: Run, x: Tensor) -> Tensor:
         """The samples from the state after the last step, by default that state."""
         return x
 
     def length(self, process: Process) -> int:
-        """The ``total`` of its progress: how long a progress bar is."""
+        """The length of the progress bar, :attr:`Progress.total`."""
         return 100 if self.adaptive else len(self.plan(process))
 
     @torch.no_grad()
@@ -239,13 +239,13 @@ class Sampler(ABC):
 
         Args:
             denoiser: the model.
-            noise: says which samples these are and gives each its own numbers.
+            noise: the samples' random numbers, keyed by their indices.
             cond: the condition, ``[B]`` rows.
             on_step: called after every step.
-            start: the state to start from; None for one of the sampler's own, see :meth:`start`.
+            start: the first state; None: a draw by :meth:`start`.
 
         Raises:
-            UserError: where the sampler does not fit the denoiser.
+            UserError: where the denoiser does not fit the sampler.
         """
         plan = self.plan(denoiser.process)
         self._require_means(denoiser)
@@ -260,7 +260,7 @@ class Sampler(ABC):
             if on_step is not None:
                 t = float(move.s if self.adaptive else move.t)
                 on_step(Progress(total * done // len(plan), total, t, x))
-        # Before the end, which may cut to the range what went astray on the way.
+        # Measured before finish(), whose clipping may hide samples that went astray.
         end = plan[-1].s if plan else denoiser.process.t_max
         sigma = float(run.process.sigma(torch.tensor(end, dtype=torch.float64)))
         farthest = far_outside(x, denoiser.data_range, sigma)
@@ -277,27 +277,31 @@ class Predictor(Sampler):
     """A sampler that moves from one noise level to the next lower one.
 
     Args:
-        steps: number of steps; null: every level of the model, or 1000 in continuous time.
+        steps: number of steps; null: every timestep of the model, or 1000 in continuous time.
+
+    Raises:
+        UserError: for fewer than one step.
     """
 
     def __init__(self, steps: int | None) -> None:
         if steps is not None and steps < 1:
-            raise UserError(f"steps is {steps}; a sampler needs at least one, or null for every level of the model")
+            raise UserError(f"steps is {steps}; a sampler needs at least one, or null for every timestep of the model")
         self.steps = steps
 
 
 class EndsAtZero(Predictor):
-    """The base of samplers that visit a subsequence of the levels and then time 0, where the prediction is the sample.
+    """The base of samplers that visit a subsequence of the timesteps and end at time 0 with the prediction of x0.
 
     Args:
-        steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
-        spacing: which levels it visits: ``uniform`` in time, ``quadratic`` with more of them near the data, ``log_snr``
-            or ``karras:RHO`` (Karras et al. 2022) between the ends of the log-SNR, or the times themselves, falling.
-        clip_x0: keep the predicted clean image in a range: ``data``, that of the data (points have none), or ``[low,
-            high]``; null: leave it.
+        steps: number of steps and network evaluations; null: every timestep of the model, or 1000 in continuous time.
+        spacing: timesteps to visit: ``uniform`` in time, ``quadratic`` with more of them near the data, ``log_snr`` or
+            ``karras:RHO`` (Karras et al. 2022, https://arxiv.org/abs/2206.00364) between the ends of the log-SNR, or a
+            list of falling times.
+        clip_x0: range to which the predicted clean datum is clipped: ``data``, the data's own (points have none), or
+            ``[low, high]``; null: no clipping.
 
     Raises:
-        UserError: for a spacing that is not one of these, or an empty range.
+        UserError: for a spacing that is not one of these or does not match ``steps``, or an empty range.
     """
 
     def __init__(self, steps: int | None = None, spacing: Spacing = "uniform", clip_x0: ClipX0 = "data") -> None:
@@ -314,12 +318,12 @@ class EndsAtZero(Predictor):
 
 
 def denoised(run: Run, x: Tensor, t: float | Tensor, clip_x0: ClipX0) -> Tensor:
-    """The posterior mean at a time, by Tweedie's formula, kept in the range: how most samplers end."""
+    """The posterior mean at a time by Tweedie's formula, clipped to the range: the last step of most samplers."""
     return clipped(run.predict(x, t).x0, clip_x0, run.denoiser)
 
 
 def at_time(x: Tensor, t: float | Tensor) -> Tensor:
-    """One time for every row of x, or each row's own: float64 ``[B]``."""
+    """The times of the rows of x, from one for all rows or one for each: float64 ``[B]``."""
     if isinstance(t, Tensor):
         return t.to(x.device, torch.float64).expand(x.shape[0])
     return torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
@@ -333,7 +337,7 @@ def with_noise(x: Tensor, std: Tensor, s: Tensor, noise: SampleNoise) -> Tensor:
 
 
 def described(configured: Sampler | Guidance | Process) -> dict[str, Any]:
-    """A sampler, guidance or process as its class path and arguments, which it keeps as attributes of their names."""
+    """The class path and arguments of a sampler, guidance or process, read from attributes of its arguments' names."""
     kinds = Sampler | Guidance | Process
     arguments = {key: getattr(configured, key) for key in inspect.signature(type(configured)).parameters}
     plain = {key: described(value) if isinstance(value, kinds) else value for key, value in arguments.items()}
@@ -341,7 +345,7 @@ def described(configured: Sampler | Guidance | Process) -> dict[str, Any]:
 
 
 def describe(sampler: Sampler | Guidance, denoiser: Denoiser) -> str:
-    """A sampler as a protocol says it: ``Ancestral(steps=null, variance=beta, clip_x0=data [-1, 1])``."""
+    """A sampler or guidance as text, for a protocol: ``Ancestral(steps=null, variance=beta, clip_x0=data [-1, 1])``."""
 
     def word(key: str, value: Any) -> str:
         if isinstance(value, dict):

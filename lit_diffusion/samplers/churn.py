@@ -29,9 +29,9 @@ class ChurnedHeun(Heun):
         x_{\hat t} &= \frac{\alpha_{\hat t}}{\alpha_t} x_t
                       + \alpha_{\hat t}\, S_{noise} \sqrt{\hat r^2 - r_t^2}\; z, \qquad r = \sigma / \alpha
 
-    (Karras et al. 2022, arXiv 2206.00364, algorithm 2; there alpha is 1.) N is the number of noise levels visited, one
-    more than there are steps: the paper's, whose last step is the posterior mean. Where no noise is added this is
-    :class:`Heun`. No level is raised above the largest of the process, of which the network knows none.
+    (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 2; there alpha is 1.) N is the number of noise
+    levels visited, one more than there are steps: the paper's, whose last step is the posterior mean. Where no noise is
+    added this is :class:`Heun`. No level is raised above the largest of the process, of which the network knows none.
 
     Args:
         steps: number of steps of two evaluations each, the paper's 255 for ImageNet-64; null: every level of the model,

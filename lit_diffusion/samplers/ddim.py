@@ -1,11 +1,11 @@
-r"""DDIM: the non-Markovian family whose members share DDPM's training (Song, Meng and Ermon 2021).
+r"""DDIM, the non-Markovian samplers of a DDPM (Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502).
 
 .. math::  x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - v^2}\, \hat\epsilon + v z, \qquad
            v = \eta \sqrt{\tilde\beta}
 
-(eqs. 12 and 16), where a clipped x0 brings its own ``eps = (x_t - alpha_t x0) / sigma_t``, as in Nichol and
-Dhariwal's code. ``eta = 0`` is deterministic, an Euler step of the probability-flow ODE in sigma / alpha, and can be
-made backwards, from an image to its noise; ``eta = 1`` is DDPM's posterior, clipped or not.
+(eqs. 12 and 16), where a clipped x0 has its own ``eps = (x_t - alpha_t x0) / sigma_t``, as in Nichol and Dhariwal's
+code. ``eta = 0`` is deterministic, an Euler step of the probability-flow ODE in sigma / alpha, and can be reversed,
+from an image to its noise; ``eta = 1`` is DDPM's posterior, clipped or not.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from lit_diffusion.samplers.times import Spacing
 
 
 class DDIM(EndsAtZero):
-    r"""DDIM on any subsequence of the levels (Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502).
+    r"""DDIM on any subsequence of the timesteps (Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502).
 
     .. math::  x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - v^2}\, \hat\epsilon + v z, \qquad
                v = \eta \sqrt{\tilde\beta}
 
     Args:
-        steps: number of steps and network evaluations; null: every level of the model, or 1000 in continuous time.
+        steps: number of steps and network evaluations; null: every timestep of the model, or 1000 in continuous time.
         eta: 0 for the deterministic sampler, 1 for DDPM's posterior, or in between.
-        spacing: which levels it visits: ``uniform`` in time, ``quadratic`` with more of them near the data (the paper's
-            for CIFAR-10), ``log_snr`` or ``karras:RHO`` between the ends of the log-SNR, or the times themselves.
-        clip_x0: keep the predicted clean image in a range: ``data``, that of the data (points have none), or ``[low,
-            high]``; null: leave it, as the paper does.
+        spacing: timesteps to visit: ``uniform`` in time, ``quadratic`` with more of them near the data (the paper's for
+            CIFAR-10), ``log_snr`` or ``karras:RHO`` between the ends of the log-SNR, or a list of falling times.
+        clip_x0: range to which the predicted clean datum is clipped: ``data``, the data's own (points have none), or
+            ``[low, high]``; null: no clipping (the paper).
+
+    Raises:
+        UserError: for an eta outside [0, 1], and as :class:`Ancestral`.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class DDIM(EndsAtZero):
         self.eta = eta
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
-        """``x_s`` from ``x_t``."""
+        """Step from ``x_t`` to ``x_s``."""
         prediction, s = run.predict(x, move.t), at_time(x, move.s)
         if self.eta == 0.0:
             return self._moved(prediction, run.denoiser, s, s.new_zeros(()))
@@ -58,7 +61,7 @@ class DDIM(EndsAtZero):
         return with_noise(self._moved(prediction, run.denoiser, s, variance), variance.sqrt(), s, run.noise)
 
     def _views(self, prediction: Prediction, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
-        """x0 in its range, and the eps with ``x_t = alpha_t x0 + sigma_t eps``."""
+        """The clipped x0, and the eps with ``x_t = alpha_t x0 + sigma_t eps``."""
         x0 = clipped(prediction.x0, self.clip_x0, denoiser)
         # Where nothing was clipped this is the prediction's own eps to the last digit.
         cut = expand_like(prediction.coefficients.alpha / prediction.coefficients.sigma, x0) * (prediction.x0 - x0)
@@ -75,14 +78,14 @@ class DDIM(EndsAtZero):
     def encode(
         self, denoiser: Denoiser, x0: Tensor, cond: Condition | None = None, on_step: OnStep | None = None
     ) -> Samples:
-        """The noise from which the deterministic sampler makes these images: ``[B, ...]`` like x0.
+        """The noise from which the deterministic sampler generates given data: ``[B, ...]`` like x0.
 
-        The trajectory's steps in reverse order, each with the prediction at its own start, clipped as on the way there
-        (Song, Meng and Ermon 2021, section 4.3); the first step, from a clean image, asks the network at the smallest
-        level. ``sample(.., start=noise)`` is the way back; the error of the round trip falls with the number of steps.
+        The trajectory's steps are taken in reverse order, each with the clipped prediction at its start (Song, Meng and
+        Ermon 2021, section 4.3); the first step, from clean data, evaluates the network at the smallest timestep.
+        ``sample(.., start=noise)`` decodes; the error of the round trip falls with the number of steps.
 
         Raises:
-            UserError: where eta is not 0, and where the sampler does not fit the denoiser.
+            UserError: where eta is not 0, and where the denoiser does not fit the sampler.
         """
         if self.eta != 0.0:
             raise UserError(f"encoding needs the deterministic sampler: set eta to 0 (it is {self.eta:g})")

@@ -1,6 +1,8 @@
-r"""The probability-flow ODE, whose solutions have the marginals of the SDE (Song et al. 2021, eq. 13).
+r"""The probability-flow ODE, whose solutions have the marginals of the SDE.
 
 .. math::  \frac{dx}{dt} = f(t)\, x - \tfrac12 g(t)^2 s(x, t) = E[\alpha' x_0 + \sigma' \epsilon \mid x_t]
+
+(Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 13.)
 """
 
 from __future__ import annotations
@@ -26,16 +28,17 @@ def flow_rate(process: Process, t: Tensor) -> Tensor:
 
 
 class FixedSteps(EndsAtTMin):
-    """A solver of the ODE in equal steps; by default it ends where it arrives, as the adaptive one does.
+    """The base of solvers of the ODE in a fixed number of steps; by default without a last denoising step.
 
     Args:
-        steps: number of steps; null: every level of the model, or 1000 in continuous time.
-        denoise: end with the posterior mean at the smallest time, one more evaluation.
-        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
-            leave it.
+        steps: number of steps; null: every timestep of the model, or 1000 in continuous time.
+        denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: range to which that mean is clipped: ``data``, the data's own (points have none), or ``[low, high]``;
+            null: no clipping.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
             :class:`~lit_diffusion.samplers.sde.EndsAtTMin`.
-        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
+        spacing: spacing of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of
+            falling times.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class FixedSteps(EndsAtTMin):
     def sizes(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
         """The left side of the bound, 0 where the process ends in pure noise.
 
-        There f and g have a pole that the velocity has not, and what its networks predict is not multiplied by them.
+        There f and g have a pole that the velocity does not have, and a network's output is not multiplied by them.
         """
         if bool(process.alpha(torch.tensor([process.t_max], dtype=torch.float64)) == 0.0):
             return torch.zeros_like(t)
@@ -61,40 +64,49 @@ class FixedSteps(EndsAtTMin):
 class Euler(FixedSteps):
     """Euler's method on the probability-flow ODE, order 1: ``x_s = x_t - (t - s) v(x_t, t)``.
 
+    Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 13.
+
     Args:
-        steps: number of steps; null: every level of the model, or 1000 in continuous time.
-        denoise: end with the posterior mean at the smallest time, one more evaluation.
-        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
-            leave it.
+        steps: number of steps; null: every timestep of the model, or 1000 in continuous time.
+        denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: range to which that mean is clipped: ``data``, the data's own (points have none), or ``[low, high]``;
+            null: no clipping.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
             :class:`~lit_diffusion.samplers.sde.EndsAtTMin`.
-        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
+        spacing: spacing of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of
+            falling times.
     """
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
-        """From t to s."""
+        """One Euler step from t to s."""
         t, s = at_time(x, move.t), at_time(x, move.s)
         return x + expand_like(s - t, x) * run.predict(x, t).velocity
 
 
 class Heun(FixedSteps):
-    """Heun's method on the probability-flow ODE, order 2: the mean of the velocities at both ends of an Euler step.
+    r"""Heun's method on the probability-flow ODE, order 2: the mean of the velocities at both ends of an Euler step.
+
+    .. math::  x' = x_t - (t - s)\, v(x_t, t), \qquad
+               x_s = x_t - \frac{t - s}{2} \big(v(x_t, t) + v(x', s)\big)
+
+    (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1, here in t.)
 
     Args:
-        steps: number of steps of two evaluations each; null: every level of the model, or 1000 in continuous time.
-        denoise: end with the posterior mean at the smallest time, one more evaluation.
-        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
-            leave it.
+        steps: number of steps of two evaluations each; null: every timestep of the model, or 1000 in continuous time.
+        denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: range to which that mean is clipped: ``data``, the data's own (points have none), or ``[low, high]``;
+            null: no clipping.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
             :class:`~lit_diffusion.samplers.sde.EndsAtTMin`.
-        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
+        spacing: spacing of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of
+            falling times.
     """
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
-        """From t to s."""
+        """One Heun step from t to s."""
         t, s = at_time(x, move.t), at_time(x, move.s)
         first = run.predict(x, t).velocity
-        # A process given by betas has a kink at each of its points: the velocity is wanted on this step's side of s.
+        # A process given by betas has a kink at each grid point: the velocity must be the one on this step's side of s.
         second = run.predict(x + expand_like(s - t, x) * first, s + 1e-7 * (t - s)).velocity
         return x + expand_like(0.5 * (s - t), x) * (first + second)
 
@@ -105,7 +117,7 @@ def row_norm(x: Tensor) -> Tensor:
 
 
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-"""``c_2 .. c_7`` of Dormand and Prince's method; ``c_1`` is 0."""
+"""The nodes ``c_2 .. c_7`` of Dormand and Prince's method; ``c_1`` is 0."""
 
 STAGES = (
     (1 / 5,),
@@ -115,10 +127,10 @@ STAGES = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-"""``a_ij`` of the same; the last row is also the solution of order 5."""
+"""The coefficients ``a_ij`` of Dormand and Prince's method; the last row is also the solution of order 5."""
 
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-"""The solution of order 5 less the embedded one of order 4."""
+"""The weights of the error estimate: the solution of order 5 minus the embedded one of order 4."""
 
 
 def integrate(
@@ -143,24 +155,24 @@ def integrate(
     family of embedded Runge-Kutta formulae", https://doi.org/10.1016/0771-050X(80)90013-3; step sizes and the first of
     them: Hairer, Norsett and Wanner 1993, "Solving Ordinary Differential Equations I", section II.4).
 
-    Every row is a problem of its own: it has its own time, step, error and verdict, so what becomes of it does not
-    depend on the batch. All rows are evaluated together, each at its own time; one that has arrived stays where it is
-    and is evaluated there until the last has arrived, so that the network sees one shape of batch throughout.
+    Every row is a problem of its own, with its own time, step and error, so its solution does not depend on the batch.
+    All rows are evaluated together, each at its own time; a row that has reached the last time is evaluated there until
+    all have, so that the network's batch keeps one shape.
 
-    The solver's own variable is ``u = log(sigma / alpha)``, in which it sees ``F = velocity / (du/dt)``. In t the
-    velocity of a process that is given by betas jumps at every level, which no error estimate foresees, and that of a
-    variance-preserving one is singular at 0; in u both are smooth. Between times of which one has no finite u, as the
-    pure noise at the end of a straight flow, the variable is t itself.
+    The solver's variable is ``u = log(sigma / alpha)``, in which the slope is ``F = velocity / (du/dt)``. In t the
+    velocity of a process given by betas jumps at every timestep, which no error estimate foresees, and that of a
+    variance-preserving one is singular at 0; in u both are smooth. If a time has no finite u, such as the pure noise at
+    the end of a straight flow, the variable is t itself.
 
     Args:
-        process: whose times they are.
-        velocity: of the times ``[B]`` and the state ``[B, ...]``.
+        process: the process of the times.
+        velocity: a function of the times ``[B]`` and the state ``[B, ...]``.
         x: the state at the first of the times, ``[B, ...]`` in float64.
-        times: rising or falling; every row steps onto each of them.
+        times: rising or falling times; every row steps onto each of them.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
-        on_step: called after every step with the time of the row that has the farthest to go, and the state.
-        norm: of the rows of an error that is scaled by the tolerances, ``[B, ...]`` to ``[B]``.
+        on_step: called after every step with the time of the slowest row, and the state.
+        norm: norm of the rows of an error in units of the tolerances, ``[B, ...]`` to ``[B]``.
 
     Returns:
         ``[len(times), B, ...]``.
@@ -217,7 +229,7 @@ def integrate(
         error = scaled(expand_like(step, x) * _combined(ERROR, slopes), x, y)
         accepted, lands = underway & (error <= 1.0), step == left
         factor = (0.9 * error**-0.2).clamp(0.2, 10.0)
-        # A step that was cut to land on a time says nothing against the longer one that was planned.
+        # A step shortened to land on a time is no reason to drop the longer one that was planned.
         h = torch.where(accepted & lands, torch.maximum(h, step * factor), step * factor)
         u = torch.where(accepted, torch.where(lands, target, u + sign * step), u)
         wide = accepted.view(-1, *[1] * (x.ndim - 1))
@@ -250,33 +262,45 @@ def require_tolerances(rtol: float, atol: float) -> None:
 
 
 def refuse_grid_only(denoiser: Denoiser, what: str) -> None:
-    """Refuse a network that knows no time between its levels.
+    """Refuse a network that is trained on its grid's timesteps alone.
+
+    Args:
+        denoiser: the model.
+        what: the caller, for the message.
 
     Raises:
-        UserError: with what to choose instead.
+        UserError: with the samplers to choose instead.
     """
     if denoiser.process.num_timesteps == 1:
-        raise UserError(f"{what} needs a way from noise to data, and this model has one noise level; choose langevin")
+        raise UserError(
+            f"{what} needs a trajectory from noise to data, and this model has one noise level; choose langevin"
+        )
     if denoiser.on_grid_only:
         raise UserError(
-            f"{what} asks the network at times between its {denoiser.process.num_timesteps} levels, of which it knows "
-            f"none (conditional_instance normalization); choose a sampler that stays on them, e.g. ancestral or euler"
+            f"{what} evaluates the network between its {denoiser.process.num_timesteps} timesteps, where it is not "
+            f"trained (conditional_instance normalization); choose a sampler that visits only those, e.g. ancestral or "
+            f"euler"
         )
 
 
 class ProbabilityFlow(Sampler):
-    """The probability-flow ODE by Dormand and Prince's adaptive method in float64, see :func:`integrate`.
+    r"""The probability-flow ODE by Dormand and Prince's adaptive method in float64, see :func:`integrate`.
 
-    Every sample chooses its own steps, so it does not depend on the batch that it is made in; the evaluations that are
-    counted are those of the sample that needs the most.
+    .. math::  \frac{dx}{dt} = f(t)\, x - \tfrac12 g(t)^2 s(x, t)
+
+    (Song et al. 2021, https://arxiv.org/abs/2011.13456, eq. 13.) Every sample has its own step sizes, so it does not
+    depend on its batch; the evaluations counted are those of the slowest sample.
 
     Args:
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
-        denoise: end with the posterior mean at the smallest time, one more evaluation.
-        t_end: where to stop, a time that the model has learned; null: the smallest sampling time of the process.
-        clip_x0: keep that mean in a range: ``data``, that of the data (points have none), or ``[low, high]``; null:
-            leave it.
+        denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
+        t_end: end time, one that the model is trained on; null: the smallest sampling time of the process.
+        clip_x0: range to which that mean is clipped: ``data``, the data's own (points have none), or ``[low, high]``;
+            null: no clipping.
+
+    Raises:
+        UserError: for tolerances that are not positive, a t_end outside (0, 1), or an empty range.
     """
 
     adaptive = True
@@ -300,20 +324,20 @@ class ProbabilityFlow(Sampler):
         self.clip_x0 = clip_x0
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
-        """Refuse a network that knows no time between its levels, and an end at a time that it has not learned."""
+        """Refuse a network that is trained on its grid's timesteps alone, and an end at a time without training."""
         refuse_grid_only(denoiser, "an adaptive solver")
         if self.t_end is not None:
             denoiser.process.require_time("t_end", self.t_end)
 
     def plan(self, process: Process) -> list[Move]:
-        """One move: the solver chooses the steps inside it."""
+        """One move, inside which the solver chooses its steps."""
         return [Move(process.t_max, process.t_min_sampling if self.t_end is None else self.t_end)]
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
-        """The whole way from t to s, reported whenever the slowest sample has done another percent of it.
+        """The trajectory from t to s, with progress reported for every percent of the slowest sample.
 
-        The denoiser is told each evaluation's own time as the one at which its step began: the last evaluation of a
-        step is the first of the next one.
+        The denoiser receives each evaluation's own time as ``began``: the last evaluation of a step is the first of the
+        next one.
         """
         begin, end, reported = float(move.t), float(move.s), 0
 
@@ -331,5 +355,5 @@ class ProbabilityFlow(Sampler):
         return integrate(run.process, velocity, x.double(), (begin, end), self.rtol, self.atol, report)[-1].to(x.dtype)
 
     def finish(self, run: Run, x: Tensor) -> Tensor:
-        """The posterior mean, when ``denoise``."""
+        """The posterior mean with ``denoise``, else the state."""
         return denoised(run, x, run.plan[-1].s, self.clip_x0) if self.denoise else x

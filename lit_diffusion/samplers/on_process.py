@@ -20,7 +20,7 @@ class OnProcess(Sampler):
 
     The trajectory is made on ``process``, and the network is asked at the times of its own process with the same
     :math:`\sigma / \alpha`, see :class:`~lit_diffusion.denoisers.OtherProcess`. EDM samples networks of
-    score-SDEs and of DDPM so (Karras et al. 2022, arXiv 2206.00364, section 3 and table 1).
+    score-SDEs and of DDPM so (Karras et al. 2022, https://arxiv.org/abs/2206.00364, section 3 and table 1).
 
     Args:
         sampler: what samples there; null: EDM's, Heun's method in 17 steps of ``karras:7`` and the posterior mean.

@@ -1,4 +1,4 @@
-r"""Spacings: the times at which a sampler evaluates the network, all falling from the process's end of time.
+r"""Spacings: the times at which a sampler evaluates the network, falling from the process's t_max.
 
 With ``w_i = i / (N - 1)``, ``i = 0 .. N - 1``, and ``r = sigma / alpha``, each spacing puts N times between the largest
 and the smallest one,
@@ -10,11 +10,11 @@ and the smallest one,
     \text{karras:}\quad    & r_i = \big((1 - w_i)\, r_{max}^{1/\rho} + w_i\, r_{min}^{1/\rho}\big)^\rho \\
     \text{iddpm:}\quad     & r_i = u_{j_i}, \quad j_i = \lfloor (1 - w_i)\, j_{max} + w_i\, j_{min} + \tfrac12 \rfloor
 
-(quadratic: Song, Meng and Ermon 2021, arXiv 2010.02502, appendix D.2; log_snr: Lu et al. 2022, arXiv 2206.00927,
-section 3.2; karras: Karras et al. 2022, arXiv 2206.00364, eq. 5; iddpm: its table 1, with ``u_j`` the ratios of
-the cosine betas of Nichol and Dhariwal 2021, arXiv 2102.09672). On a grid each time is the nearest grid point, moved
-where two would coincide. Where alpha is 0 at the end of time r is infinite: the first step goes from there to 0.999 of
-it, and the others are spaced from that.
+(quadratic: Song, Meng and Ermon 2021, https://arxiv.org/abs/2010.02502, appendix D.2; log_snr: Lu et al. 2022,
+https://arxiv.org/abs/2206.00927, section 3.2; karras: Karras et al. 2022, https://arxiv.org/abs/2206.00364, eq. 5;
+iddpm: its table 1, with ``u_j`` the ratios of the cosine betas of Nichol and Dhariwal 2021,
+https://arxiv.org/abs/2102.09672). On a grid each time is the nearest grid point, moved where two would coincide. Where
+alpha is 0 at t_max r is infinite: the first step goes from t_max to 0.999 t_max, and the others are spaced from there.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import Betas, Process, cosine_betas
 
 Spacing = list[float] | str
-"""A row of :data:`SPACINGS` by name, ``karras:RHO`` for another rho than 7, or the times themselves, falling."""
+"""A row of :data:`SPACINGS` by name, ``karras:RHO`` for another rho than 7, or a list of falling times."""
 
 NEAR_THE_END = 0.999
-"""Where spacings in the log-SNR begin, as a share of the end of time, when it is infinite there."""
+"""The start of spacings in the log-SNR, as a share of t_max, when the log-SNR is infinite at t_max."""
 
 
 def uniform(process: Process, count: int) -> Tensor:
-    """Equal steps in time: float64 ``[count]``, falling from the end of time to the smallest time of sampling."""
+    """Equal steps in time: float64 ``[count]``, falling from t_max to the smallest time of sampling."""
     return torch.linspace(process.t_max, process.t_min_sampling, count, dtype=torch.float64)
 
 
@@ -89,7 +89,7 @@ def _spaced_by_ratio(
     if bool(process.log_snr(whole[:1]).isinf()):
         ends, before, count = whole * whole.new_tensor([NEAR_THE_END, 1.0]), whole[:1], count - 1
     start, end = to(torch.exp(-0.5 * process.log_snr(ends)))
-    # From the last backwards: one point, after the end of time itself, is the smallest time.
+    # From the last backwards, so that one point after t_max is the smallest time.
     spaced = torch.linspace(float(end), float(start), count, dtype=torch.float64).flip(0)
     times = process.t_at_log_snr(-2.0 * back(spaced).log()).clamp(ends[1], ends[0])
     if len(before) == 0 and count > 0:
@@ -110,7 +110,7 @@ SPACINGS: dict[str, Callable[..., Tensor]] = {
 
 
 def spacing_function(spacing: str) -> Callable[[Process, int], Tensor]:
-    """The row of :data:`SPACINGS` that a name means, ``karras:RHO`` with its rho.
+    """The row of :data:`SPACINGS` for a name, ``karras:RHO`` with its rho.
 
     Raises:
         UserError: for a name that is not in the table, or a rho that is not a positive number.
@@ -129,12 +129,12 @@ def spacing_function(spacing: str) -> Callable[[Process, int], Tensor]:
 
 
 def require_spacing(spacing: Spacing, steps: int | None, intervals: bool) -> None:
-    """Refuse a spacing that is not one, and times that are not as many as the steps.
+    """Refuse an unknown spacing, and a list of times whose number does not match the steps.
 
     Args:
         spacing: the spacing.
-        steps: number of steps, None for as many as there are.
-        intervals: whether times are the ends of the steps, one more than there are steps.
+        steps: number of steps; None: any.
+        intervals: if true, times are the ends of the steps, one more than there are steps.
 
     Raises:
         UserError: naming the key.
@@ -143,21 +143,21 @@ def require_spacing(spacing: Spacing, steps: int | None, intervals: bool) -> Non
         spacing_function(spacing)
         return
     if len(spacing) < 1 + intervals or any(s >= t for t, s in pairwise(spacing)):
-        raise UserError(f"spacing is {spacing}; a list of times falls, from the end of time to the last time")
+        raise UserError(f"spacing is {spacing}; a list of times falls, from t_max to the last time")
     if steps is not None and steps != len(spacing) - intervals:
         count = len(spacing) - intervals
         raise UserError(f"spacing lists the times of {count} steps and steps is {steps}; set steps null")
 
 
 def timesteps_to_zero(process: Process, steps: int | None, spacing: Spacing = "uniform") -> list[float]:
-    """The times ``t_max = t_1 > .. > t_S`` at which a sampler of S steps evaluates the network, to end at 0.
+    """The times ``t_max = t_1 > .. > t_S`` at which a sampler of S steps that ends at 0 evaluates the network.
 
-    ``uniform`` and ``quadratic`` include the end, ``t_{S-i} = t_max (1 - i / S)`` or its square; in continuous time
-    they are shrunk towards t_max where the last would be below the smallest time of sampling. On a grid they are
-    ``round(L i / S)`` or ``round(L i^2 / S^2)`` (Song, Meng and Ermon 2021, appendix D.2).
+    ``uniform`` and ``quadratic`` include t_max, ``t_{S-i} = t_max (1 - i / S)`` or its square; in continuous time
+    they are shrunk towards t_max where the last would be below the smallest time of sampling. On a grid of L points
+    they are ``round(L i / S)`` or ``round(L i^2 / S^2)`` (Song, Meng and Ermon 2021, appendix D.2).
 
     Args:
-        process: whose times they are.
+        process: the process of the times.
         steps: S; None for the whole grid, 1000 in continuous time.
         spacing: see :data:`SPACINGS`.
 
@@ -185,7 +185,7 @@ def timesteps_to_t_min(process: Process, steps: int | None, spacing: Spacing = "
     """The times ``t_max = t_0 > .. > t_S`` of a sampler of S steps that ends at the smallest time of sampling.
 
     Args:
-        process: whose times they are.
+        process: the process of the times.
         steps: S; None for the whole grid, 1000 in continuous time.
         spacing: see :data:`SPACINGS`.
 
@@ -203,7 +203,7 @@ def timesteps_to_t_min(process: Process, steps: int | None, spacing: Spacing = "
 
 
 def _of_the_process(process: Process, times: Tensor) -> list[float]:
-    """Falling times, on a grid its points."""
+    """Falling times, rounded to the grid where the process has one."""
     return (
         times.tolist()
         if process.num_timesteps is None
@@ -212,17 +212,17 @@ def _of_the_process(process: Process, times: Tensor) -> list[float]:
 
 
 def _grid_points(num_timesteps: int, position: Tensor) -> list[float]:
-    """The times of the grid points ``1 .. levels`` nearest to falling positions, of which no two coincide."""
+    """The times of the grid points ``1 .. num_timesteps`` nearest to falling positions, no two the same."""
     step = torch.arange(1, len(position) + 1, dtype=torch.float64)
     index = position.flip(0).round().minimum(num_timesteps - len(position) + step)
     return (((index - step).clamp(min=0.0).cummax(0).values + step) / num_timesteps).flip(0).tolist()
 
 
 def _given(process: Process, times: list[float]) -> list[float]:
-    """Listed times, on a grid its points to the last digit."""
+    """Listed times, on a grid replaced by the exact grid points."""
     _require_levels(process)
     if abs(times[0] - process.t_max) > 1e-6:
-        raise UserError(f"spacing begins at time {times[0]:g}; samples start at the end of time, {process.t_max:g}")
+        raise UserError(f"spacing begins at time {times[0]:g}; samples start at t_max, {process.t_max:g}")
     for t in times[1:]:
         process.require_time("spacing", t)
     wanted = torch.tensor([process.t_max, *times[1:]], dtype=torch.float64)
@@ -241,12 +241,13 @@ def _given(process: Process, times: list[float]) -> list[float]:
 def _require_levels(process: Process) -> None:
     if process.num_timesteps == 1:
         raise UserError(
-            "this model has one noise level: there is no way from noise to data through it; choose langevin"
+            "this model has one noise level, and no trajectory leads from noise to data through it; choose langevin"
         )
 
 
 def _require_points(process: Process, points: int) -> None:
     if process.num_timesteps is not None and points > process.num_timesteps:
         raise UserError(
-            f"steps: this sampler visits {points} noise levels and the model has {process.num_timesteps}; ask for fewer"
+            f"steps: this sampler visits {points} timesteps and the model has {process.num_timesteps}; ask for fewer "
+            f"steps"
         )

@@ -441,7 +441,7 @@ def test_what_was_left_out_is_said_once_and_written_every_time(tmp_path, capsys)
     expected = {
         "is": "10 parts need at least as many samples, there are 5",
         **dict.fromkeys(
-            ("precision", "recall", "density", "coverage"), "neighbourhoods of 5 need more than 5 samples and data"
+            ("precision", "recall", "density", "coverage"), "5 nearest neighbors need more than 5 samples and data"
         ),
         "kid error": "subsets of 5 share most of 5 samples and 36 data",
     }
@@ -771,8 +771,8 @@ def test_auto_knows_nothing_before_a_step_was_made(tmp_path, monkeypatch):
         ({"sampler": Langevin(eta=1.0)}, "Langevin step eta 1 is not below"),
         ({"extractor": "points"}, "extractor points takes points"),
         ({"metrics": ["precision"]}, "eval.best is 'fid', which is not among the metrics here: precision"),
-        ({"samples": 1, "metrics": ["fid"]}, "fid cannot be had: it needs at least 2 samples"),
-        ({"metrics": ["fid", "fid_infinity"]}, "fid_infinity cannot be had: FD-infinity in 64 dimensions needs"),
+        ({"samples": 1, "metrics": ["fid"]}, "fid cannot be measured: it needs at least 2 samples"),
+        ({"metrics": ["fid", "fid_infinity"]}, "fid_infinity cannot be measured: FD-infinity in 64 dimensions needs"),
         ({"weights_path": "nowhere.safetensors"}, "cannot read nowhere.safetensors"),
     ],
 )

@@ -260,10 +260,10 @@ def test_evaluation(make):
     assert "fewer than the" in said(recipe.evaluation, make(callbacks=evaluator(samples=20)))["note"]
     assert "first evaluation" in said(recipe.evaluation, make(callbacks=evaluator(samples="auto")))["note"]
     few = [finding.what for finding in recipe.evaluation(make(callbacks=evaluator(samples=5)))]
-    assert any("coverage (neighbourhoods of 5 need more than 5 samples and data)" in what for what in few)
+    assert any("coverage (5 nearest neighbors need more than 5 samples and data)" in what for what in few)
     for keys, reason in (
         ({"best": "fid_infinity"}, "eval.best is 'fid_infinity'"),
-        ({"metrics": ["precision"], "best": "precision", "samples": 3}, "precision cannot be had"),
+        ({"metrics": ["precision"], "best": "precision", "samples": 3}, "precision cannot be measured"),
         ({"sampler": DDIM(steps=99)}, "99"),
         ({"weights": "ema:7"}, "ema:7"),
         ({"extractor": "inception"}, "fetch weights inception"),

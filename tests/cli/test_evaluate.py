@@ -206,7 +206,7 @@ def test_moments_alone_are_enough_for_the_frechet_distance_alone(evaluate):
     assert set(found["values"]) == {"fd/digits-60", "is/digits-60"}  # the latter knows nothing of the reference
     images = evaluate("images.npz", "others.npz", "--metrics", "fid")
     assert found["values"]["fd/digits-60"] == pytest.approx(images["values"]["fd/digits-60"], rel=1e-6)
-    with pytest.raises(UserError, match="kid cannot be had: the reference holds mean and covariance only"):
+    with pytest.raises(UserError, match="kid cannot be measured: the reference holds mean and covariance only"):
         evaluate("images.npz", "moments.npz", "--metrics", "fid,kid")
 
 
@@ -231,10 +231,15 @@ def test_moments_alone_are_enough_for_the_frechet_distance_alone(evaluate):
         ("images.npz", "Digitz", (), "(did you mean 'Digits'?)"),
         ("images.npz", "large.npz", (), "the samples are 8 x 8, the reference is 16 x 16"),
         ("images.npz", "wrong_moments.npz", (), "this extractor's features have 64 dimensions"),
-        ("large.npz", "large.npz", ("--extractor", "digits"), "extractor digits sees 8 x 8 grey images"),
+        ("large.npz", "large.npz", ("--extractor", "digits"), "extractor digits takes 8 x 8 grey images"),
         ("large.npz", "large.npz", (), "run `python -m lit_diffusion fetch weights inception`"),
-        ("one.npz", "others.npz", ("--metrics", "fid"), "fid cannot be had: it needs at least 2 samples, there are 1"),
-        ("one.npz", "others.npz", ("--metrics", "precision"), "neighbourhoods of 5 need more than 5"),
+        (
+            "one.npz",
+            "others.npz",
+            ("--metrics", "fid"),
+            "fid cannot be measured: it needs at least 2 samples, there are 1",
+        ),
+        ("one.npz", "others.npz", ("--metrics", "precision"), "5 nearest neighbors need more than 5"),
         ("images.npz", "one.npz", (), "at least 2 samples, there are 1"),
         ("images.npz", "others.npz", ("--metrics", "fidd"), "--metrics is 'fidd'; choose one of fid,"),
         ("images.npz", "others.npz", ("--metrics", ","), "--metrics is empty"),

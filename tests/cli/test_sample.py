@@ -250,7 +250,7 @@ def test_a_predicted_image_is_kept_in_the_range_that_is_asked_for(sample):
         (["--sampler.stepz", "3"], "stepz"),
         (["--sampler", "predictor_corrector", "--sampler.predictor", "nothing"], "Ancestral, DDIM"),
         (["--sampler", "predictor_corrector", "--sampler.predictor", "langevin"], "predictor"),
-        (["--sampler", "ddim"], "visits 50 noise levels and the model has 3"),
+        (["--sampler", "ddim"], "visits 50 timesteps and the model has 3"),
         (["--sampler", "ancestral", "--sampler.variance", "learned"], "choose beta or beta_tilde"),
         (["--sampler.eta", "0.04"], r"eta 0.04 is not below 4 sigma\^2 = 0.04"),
         (

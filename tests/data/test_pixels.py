@@ -275,6 +275,6 @@ def test_of_many_images_some_are_looked_at(tmp_path):
 @pytest.mark.parametrize("size", [0, (16, 0), (16,), (1, 2, 3), (16.0, 16.0)])
 def test_what_is_no_size_is_refused(size):
     with pytest.raises(
-        UserError, match=r"is no size of an image: give a number of pixels, e.g. 32, or \[height, width\]"
+        UserError, match=r"is not an image's size: give a number of pixels, e.g. 32, or \[height, width\]"
     ):
         height_and_width(size)

@@ -103,7 +103,7 @@ def test_copies_are_looked_for_among_the_training_data():
 
 
 def test_what_cannot_be_had_is_known_before_any_work():
-    with pytest.raises(UserError, match="is cannot be had: it needs a classifier"):
+    with pytest.raises(UserError, match="is cannot be measured: it needs a classifier"):
         evaluation(("is",)).choose(COUNT)
     assert evaluation(None).choose(COUNT).left_out.keys() == {"is"}
     assert evaluation(("fid",)).choose(2).caveats == ()

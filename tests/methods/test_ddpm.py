@@ -399,7 +399,7 @@ def test_ddim_is_ddpm_but_for_the_walk(tmp_path):
     assert torch.equal(
         second.generate(torch.arange(3), 0).x, first.generate(torch.arange(3), 0, sampler=DDIMSampler(steps=4)).x
     )
-    with pytest.raises(UserError, match="visits 50 noise levels and the model has 8") as caught:
+    with pytest.raises(UserError, match="visits 50 timesteps and the model has 8") as caught:
         fit(ddpm(make=DDIM), centred(), tmp_path, 32)  # before the work, not after it
     assert "\n" not in str(caught.value)
 
@@ -478,7 +478,7 @@ def test_channels_that_are_given_are_left_as_they_are(run):
         ({"loss": "vlb"}, "loss.*'vlb'"),
         ({"gradient_clips": 1.0}, "gradient_clips"),
         ({"num_timesteps": 1}, "num_timesteps is 1"),
-        ({"class_path": "DDIM"}, "visits 50 noise levels and the model has 4"),
+        ({"class_path": "DDIM"}, "visits 50 timesteps and the model has 4"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )

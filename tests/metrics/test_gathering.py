@@ -124,7 +124,7 @@ def test_rows_come_in_the_order_of_their_numbers():
     with pytest.raises(ValueError, match="2 rows for 1 samples"):
         metric.update(torch.zeros(2, 1), torch.tensor([1]))
     metric.update(torch.zeros(1, 1), torch.tensor([10]))
-    with pytest.raises(ValueError, match="two samples have one number"):
+    with pytest.raises(ValueError, match="two samples have the same number"):
         metric.all_rows()
 
 

@@ -140,7 +140,7 @@ def test_by_default_all_that_can_be_had_are_chosen():
         ("precision", {"count": 5}, "more than 5 samples and data"),
         ("coverage", {"real": 5}, "more than 5 samples and data"),
         ("density", {"options": ScoreOptions(manifold_samples=5)}, "more than 5 samples and data"),
-        ("recall", {"options": ScoreOptions(precision_neighbours=100)}, "neighbourhoods of 100"),
+        ("recall", {"options": ScoreOptions(precision_neighbours=100)}, "100 nearest neighbors"),
         ("memorisation", {"real": 1}, "at least 2 training data"),
         ("clip_score", {}, "have no captions"),
     ],
@@ -148,7 +148,7 @@ def test_by_default_all_that_can_be_had_are_chosen():
 def test_what_cannot_be_had_is_refused_in_a_line(metric, keys, words):
     with pytest.raises(UserError, match=words) as caught:
         choose([metric], **keys)
-    assert str(caught.value).startswith(f"{metric} cannot be had: ")
+    assert str(caught.value).startswith(f"{metric} cannot be measured: ")
     assert "\n" not in str(caught.value)
     assert metric not in choose(None, **keys)
     enough = {"has_captions": True} if metric == "clip_score" else {}
@@ -158,7 +158,7 @@ def test_what_cannot_be_had_is_refused_in_a_line(metric, keys, words):
 def test_nothing_and_the_unknown_are_refused():
     with pytest.raises(UserError, match=r"metrics is 'fdi'; choose one of fid, .*\(did you mean 'fid'\?\)$"):
         choose(["fid", "fdi"])
-    with pytest.raises(UserError, match="no metric can be had of 1 samples and 1 real data"):
+    with pytest.raises(UserError, match="no metric can be measured with 1 samples and 1 real data"):
         choose(None, count=1, real=1)
 
 
@@ -381,7 +381,7 @@ def test_what_is_left_out_is_said_a_reason_once():
         "is": "it needs a classifier, extractor points is none",
         "kid": "it needs at least 2 samples, there are 1",
         **dict.fromkeys(
-            ("precision", "recall", "density", "coverage"), "neighbourhoods of 5 need more than 5 samples and data"
+            ("precision", "recall", "density", "coverage"), "5 nearest neighbors need more than 5 samples and data"
         ),
     }
     scores = scores_of(points(1, 1), metrics=("memorisation",), left_out=left_out)
@@ -395,7 +395,7 @@ def test_what_is_left_out_is_said_a_reason_once():
 
 
 def test_a_name_holds_the_number_that_was_measured():
-    with pytest.raises(ValueError, match="80 samples were taken in, the values' names would say 100"):
+    with pytest.raises(ValueError, match="80 samples were taken, the values' names would say 100"):
         scores_of(points(80, 1), metrics=("fid",)).compute(100)
 
 
@@ -431,7 +431,7 @@ def test_captions_are_scored_by_clip():
 def test_a_sample_counts_once():
     scores = scores_of(points(20, 1), metrics=("kid",))
     scores.update(points(1, 2), torch.tensor([7]))
-    with pytest.raises(ValueError, match="two samples have one number"):
+    with pytest.raises(ValueError, match="two samples have the same number"):
         scores.compute(21)
 
 

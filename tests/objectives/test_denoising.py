@@ -392,7 +392,7 @@ def test_no_time_is_outside_of_the_process(law, process):
     [
         (lambda: LogNormal(std=0.0), "std is 0"),
         (lambda: LogitNormal(std=-1.0), "std is -1"),
-        (lambda: DenoisingScoreMatching("importance").check(Flow()), "infinite at the end of time of Flow"),
+        (lambda: DenoisingScoreMatching("importance").check(Flow()), "infinite at the largest time of Flow"),
         (lambda: DenoisingScoreMatching("importance").check(VE(1.0, 1.0, num_timesteps=1)), "one noise level"),
         (lambda: DenoisingScoreMatching("levels").check(VP()), "continuous time"),
     ],

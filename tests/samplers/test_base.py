@@ -140,7 +140,7 @@ def test_more_steps_than_the_model_has_levels_are_refused(make):
     most = LEVELS if make in (Ancestral, DDIM) else LEVELS - 1
     make(most).sample(denoiser, noise_of(2))
     for sampler in (make(most + 1), PredictorCorrector(make(most + 1))):
-        with pytest.raises(UserError, match="visits 9 noise levels and the model has 8; ask for fewer steps"):
+        with pytest.raises(UserError, match="visits 9 timesteps and the model has 8; ask for fewer steps"):
             sampler.sample(denoiser, noise_of(2))
     with pytest.raises(UserError, match=r"steps is 0; .* or null for every level"):
         make(0)

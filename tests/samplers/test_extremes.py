@@ -205,6 +205,6 @@ def test_a_recipe_is_refused_by_doctor_and_by_fit_alike(tmp_path, capsys):
         dispatch(["doctor", *arguments])
     said = capsys.readouterr().out
     assert "EulerMaruyama in 10 steps on this model" in said
-    assert "likelihood.t_min is 0.001; this model knows the times from 0.05, the first of its 20 levels" in said
+    assert "likelihood.t_min is 0.001; this model knows the times from 0.05, the first of its 20 timesteps" in said
     with pytest.raises(UserError, match=r"likelihood\.t_min is 0\.001"):
         dispatch(["fit", *arguments, "--eval.sampler", "null"])

@@ -185,7 +185,7 @@ def test_annealed_langevin_needs_levels(levels):
     sampler = AnnealedLangevin(steps_per_level=2, eta=0.01, num_levels=levels)
     denoiser = ExactDenoiser(POINT, process)
     if levels is None:
-        with pytest.raises(UserError, match="continuous time: give the number of levels"):
+        with pytest.raises(UserError, match="continuous time: give the number of timesteps"):
             sampler.sample(denoiser, noise_of(2))
         return
     sampler.sample(denoiser, noise_of(2))
@@ -410,7 +410,7 @@ def test_a_network_of_known_levels_is_asked_at_one_of_them():
 
     process = VE(0.3, 3.0, num_timesteps=8)
     denoiser = OnItsLevels(ExactDenoiser(POINT, process))
-    with pytest.raises(UserError, match=r"sigma 0.7 lies between the levels .* 0.3, 0.4168"):
+    with pytest.raises(UserError, match=r"sigma 0.7 lies between the noise levels .* 0.3, 0.4168"):
         Langevin(steps=1, eta=0.1, sigma=0.7).check(denoiser)
     for sigma in (None, 0.3, 3.0, float(process.sigma(process.grid()[3]))):
         Langevin(steps=1, eta=0.1, sigma=sigma).check(denoiser)

@@ -1,4 +1,4 @@
-"""From bytes to features: the networks in whose eyes samples and data are compared."""
+"""Feature extractors: the networks in whose features samples and data are compared."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = [
 
 
 def default_extractor(shape: tuple[int, ...]) -> ExtractorName:
-    """For data of this shape: the digits' own for theirs, points for points, else Inception."""
+    """The default extractor for data of a shape: ``digits`` for 8 x 8 grey images, ``points``, else ``inception``."""
     if len(shape) == 1:
         return "points"
     return "digits" if tuple(shape) == (1, 8, 8) else "inception"
 
 
 def load_extractor(name: ExtractorName, shape: tuple[int, ...], weights_path: str | Path | None = None) -> Extractor:
-    """An extractor by its name, fit for data of a shape.
+    """The extractor of a name, for data of a shape.
 
     Raises:
         UserError: if its weights are missing or damaged, or the data do not fit.
@@ -51,6 +51,6 @@ def load_extractor(name: ExtractorName, shape: tuple[int, ...], weights_path: st
         "vgg16": VGG16,
         "digits": DigitsFeatures,
     }
-    # Before the weights are looked for: no file would help.
+    # Before looking for the weights: no file would help.
     (Points if name == "points" else classes[name]).require_fit(shape)
     return Points(shape[0]) if name == "points" else classes[name](weights_path)

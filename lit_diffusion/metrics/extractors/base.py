@@ -1,7 +1,7 @@
-"""What an extractor is: a frozen map from data to the features in which samples and data are compared.
+"""The interface of an extractor: a frozen map from data to the features in which samples and data are compared.
 
-One forward a batch serves every metric. It runs in float32, outside autocast and without TF32, whatever precision the
-model trains in; the networks belong to no module, so no checkpoint and no average of weights holds them.
+One forward pass a batch serves every metric. It runs in float32, outside autocast and without TF32, whatever precision
+the model trains in; the networks belong to no module, so that no checkpoint and no average of weights contains them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ExtractorName = Literal["inception", "dinov2", "clip", "vgg16", "digits", "point
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 as it is: no autocast, no TF32, no gradients."""
+    """Compute in full float32, without autocast, TF32 and gradients."""
     matmul = torch.get_float32_matmul_precision()
-    if matmul != "highest":  # Setting what is set already makes compiled networks compile again.
+    if matmul != "highest":  # Setting the same value again would make compiled networks compile again.
         torch.set_float32_matmul_precision("highest")
     try:
         with ExitStack() as stack:
@@ -46,11 +46,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of a batch.
+    """An extractor's output for a batch.
 
     Attributes:
         features: float32 ``[B, D]``.
-        logits: of a classifier, float32 ``[B, K]``; None where there is none.
+        logits: a classifier's logits, float32 ``[B, K]``; None where the extractor is not a classifier.
     """
 
     features: Tensor
@@ -61,12 +61,12 @@ class Extractor(ABC):
     """A frozen map from data to features.
 
     Attributes:
-        name: in figures' names.
-        model: which network, for the protocol.
-        dimension: D of the features.
-        has_logits: whether it is a classifier, so that an Inception Score can be had.
-        resize: how it brings images to its size.
-        sha256: of its weights.
+        name: name of the extractor, part of the metric values' names.
+        model: name of the network, for the protocol.
+        dimension: D, the dimension of the features.
+        has_logits: true for a classifier, which allows an Inception Score.
+        resize: the method of resizing images, for the protocol.
+        sha256: checksum of its weights.
     """
 
     name: ExtractorName
@@ -77,24 +77,24 @@ class Extractor(ABC):
     sha256 = ""
 
     def to(self, device: torch.device) -> Extractor:
-        """Onto a device; itself."""
+        """Move the extractor to a device; return the extractor."""
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the computation."""
         return torch.device("cpu")
 
     @classmethod
     @abstractmethod
     def require_fit(cls, shape: tuple[int, ...]) -> None:
-        """Refuse data that it cannot see.
+        """Refuse data that do not fit this extractor.
 
         Args:
-            shape: of one datum, ``(C, H, W)`` or ``(D,)``.
+            shape: shape of one datum, ``(C, H, W)`` or ``(D,)``.
 
         Raises:
-            UserError: naming what it can.
+            UserError: naming the data that fit.
         """
 
     @abstractmethod
@@ -102,18 +102,22 @@ class Extractor(ABC):
         """Features of uint8 images ``[B, H, W, C]``, or of points ``[B, D]``, on its device."""
 
     def protocol(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """What a figure says of it, for data of this shape."""
+        """The protocol's entries about the extractor, for data of this shape."""
         return {"extractor": self.model, "extractor_sha256": self.sha256, "resize": self.resize}
 
 
 class NetworkExtractor(Extractor):
-    """An extractor of images with a network."""
+    """An extractor of images by a network.
+
+    Args:
+        network: the network, which is frozen here.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.float().eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> Extractor:
-        """Move the network; returns itself."""
+        """Move the network to a device; return the extractor."""
         self.network.to(device)
         return self
 
@@ -127,29 +131,29 @@ class NetworkExtractor(Extractor):
         """Refuse all but grey and RGB images."""
         if len(shape) != 3:
             raise UserError(
-                f"extractor {cls.name} sees images, the data have shape {list(shape)}; points have their own: "
+                f"extractor {cls.name} takes images, the data have shape {list(shape)}; for points choose "
                 f"extractor points"
             )
         if shape[0] not in (1, 3):
             raise UserError(
-                f"extractor {cls.name} sees grey or RGB images, the data have shape {list(shape)}, and no other "
-                f"extractor sees {shape[0]} channels: a run goes without metrics of samples by eval.metrics []"
+                f"extractor {cls.name} takes grey or RGB images, the data have shape {list(shape)}, and no other "
+                f"extractor takes {shape[0]} channels: for a run without metrics of samples set eval.metrics []"
             )
 
     def __call__(self, data: np.ndarray) -> Features:
         """Features of uint8 images ``[B, H, W, C]``."""
         if data.dtype != np.uint8:
-            raise ValueError(f"extractors see bytes (to_uint8), not {data.dtype}")
+            raise ValueError(f"extractors take bytes (to_uint8), not {data.dtype}")
         device = self.device
         with full_precision(device):
             return self._features(torch.from_numpy(np.ascontiguousarray(data.transpose(0, 3, 1, 2))).to(device))
 
     @abstractmethod
     def _features(self, images: Tensor) -> Features:
-        """Of uint8 ``[B, C, H, W]``."""
+        """Features of uint8 images ``[B, C, H, W]``."""
 
     def protocol(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Of a network that takes RGB: grey images are repeated."""
+        """The protocol's entries, with ``grey_repeated`` where grey images are repeated to RGB."""
         return {**super().protocol(shape), "grey_repeated": shape[0] == 1}
 
 
@@ -157,24 +161,24 @@ class FidelityExtractor(NetworkExtractor):
     """A network of torch-fidelity, which resizes as TensorFlow 1 did: bilinear, not antialiased."""
 
     def _features(self, images: Tensor) -> Features:
-        # Grey becomes RGB by repetition; the protocol says so.
+        # Grey becomes RGB by repetition, which the protocol records.
         found = self.network(images.expand(-1, 3, -1, -1))
         return Features(found[0], found[1] if len(found) > 1 else None)
 
 
 def require_plain_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file that holds nothing else: no code is unpickled.
+    """The tensors of a file of weights, read without unpickling code.
 
-    torch-fidelity would run what a file holds; so it is only given files that passed here.
+    torch-fidelity would run code in a file, so it only receives files that passed here.
 
     Raises:
-        UserError: if the file holds anything else, or is damaged.
+        UserError: if the file contains anything but tensors, or is damaged.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than weights and is not opened: fetch the published file") from error
-    except Exception as error:  # A damaged file makes the reader raise whatever it may.
+    except Exception as error:  # A damaged file can make the reader raise anything.
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"cannot read the weights {path}: truncated, or none ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -184,7 +188,7 @@ def require_plain_weights(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Say in one line that a file is another network's, or none."""
+    """Turn an unreadable file, or one of another network, into a UserError of one line."""
     try:
         yield
     except (RuntimeError, KeyError, ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:

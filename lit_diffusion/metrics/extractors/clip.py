@@ -1,4 +1,4 @@
-"""CLIP, which embeds images and their captions in one space."""
+"""CLIP, which embeds images and their captions in a common space."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from lit_diffusion.metrics.weights import find_weights
 
 
 class CLIP(FidelityExtractor):
-    """CLIP's image embedding (Radford et al. 2021), ViT-B/32.
+    """CLIP's image embedding, ViT-B/32 (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
 
     Args:
-        weights_path: of the weights as published, a TorchScript archive; None for the fetched ones.
+        weights_path: path of the weights as published, a TorchScript archive; None for the fetched ones.
+
+    Raises:
+        UserError: for missing or damaged weights.
     """
 
     name = "clip"
@@ -36,10 +39,10 @@ class CLIP(FidelityExtractor):
         super().__init__(network)
 
     def captions(self, texts: list[str]) -> Tensor:
-        """Embeddings of captions ``[B, 512]``, by the text half of the same file.
+        """Embeddings of captions ``[B, 512]`` by the text encoder in the same file.
 
         Raises:
-            UserError: without the extra that reads it.
+            UserError: without the extra ``clip``.
         """
         try:
             import open_clip

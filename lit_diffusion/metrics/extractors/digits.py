@@ -1,7 +1,7 @@
-"""A classifier of 8 x 8 digits, so that a run on them has real figures without a download.
+"""A classifier of 8 x 8 digits, for metrics of runs on the digits without a download.
 
-The weights are in the package (made by ``benchmarks/train_digits_classifier.py``). Figures of its features are named
-``fd/digits-...``: they rank models of the digits, and compare with nothing else.
+The weights are in the package (made by ``benchmarks/train_digits_classifier.py``). Metric values in its features are
+named ``fd/digits-...``: they rank models of the digits, and compare with no other values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHTS_FILE = Path(__file__).with_name("digits_classifier.safetensors")
 
 
 class DigitsClassifier(nn.Module):
-    """Four convolutions, 64 features, ten classes; 46 thousand parameters."""
+    """A classifier with four convolutions, 64 features and ten classes; 46 thousand parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,16 +38,16 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Sequential(nn.SiLU(), nn.Dropout(0.2), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images ``[B, 1, 8, 8]`` in [-1, 1] to features ``[B, 64]`` and logits ``[B, 10]``."""
+        """Features ``[B, 64]`` and logits ``[B, 10]`` of images ``[B, 1, 8, 8]`` in [-1, 1]."""
         features = self.trunk(x)
         return features, self.head(features)
 
 
 class DigitsFeatures(NetworkExtractor):
-    """The embedded classifier of 8 x 8 grey digits; see :class:`DigitsClassifier`.
+    """The features of a classifier of 8 x 8 grey digits in the package, see :class:`DigitsClassifier`.
 
     Args:
-        weights_path: of other weights of the same classifier, safetensors; None for the ones in the package.
+        weights_path: path of other weights of the same classifier, safetensors; None for those in the package.
     """
 
     name = "digits"
@@ -70,7 +70,7 @@ class DigitsFeatures(NetworkExtractor):
         """Refuse all but 8 x 8 grey images."""
         if tuple(shape) != (1, 8, 8):
             raise UserError(
-                f"extractor digits sees 8 x 8 grey images, the data have shape {list(shape)}; choose another: "
+                f"extractor digits takes 8 x 8 grey images, the data have shape {list(shape)}; choose another: "
                 f"inception, dinov2, clip or vgg16"
             )
 
@@ -78,5 +78,5 @@ class DigitsFeatures(NetworkExtractor):
         return Features(*self.network(images.float() / 127.5 - 1.0))
 
     def protocol(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Of a network that takes grey images as they are."""
+        """The protocol's entries, without repetition of grey images."""
         return {**super().protocol(shape), "grey_repeated": False}

@@ -1,8 +1,8 @@
-r"""The DINOv2 vision transformer (Oquab et al. 2023), as it is needed for features.
+r"""The DINOv2 vision transformer as a feature extractor (Oquab et al. 2023, https://arxiv.org/abs/2304.07193).
 
 Images of 224 x 224 in patches of 14; the features are the class token after the last norm. The names of the parameters
-are those of the published files. The embedding of positions was trained on 37 x 37 patches; it is resized as the
-published model does: bicubic, not antialiased, by a factor of (16 + 0.1) / 37.
+are those of the published files. The position embedding was trained on 37 x 37 patches; it is resized as in the
+published model: bicubic, not antialiased, by a factor of (16 + 0.1) / 37.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ class _PatchEmbedding(nn.Module):
 
 
 class DINOv2Transformer(nn.Module):
-    """The published models of sizes S, B and L.
+    """A DINOv2 transformer of size S, B or L.
 
     Args:
-        width: of a token: 384, 768 or 1024.
+        width: width of a token: 384, 768 or 1024.
         depth: number of blocks: 12, 12 or 24.
-        heads: of the attention: width / 64.
+        heads: number of attention heads; None: width / 64.
     """
 
     def __init__(self, width: int = 1024, depth: int = 24, heads: int | None = None) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + _TRAINED_SIDE**2, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # Of the pre-training; in the published file.
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # Unused: from pre-training, in the published file.
         self.patch_embed = _PatchEmbedding(width)
         self.blocks = nn.ModuleList(_Block(width, heads or width // 64) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -104,7 +104,7 @@ class DINOv2Transformer(nn.Module):
         return torch.cat((self.pos_embed[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images ``[B, 3, S, S]``, S a multiple of 14, to features ``[B, width]``."""
+        """Features ``[B, width]`` of normalized images ``[B, 3, S, S]``, S a multiple of 14."""
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)), dim=1)
         tokens = tokens + self.positions(x.shape[-1] // PATCH)
         for block in self.blocks:
@@ -113,10 +113,15 @@ class DINOv2Transformer(nn.Module):
 
 
 class DINOv2(NetworkExtractor):
-    """DINOv2's class token, ViT-L/14: the features of FD-DINOv2 (Stein et al. 2023).
+    """DINOv2's class token, ViT-L/14: the features of FD-DINOv2.
+
+    Oquab et al. 2023, https://arxiv.org/abs/2304.07193; Stein et al. 2023, https://arxiv.org/abs/2306.04675.
 
     Args:
-        weights_path: of the weights; None for the fetched ones.
+        weights_path: path of the weights; None for the fetched ones.
+
+    Raises:
+        UserError: for missing or damaged weights.
     """
 
     name = "dinov2"
@@ -139,7 +144,7 @@ class DINOv2(NetworkExtractor):
         x = interpolate_bilinear_2d_like_tensorflow1x(
             images.expand(-1, 3, -1, -1).float(), size=(self.side, self.side), align_corners=False
         )
-        # ImageNet's mean and deviation of each color.
+        # ImageNet's mean and standard deviation of each color.
         mean = x.new_tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
         deviation = x.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
         return Features(self.network((x / 255.0 - mean) / deviation))

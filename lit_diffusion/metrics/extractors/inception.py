@@ -1,4 +1,4 @@
-"""Inception v3, in whose features the FID, the KID and the Inception Score are defined."""
+"""Inception v3, the features of the FID, the KID and the Inception Score."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from lit_diffusion.metrics.weights import find_weights
 
 
 class Inception(FidelityExtractor):
-    """Inception v3 with the weights of the first FID (Heusel et al. 2017): 2048 features and 1008 unbiased logits.
+    """Inception v3 with the weights of the original FID: 2048 features and 1008 unbiased logits.
+
+    Heusel et al. 2017, https://arxiv.org/abs/1706.08500.
 
     Args:
-        weights_path: of the weights; None for the fetched ones.
+        weights_path: path of the weights; None for the fetched ones.
+
+    Raises:
+        UserError: for missing or damaged weights.
     """
 
     name = "inception"

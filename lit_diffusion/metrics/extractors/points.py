@@ -1,4 +1,4 @@
-"""Points, which need no network."""
+"""Points as their own features, without a network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lit_diffusion.metrics.extractors.base import Extractor, Features
 
 
 class Points(Extractor):
-    """Points of the plane and the like are their own features.
+    """The identity on points, which are their own features.
 
     Args:
-        dimension: of a point.
+        dimension: dimension of a point.
     """
 
     name = "points"
@@ -29,5 +29,5 @@ class Points(Extractor):
             raise UserError(f"extractor points takes points, the data have shape {list(shape)}")
 
     def __call__(self, data: np.ndarray) -> Features:
-        """The points ``[B, D]`` themselves."""
+        """The points ``[B, D]`` as features."""
         return Features(torch.from_numpy(np.ascontiguousarray(data)).float())

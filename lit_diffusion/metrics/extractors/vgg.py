@@ -1,4 +1,4 @@
-"""VGG-16, in whose features precision and recall were introduced."""
+"""VGG-16, the features in which precision and recall were introduced."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from lit_diffusion.metrics.weights import find_weights
 
 
 class VGG16(FidelityExtractor):
-    """VGG-16's second hidden layer, in which Kynkaanniemi et al. (2019) measure precision and recall.
+    """VGG-16's second fully connected layer, the features of the original precision and recall.
+
+    Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991.
 
     Args:
-        weights_path: of the weights; None for the fetched ones.
+        weights_path: path of the weights; None for the fetched ones.
+
+    Raises:
+        UserError: for missing or damaged weights.
     """
 
     name = "vgg16"
