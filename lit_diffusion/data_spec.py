@@ -116,7 +116,7 @@ class DataSpec:
             num_grey_levels=values["num_grey_levels"],
             value_range=None if low_high is None else (low_high[0], low_high[1]),
             num_classes=values["num_classes"],
-            dequantized=values.get("dequantized", False),
+            dequantized=values["dequantized"],
             class_names=None if values.get("class_names") is None else tuple(values["class_names"]),
             class_counts=None if values.get("class_counts") is None else tuple(values["class_counts"]),
         )

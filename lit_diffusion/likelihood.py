@@ -86,7 +86,6 @@ def flow_log_prob(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     t_min: float | None = None,
-    terminal_log_prob: Callable[[Tensor], Tensor] | None = None,
     on_time: Callable[[float], None] | None = None,
 ) -> FlowLikelihood:
     r"""The log-density of data under the probability-flow ODE, in float64.
@@ -108,7 +107,6 @@ def flow_log_prob(
         rtol: relative tolerance of the solver.
         atol: absolute tolerance of the solver.
         t_min: the time of the data, at or above the smallest time of the process; None: that time.
-        terminal_log_prob: ``log p_1`` of ``[B, ...]``; None for the process's prior.
         on_time: called after every step of the solver with the time of the slowest datum.
 
     Raises:
@@ -160,7 +158,7 @@ def flow_log_prob(
 
     end = integrate(denoiser.process, slope, begin, (start, denoiser.process.t_max), rtol, atol, on_step, norm)[-1]
     x_1, divergence = end[:, :dimension].view(shape), dimension * end[:, -1]
-    terminal = denoiser.process.prior_log_prob(x_1) if terminal_log_prob is None else terminal_log_prob(x_1)
+    terminal = denoiser.process.prior_log_prob(x_1)
     return FlowLikelihood(terminal + divergence, terminal, divergence, x_1, run.evaluations)
 
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from lit_diffusion.commands.outputs import RULE, output_path
 from lit_diffusion.config.parser import Parser
-from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.data.as_given import images_as_given
 from lit_diffusion.errors import UserError, require_positive
 from lit_diffusion.files import atomic_write
 from lit_diffusion.images import about_shown, as_shown, png_bytes
 from lit_diffusion.metrics.protocol import differing_keys
 from lit_diffusion.runs.console import print_note
+from lit_diffusion.runs.events import read_config, read_run
 from lit_diffusion.runs.formats import FORMAT_VERSION
 
 REAL = "real data"
@@ -134,9 +134,10 @@ def _run(directory: Path, count: int) -> Entry:
     """The samples and metrics of a run's last evaluation."""
     checkpoint = directory / "checkpoints" / "last.ckpt"
     fix = f"make one with `test --ckpt_path {checkpoint}`, or give samples as an .npz file"
-    event = _last_evaluation(directory / "metrics.jsonl")
-    if event is None:
+    evaluations = read_run(directory).of("evaluation")
+    if not evaluations:
         raise UserError(f"the run {directory} has no evaluation: {fix}")
+    event = evaluations[-1]
     samples = directory / str(event.get("samples_file"))
     if not samples.is_file():
         raise UserError(f"the samples of the last evaluation of {directory} are gone or were not kept: {fix}")
@@ -151,28 +152,13 @@ def _run(directory: Path, count: int) -> Entry:
     )
 
 
-def _last_evaluation(path: Path) -> dict[str, Any] | None:
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    for line in reversed(lines):
-        try:
-            event = _from_json(line)
-        except ValueError:
-            continue  # a line torn by a kill
-        if isinstance(event, dict) and event.get("event") == "evaluation":
-            return event
-    return None
-
-
 def _run_name(directory: Path) -> str:
     """``<experiment>/<run id>`` from the run's files, else the names of its folders."""
     directory = directory.resolve()
     experiment, run_id = directory.parent.name, directory.name
     try:
         run_id = (directory / "run_id").read_text().strip() or run_id
-        experiment = read_yaml(directory / "config.yaml")["experiment"] or experiment
+        experiment = read_config(directory)["experiment"] or experiment
     except (OSError, ValueError, TypeError, KeyError, UserError):
         pass  # The folders' names will do.
     return f"{experiment}/{run_id}"

@@ -17,7 +17,6 @@ from typing import Any
 from lit_diffusion import __version__
 from lit_diffusion.commands.outputs import output_path, require_reports_folder
 from lit_diffusion.config.parser import Parser
-from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 from lit_diffusion.metrics.catalogue import better
@@ -34,7 +33,7 @@ from lit_diffusion.plots.panels import (
     training_panels,
 )
 from lit_diffusion.runs.dashboard import SETTINGS
-from lit_diffusion.runs.events import Event, RecordedRun, number, read_run, recorded_png
+from lit_diffusion.runs.events import Event, RecordedRun, number, read_config, read_run, recorded_png
 
 SAMPLES = {
     "samples": "Samples",
@@ -223,10 +222,9 @@ def _torn(count: int) -> str:
 
 def _config(run: RecordedRun) -> dict[str, Any]:
     try:
-        config = read_yaml(run.folder / "config.yaml")
-    except (OSError, UserError):
+        return read_config(run.folder)
+    except UserError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _class_name(section: object) -> str | None:

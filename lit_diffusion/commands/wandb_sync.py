@@ -13,12 +13,11 @@ import numpy as np
 from PIL import Image
 
 from lit_diffusion.config.parser import Parser
-from lit_diffusion.config.yaml_files import read_yaml
 from lit_diffusion.errors import UserError
 from lit_diffusion.runs.clock import Clock
 from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.dashboard import Dashboard, logged_in
-from lit_diffusion.runs.events import Event, RecordedRun, read_run, recorded_png
+from lit_diffusion.runs.events import Event, RecordedRun, read_config, read_run, recorded_png
 from lit_diffusion.runs.lock import RunLock
 
 DESCRIPTION = """Replays a run's metrics.jsonl and its pictures into one Weights & Biases run, in order, each step once.
@@ -101,23 +100,6 @@ def main(arguments: Sequence[str]) -> None:
     require_login(replay)
     said = replayed(run, replay, options.id or str(run.of("start")[0].get("run_id")), config)
     sys.stdout.write(f"{said}\n")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the run's config.yaml.
-
-    Raises:
-        UserError: if it is missing or no configuration.
-    """
-    path = folder / "config.yaml"
-    try:
-        config = read_yaml(path)
-    except (OSError, UserError) as error:
-        reason = f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-        raise UserError(f"{reason}: bring it back, or write experiment: NAME into it") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no configuration: bring it back, or write experiment: NAME")
-    return config
 
 
 def require_login(replay: Dashboard) -> None:

@@ -27,7 +27,6 @@ class HuggingFace(Source):
         split: name of the split.
         image_key: the column of the images.
         label_key: the column of the classes (a ClassLabel or integers from 0); null: no labels.
-        caption_key: the column of the captions; null: no captions.
         channels: 3 for RGB, 1 for grey.
         root: the folder of fetched data, by default `lit_diffusion.data.cache.data_root`.
 
@@ -42,14 +41,13 @@ class HuggingFace(Source):
         split: str = "train",
         image_key: str = "image",
         label_key: str | None = None,
-        caption_key: str | None = None,
         channels: Literal[1, 3] = 3,
         root: str | Path | None = None,
     ) -> None:
         self._size = height_and_width(size)
         datasets = _datasets()
         data = _load(datasets, str(path), split, data_root() if root is None else Path(root).expanduser())
-        for key in filter(None, (image_key, label_key, caption_key)):
+        for key in filter(None, (image_key, label_key)):
             if key not in data.column_names:
                 raise UserError(f"{path} has no column {key!r}: it has {', '.join(data.column_names)}")
         if not isinstance(data.features[image_key], datasets.Image):
@@ -80,12 +78,6 @@ class HuggingFace(Source):
             is_class = isinstance(feature, datasets.ClassLabel)
             self.num_classes = feature.num_classes if is_class else int(self._labels.max()) + 1
             self.class_names = feature.names if is_class else None
-        self._captions = None if caption_key is None else data.select_columns(caption_key)
-        self._caption_key = caption_key
-        if self._captions is not None and not isinstance(self._captions[0][caption_key], str):
-            raise UserError(
-                f"caption_key: column {caption_key!r} of {path} holds {data.features[caption_key]}, no text"
-            )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -107,10 +99,6 @@ class HuggingFace(Source):
     def label(self, index: int) -> int | None:
         """The class of image ``index`` in ``0 .. num_classes - 1``, None without ``label_key``."""
         return None if self._labels is None else int(self._labels[index])
-
-    def caption(self, index: int) -> str | None:
-        """The text of image ``index``, None without ``caption_key``."""
-        return None if self._captions is None else self._captions[int(index)][self._caption_key]
 
     def notes(self) -> list[str]:
         """Notes about images that are cropped or contain further pictures."""

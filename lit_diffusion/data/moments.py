@@ -1,4 +1,4 @@
-"""How widely data spread."""
+"""The standard deviation of data sets."""
 
 from __future__ import annotations
 

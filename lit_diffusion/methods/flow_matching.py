@@ -31,9 +31,9 @@ class FlowMatching(Method):
     Args:
         backbone: the network.
         c_noise: the time as the network receives it: ``time_999``, which positional features suit, or ``time``.
-        time_law: of the training times: ``uniform``; ``logit_normal``, more of them in the middle, where the velocity
-            is hardest to tell (Esser et al. 2024, https://arxiv.org/abs/2403.03206); or a law with parameters, by its
-            class.
+        time_law: the law of the training times: ``uniform``; ``logit_normal``, more of them in the middle, where the
+            velocity is hardest to tell (Esser et al. 2024, https://arxiv.org/abs/2403.03206); or a law with parameters,
+            by its class.
         coupling: ``none``, or ``optimal_transport`` to pair noise with the data of each global batch by least squared
             distance, inside a class where the backbone is class-conditional; held-out data have their own noise. Such a
             model is sampled by its ODE: ``heun``, ``euler``, ``ode``, ``ddim``.

@@ -43,7 +43,7 @@ class Objective(nn.Module, ABC):
 
     @property
     def couples(self) -> bool:
-        """Whether it pairs noise with data, by a :meth:`couple` of its own."""
+        """True where it pairs noise with data, by a :meth:`couple` of its own."""
         return type(self).couple is not Objective.couple
 
     def couple(self, x0: Tensor, eps: Tensor, cond: Condition | None = None) -> Tensor:

@@ -23,7 +23,7 @@ class PowerVE(Process):
     Args:
         sigma_min: the smallest noise level of training and of sampling, in units of the normalized data.
         sigma_max: the largest noise level, the standard deviation of the prior.
-        power: of the time.
+        power: the exponent of the time.
 
     Raises:
         UserError: unless ``0 < sigma_min < sigma_max``, and for a power that is not positive or so small that the time

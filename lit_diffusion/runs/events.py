@@ -67,6 +67,25 @@ def read_run(folder: Path) -> RecordedRun:
     return RecordedRun(folder, events, len(lines) - len(events))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a run's config.yaml.
+
+    Raises:
+        UserError: if it is missing or no configuration.
+    """
+    from lit_diffusion.config.yaml_files import read_yaml  # Which brings the parser along.
+
+    path = folder / "config.yaml"
+    try:
+        config = read_yaml(path)
+    except (OSError, UserError) as error:
+        reason = f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise UserError(f"{reason}: bring it back, or write experiment: NAME into it") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no configuration: bring it back, or write experiment: NAME")
+    return config
+
+
 def _event(line: str) -> Event | None:
     try:
         event = json.loads(line)

@@ -173,7 +173,7 @@ class Sampler(ABC):
     """True where the number of steps depends on the samples, so that it may differ between batches."""
 
     takes_end_points: bool = False
-    """Whether its steps ask a prediction for x0 alone, which is all that a model of end points says."""
+    """True where its steps ask a prediction for x0 alone, which is all that a model of end points says."""
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse, before any work, a denoiser that does not fit this sampler.

@@ -17,7 +17,7 @@ from lit_diffusion.samplers.sde import LargeSteps
 from lit_diffusion.samplers.times import Spacing
 
 LARGEST_RISE = math.sqrt(2.0) - 1.0
-"""Of the noise level in one step: no more new noise than there is already."""
+"""The largest gamma: no more new noise than there is already."""
 
 
 class ChurnedHeun(Heun):
@@ -46,7 +46,7 @@ class ChurnedHeun(Heun):
             leave it.
         large_steps: ``refuse`` steps so long that the network's errors grow, or ``allow`` them, see
             :class:`~lit_diffusion.samplers.sde.EndsAtTMin`.
-        spacing: of the steps: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
+        spacing: the steps' times: ``uniform`` in time, ``quadratic``, ``log_snr``, ``karras:RHO``, or a list of times.
 
     Raises:
         UserError: for settings out of their range.

@@ -23,7 +23,7 @@ from lit_diffusion.training.datamodule import Batch
 from lit_diffusion.training.trainer import Trainer
 
 OUT_OF_RANGE = 1e-3
-"""How far outside the value range rounding may put a value, as a fraction of the range's width."""
+"""The distance outside the value range that rounding may put a value at, as a fraction of the range's width."""
 
 
 def assumed_data_spec(backbone: Backbone) -> DataSpec:

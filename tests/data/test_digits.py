@@ -14,5 +14,4 @@ def test_digits_are_scikit_learns():
     assert (ours.min(), ours.max()) == (0, 16)
     np.testing.assert_array_equal(ours[:, 0], theirs.images)
     assert [source.label(i) for i in range(len(source))] == theirs.target.tolist()
-    assert source.caption(0) is None
     assert pickle.loads(pickle.dumps(source)).fingerprint() == source.fingerprint()

@@ -87,7 +87,6 @@ def test_classes_are_the_first_level_folders(tmp_path):
     plain = ImageFolder(tmp_path / "pets", size=8)
     assert plain.num_classes is None
     assert plain.label(0) is None
-    assert plain.caption(0) is None
 
     assert "'pets'" in message(lambda: ImageFolder(tmp_path, size=8, classes=True))  # one level too high
 

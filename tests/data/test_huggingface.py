@@ -40,15 +40,14 @@ def message(*args, **kwargs) -> str:
     return str(caught.value)
 
 
-def test_images_labels_and_texts(saved):
-    source = HuggingFace(saved / "both", size=8, label_key="label", caption_key="text")
+def test_images_and_labels(saved):
+    source = HuggingFace(saved / "both", size=8, label_key="label")
     assert (source.name, len(source), source.shape, source.num_classes) == ("both", 5, (3, 8, 8), 3)
     np.testing.assert_array_equal(np.stack([source.value(i) for i in range(5)]), IMAGES.transpose(0, 3, 1, 2))
     assert [source.label(i) for i in range(5)] == [0, 1, 0, 1, 0]
     assert source.class_names == ["a", "b", "c"]
-    assert source.caption(2) == "picture 2"
     test = HuggingFace(saved / "both", size=4, split="test", channels=1)
-    assert (len(test), test.value(0).shape, test.label(0), test.caption(0)) == (1, (1, 4, 4), None, None)
+    assert (len(test), test.value(0).shape, test.label(0)) == (1, (1, 4, 4), None)
     assert len(HuggingFace(str(saved / "one"), size=8)) == 5
 
 
@@ -81,7 +80,6 @@ def test_wrong_keys_are_named(saved):
     assert "'number' of" in (line := message(both, size=8, label_key="number"))
     assert "holds -1, first of image 4" in line
     assert "label_key" in message(both, size=8, label_key="text")
-    assert "caption_key" in message(both, size=8, caption_key="label")
     assert "image_key" in message(both, size=8, image_key="text")
     assert str(saved) in message(saved, size=8)
 

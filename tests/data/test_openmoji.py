@@ -31,7 +31,6 @@ def test_drawings_on_white(few, tmp_path):
         assert corner.tolist() == [255, 255, 255]
     assert face[:, 8, 16].tolist() == [0xFC, 0xEA, 0x2B]  # the yellow of OpenMoji's faces
     assert images.std(axis=(1, 2, 3)).min() > 1.0  # nothing is blank
-    assert source.caption(0) == "grinning face"
     assert pickle.loads(pickle.dumps(source)).fingerprint() == source.fingerprint()
 
 
