@@ -42,7 +42,7 @@ class OpenMoji(InMemory):
         sides = height_and_width(size)
         named = str(sides[0]) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}"
         try:
-            drawings, renderer, _ = (version(package) for package in _PACKAGES)
+            drawings, renderer = (version(package) for package in _PACKAGES)
         except PackageNotFoundError as error:
             raise UserError(
                 f"OpenMoji needs the package {error.name}: pip install 'lit-diffusion[openmoji]'"
