@@ -139,7 +139,7 @@ def test_more_steps_than_the_model_has_levels_are_refused(make):
     for sampler in (make(most + 1), PredictorCorrector(make(most + 1))):
         with pytest.raises(UserError, match="visits 9 timesteps and the model has 8; ask for fewer steps"):
             sampler.sample(denoiser, noise_of(2))
-    with pytest.raises(UserError, match=r"steps is 0; .* or null for every level"):
+    with pytest.raises(UserError, match=r"steps is 0; .* or null for every timestep"):
         make(0)
 
 
