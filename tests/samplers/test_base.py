@@ -381,7 +381,7 @@ def test_a_network_that_knows_only_levels_is_asked_at_levels(name, process):
 
 def test_an_adaptive_solver_refuses_a_network_that_knows_only_levels():
     denoiser = Observed(GRID, on_grid_only=True)
-    with pytest.raises(UserError, match=r"between its 8 levels.*conditional_instance.*e\.g\. ancestral or euler"):
+    with pytest.raises(UserError, match=r"between its 8 timesteps.*conditional_instance.*e\.g\. ancestral or euler"):
         ProbabilityFlow().sample(denoiser, noise_of(2))
     assert denoiser.calls == 0
 
