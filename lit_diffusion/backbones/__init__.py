@@ -1,4 +1,4 @@
-"""Networks ``F(x, c_noise, cond)`` that know nothing of diffusion."""
+"""Networks ``F(x, c_noise, cond)``, independent of diffusion."""
 
 from lit_diffusion.backbones.autoencoder import TiedAutoencoder
 from lit_diffusion.backbones.base import Backbone

@@ -205,8 +205,8 @@ class Process(nn.Module, ABC):
         if not self.t_min * (1.0 - 1e-9) <= t < self.t_max:
             where = "" if self.num_timesteps is None else f", the first of its {self.num_timesteps} timesteps"
             raise UserError(
-                f"{key} is {t:g}; this model knows the times from {self.t_min:g}{where}, to {self.t_max:g}: give one "
-                f"of them below {self.t_max:g}"
+                f"{key} is {t:g}; this model is trained on times from {self.t_min:g}{where}, to {self.t_max:g}: give "
+                f"one of them below {self.t_max:g}"
             )
 
     def drift(self, t: Tensor) -> Tensor:

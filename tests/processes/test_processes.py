@@ -399,7 +399,7 @@ def test_level_index(process):
     if process.num_timesteps is None:
         with pytest.raises(UserError, match="'index' needs a process with num_timesteps"):
             process.level_index(tensor(0.5))
-        with pytest.raises(UserError, match="give the number of levels"):
+        with pytest.raises(UserError, match="give the number of timesteps"):
             process.grid()
         return
     grid = process.grid()

@@ -142,7 +142,7 @@ def test_more_steps_than_the_model_has_levels_are_refused(make):
     for sampler in (make(most + 1), PredictorCorrector(make(most + 1))):
         with pytest.raises(UserError, match="visits 9 timesteps and the model has 8; ask for fewer steps"):
             sampler.sample(denoiser, noise_of(2))
-    with pytest.raises(UserError, match=r"steps is 0; .* or null for every level"):
+    with pytest.raises(UserError, match=r"steps is 0; .* or null for every timestep"):
         make(0)
 
 
@@ -384,7 +384,7 @@ def test_a_network_that_knows_only_levels_is_asked_at_levels(name, process):
 
 def test_an_adaptive_solver_refuses_a_network_that_knows_only_levels():
     denoiser = Observed(GRID, on_grid_only=True)
-    with pytest.raises(UserError, match=r"between its 8 levels.*conditional_instance.*e\.g\. ancestral or euler"):
+    with pytest.raises(UserError, match=r"between its 8 timesteps.*conditional_instance.*e\.g\. ancestral or euler"):
         ProbabilityFlow().sample(denoiser, noise_of(2))
     assert denoiser.calls == 0
 

@@ -178,9 +178,9 @@ def test_times_that_the_model_does_not_know_are_refused(process):
             lambda t=t: Likelihood(t_min=t).check_times(process),
             lambda t=t: Likelihood(smallest_times=(0.5, t)).check_times(process),
         ):
-            with pytest.raises(UserError, match=r"(t_end|t_min|smallest_times) is .*this model knows the times from"):
+            with pytest.raises(UserError, match=r"(t_end|t_min|smallest_times) is .*model is trained on times from"):
                 ask()
-    with pytest.raises(UserError, match="this model knows the times"):
+    with pytest.raises(UserError, match="this model is trained on times"):
         flow_log_prob(denoiser, torch.zeros(2, 4), noise_of(2, shape=(4,)), t_min=1.5)
     assert denoiser.calls == 0
     Likelihood(t_min=first, smallest_times=(first, 0.5)).check_times(process)
@@ -205,6 +205,6 @@ def test_a_recipe_is_refused_by_doctor_and_by_fit_alike(tmp_path, capsys):
         dispatch(["doctor", *arguments])
     said = capsys.readouterr().out
     assert "EulerMaruyama in 10 steps on this model" in said
-    assert "likelihood.t_min is 0.001; this model knows the times from 0.05, the first of its 20 timesteps" in said
+    assert "likelihood.t_min is 0.001; this model is trained on times from 0.05, the first of its 20 timesteps" in said
     with pytest.raises(UserError, match=r"likelihood\.t_min is 0\.001"):
         dispatch(["fit", *arguments, "--eval.sampler", "null"])

@@ -95,7 +95,7 @@ def test_times_may_be_given():
         (lambda: EulerMaruyama(2, spacing=[1.0, 0.2]), ["the times of 1 steps and steps is 2"]),
         (lambda: EulerMaruyama(spacing=[1.0]), ["spacing is [1.0]"]),
         (lambda: timesteps_to_zero(VP(), None, [0.9, 0.2]), ["begins at time 0.9", "start at t_max, 1"]),
-        (lambda: timesteps_to_zero(VP(), None, [1.0, 1e-7]), ["spacing is 1e-07", "knows the times from"]),
+        (lambda: timesteps_to_zero(VP(), None, [1.0, 1e-7]), ["spacing is 1e-07", "is trained on times from"]),
         (lambda: timesteps_to_zero(Betas(linear_betas(8)), None, [1.0, 0.3]), ["the time 0.3", "i / 8"]),
         (lambda: timesteps_to_zero(VE(1.0, 1.0, num_timesteps=1), None), ["one noise level", "choose langevin"]),
     ],

@@ -110,7 +110,7 @@ def test_full_precision_is_for_as_long_as_it_is_asked_for():
 
 
 def test_only_bytes_are_seen(inception):
-    with pytest.raises(ValueError, match="see bytes"):
+    with pytest.raises(ValueError, match="take bytes"):
         inception(smooth_images(2, 0, 3).astype(np.float32))
 
 
