@@ -168,7 +168,7 @@ def test_a_file_whose_weights_do_not_fit_its_own_configuration(trained, tmp_path
 
 @pytest.fixture
 def run_dir(trained, tmp_path):
-    """A run with two checkpoints, told apart by their images seen."""
+    """A run with two checkpoints, which differ in their images seen."""
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     saved = torch.load(trained[2], weights_only=True)

@@ -105,7 +105,7 @@ def test_the_image_writes_into_one_folder():
     assert json.loads(value("VOLUME")) == ["/cache", "/project/runs"]
 
 
-def test_the_image_is_a_command_of_nobody_in_particular():
+def test_the_image_is_a_command_for_any_user():
     assert re.fullmatch(r"[1-9]\d+:\d+", value("USER"))
     assert json.loads(value("ENTRYPOINT")) == ["python", "-m", "lit_diffusion"]
     assert json.loads(value("CMD")) == ["--help"]

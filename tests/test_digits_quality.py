@@ -61,7 +61,7 @@ def test_the_default_run_gives_digits(name, tmp_path, capsys):
     if name != "ddpm":
         return
 
-    # The same training serves DDIM, whose file differs by the walk alone.
+    # The same training serves DDIM, whose file differs in the sampler alone.
     def walk(sampler, steps):
         arguments = ["--sampler", sampler, "--sampler.steps", str(steps)]
         return sample(tmp_path / name, tmp_path / f"{sampler}-{steps}.npz", arguments)

@@ -317,7 +317,7 @@ def full_disk(folder: Path, many: dict) -> tuple[str, str]:
 
 
 def sampling_that_ends(of_the_last: str, rank: int) -> tuple[str, str, int]:
-    """A walk of several processes of which the last diverges, or is asked to stop, in its second batch of three."""
+    """Sampling on several processes of which the last diverges, or is asked to stop, in its second batch of three."""
     method, walk, made = ncsn(), Fixed(), []
     method.data_spec = digits_data().data_spec
     if of_the_last == "diverged":
@@ -358,7 +358,7 @@ def failing(folder: Path, many: dict, name: str, target: str, rank: int, after: 
 
 
 FAILING = {
-    # On one process only: where it fails, on which, from which call on, and what is told.
+    # On one process only: where it fails, on which, from which call on, and the event's name.
     "update": ("lit_diffusion.metrics.scores.Scores.update", 1, 1, "evaluation"),
     "compute": ("lit_diffusion.metrics.frechet.FrechetDistance.compute", 1, 0, "evaluation/fid"),
     "recording": ("lit_diffusion.callbacks.evaluator.Evaluator._write", 0, 0, "evaluation"),
@@ -551,7 +551,7 @@ def test_a_disk_that_is_full_for_the_first_process_ends_both(one, two):
     assert read_checkpoint(two[0] / "full" / "checkpoints" / "last.ckpt")["lit_diffusion"]["images_seen"] == 32
 
 
-def test_a_walk_that_ends_on_one_process_ends_on_both_after_the_same_batch(two):
+def test_sampling_that_ends_on_one_process_ends_on_both_after_the_same_batch(two):
     first, second = (results["diverged_walk"] for results in two[1])
     assert first == ("DivergedError", "the sampler diverged on another process", 1)
     assert second[0] == "DivergedError"
@@ -718,7 +718,7 @@ def test_auto_is_one_choice_for_all(one, two):
         assert results["auto"]["last"]["protocol"]["n_fake"] == 40
 
 
-def test_a_walk_that_diverges_on_one_process_is_a_note_on_both(one, two):
+def test_a_sampler_that_diverges_on_one_process_is_a_note_on_both(one, two):
     for _, results in (one, (two[0], two[1][0]), (two[0], two[1][1])):
         run = results["diverged"]
         assert run["last"] == {}

@@ -106,15 +106,15 @@ def test_the_digits_experiments_share_all_but_the_method(name, resolved):
     optimizers = [config["model"]["init_args"]["optimizer"] for config in (first, other)]
     networks = [config["model"]["init_args"]["backbone"] for config in (first, other)]
     assert optimizers[0] == optimizers[1]
-    if name != "ncsnv2":  # whose network is told nothing of the noise level
+    if name != "ncsnv2":  # whose network is unconditional on the noise level
         assert networks[0] == networks[1]
-    walks = [config["eval"].pop("sampler") for config in (first, other)]  # that fit the model's levels
-    assert (None in walks) == (name == "edm")  # whose own is short
+    samplers = [config["eval"].pop("sampler") for config in (first, other)]  # that fit the model's noise levels
+    assert (None in samplers) == (name == "edm")  # whose own is short
     del first["model"], other["model"]
     assert first == other
 
 
-def test_ddim_is_ddpm_with_another_walk(resolved):
+def test_ddim_is_ddpm_with_another_sampler(resolved):
     ddpm, ddim = resolved("ddpm"), resolved("ddim")
     assert ddpm["model"]["class_path"].endswith("DDPM")
     assert ddim["model"]["class_path"].endswith("DDIM")

@@ -115,7 +115,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_failure_is_told_and_counted_and_the_training_is_the_same(tmp_path, monkeypatch, capsys, faultless, fault):
+def test_a_failure_is_reported_and_counted_and_the_training_is_the_same(
+    tmp_path, monkeypatch, capsys, faultless, fault
+):
     target, drawn, name, left = FAULTS[fault]
     monkeypatch.setattr(f"{PACKAGE}.{target}", fails())
     method, run_dir = trained(tmp_path, callbacks(drawn))
@@ -272,7 +274,7 @@ def test_what_failed_counts_as_drawn_when_the_run_goes_on(tmp_path, monkeypatch,
 
 
 def test_the_events_of_what_ismade_again_move_aside(tmp_path):
-    """Failures of a moment that is drawn again are told again, too."""
+    """Failures of a moment that is drawn again are reported again, too."""
     lines = [{"event": "start", "format_version": 1, "images": 0}]
     lines += [{"event": "failed", "name": name, "images": 64} for name in ("samples", "evaluation/fid", "telemetry")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -362,7 +364,7 @@ def test_an_attempt_keeps_exceptions_and_lets_interrupts_through():
 
 
 def test_who_leaves_an_outer_attempt_takes_the_others_with_them(monkeypatch):
-    """Another process failed outside the inner attempt in which this one is told of it."""
+    """Another process failed outside the inner attempt in which this one learns of it."""
     elsewhere = Failure("ValueError", "there", "here.py:1", "", process=1, depth=1)
     with Attempt() as outer:
         with Attempt() as inner:
@@ -372,7 +374,7 @@ def test_who_leaves_an_outer_attempt_takes_the_others_with_them(monkeypatch):
 
 
 def test_a_failure_among_processes_that_share_one_networks_weights_ends_the_run(monkeypatch):
-    """The others wait for this one in the network, where nobody can tell them."""
+    """The others wait for this one in the network, where they cannot be informed."""
     method = ncsn()
     method.data_spec, method.sharded = digits_data().data_spec, True
     monkeypatch.setattr("lit_diffusion.evaluation.sampling.many_processes", lambda: True)

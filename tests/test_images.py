@@ -251,7 +251,7 @@ def test_the_search_passes_what_makes_none():
     )
 
 
-def test_images_of_a_model_are_made_bytes_with_the_facts_of_its_data():
+def test_images_of_a_model_are_made_bytes_with_its_data_spec():
     """A bare value range knows nothing of dequantized levels: only a source's own levels need no more."""
     root = Path(lit_diffusion.__file__).parent
     bare = []

@@ -241,7 +241,7 @@ def test_grey_levels_cost_at_least_their_entropy_and_hardly_more_with_many_steps
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-def test_a_walk_of_one_step_has_a_decoder(variance):
+def test_a_chain_of_one_step_has_a_decoder(variance):
     """There is no next step whose variance could stand in: beta does, for either variance."""
     x, denoiser = draws(GAUSSIAN, 10), ExactDenoiser(GAUSSIAN, PROCESSES["DDPM"])
     one = variational_bound(denoiser, x, noise_of(10), ReverseChain(variance), steps=1)

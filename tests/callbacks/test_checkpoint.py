@@ -166,7 +166,7 @@ def test_a_kill_while_writing_leaves_the_file_before(tmp_path, monkeypatch):
     assert seen(folder / "last.ckpt") == 32
     monkeypatch.undo()
     assert sorted(os.listdir(folder)) == [".last.ckpt.tmp", "last.ckpt"]
-    again = ncsn()  # what is left of the torn one is in nobody's way
+    again = ncsn()  # what is left of the torn one does no harm
     logger = run_logger(tmp_path, again, continues=True)
     fit(again, digits_data(), tmp_path, 64, callbacks=[Checkpoint()], logger=logger, ckpt_path=folder / "last.ckpt")
     assert {path.name: seen(path) for path in folder.iterdir()} == {"last.ckpt": 64, "previous.ckpt": 32}

@@ -65,7 +65,7 @@ class Fixed(Sampler):
 
 
 class Diverging(AnnealedLangevin):
-    """A walk to nowhere while ``lost``."""
+    """A sampler that diverges while ``lost``."""
 
     lost = True
 
@@ -119,11 +119,11 @@ def close(first, second, within=1e-6):
 
 
 class OfItsClass(Sampler):
-    """Sample i is image i of the class that is asked for, of few (``told`` has the classes) in a long row each."""
+    """Sample i is image i of the class that is asked for, of few (``labels`` has the classes) in a long row each."""
 
     def __init__(self, rows):
         self.rows = [torch.from_numpy(row).float() / 16.0 for row in rows]
-        self.told: list[int] = []
+        self.labels: list[int] = []
 
     def plan(self, process):
         return []
@@ -136,7 +136,7 @@ class OfItsClass(Sampler):
 
     def finish(self, run, x):
         labels = run.cond.label.tolist()
-        self.told += labels
+        self.labels += labels
         numbers = x[:, 0, 0, 0].long().tolist()
         return torch.stack([self.rows[k][i % len(self.rows[k])] for i, k in zip(numbers, labels, strict=True)])
 
@@ -189,11 +189,11 @@ def test_samples_have_their_classes_as_often_as_the_data_that_they_are_compared_
     )
     (event,) = run.events
     weights = torch.tensor(counts)
-    assert sampler.told == keyed_choice(7, "sample class", torch.arange(600), weights).tolist()
+    assert sampler.labels == keyed_choice(7, "sample class", torch.arange(600), weights).tolist()
     share = counts[1] / sum(counts)
-    assert abs(sum(sampler.told) / 600 - share) < 3 * math.sqrt(share * (1 - share) / 600)
+    assert abs(sum(sampler.labels) / 600 - share) < 3 * math.sqrt(share * (1 - share) / 600)
     kept = np.load(run.run_dir / event["samples_file"])
-    assert kept["labels"].tolist() == sampler.told[: len(kept["arr_0"])]
+    assert kept["labels"].tolist() == sampler.labels[: len(kept["arr_0"])]
     split = "training" if reference == "train" else "held-out"
     assert event["protocol"]["labels"] == f"as in the {split} data"
     assert event["fd/digits-600"] < 1.0  # As often as in the other of the two it would be over 100.
@@ -324,7 +324,7 @@ def test_samples_that_went_astray_are_said_and_recorded_beside_the_figures(tmp_p
     assert run.events[0]["protocol"].keys() == sound.events[0]["protocol"].keys()
 
 
-def test_a_walk_that_diverges_is_a_note_and_the_training_goes_on(tmp_path, capsys):
+def test_a_sampler_that_diverges_is_a_note_and_the_training_goes_on(tmp_path, capsys):
     walk = Diverging(2, eta=1e-3)
 
     class Found(pl.Callback):
@@ -372,7 +372,7 @@ def test_the_time_of_an_evaluation_is_not_the_trainings(tmp_path, monkeypatch):
 # ---- copies of training images -----------------------------------------------------------------------------------
 
 
-def test_a_model_that_replays_its_training_is_told_so(tmp_path, capsys):
+def test_a_model_that_replays_its_training_is_flagged(tmp_path, capsys):
     run = evaluated(tmp_path, 64, sampler=Fixed())
     (event,) = run.events
     assert event["near_copies/digits-40"] == 1.0
@@ -675,7 +675,7 @@ def test_the_making_up_is_not_counted_as_training(tmp_path, monkeypatch):
 
 
 class Watch:
-    """A clock that only training steps and walks move."""
+    """A clock that only training steps and sampling move."""
 
     def __init__(self, monkeypatch, step, sample):
         self.now, self.sample = 0.0, sample

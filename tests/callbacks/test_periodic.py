@@ -56,10 +56,10 @@ def callbacks(samples=Samples, **keys):
 END = {"max_images": {"images": STEPS * 32}, "max_steps": {"images": None, "max_steps": STEPS}}
 
 
-def told(event):
+def reproducible(event):
     """What an event says, but for times."""
     return {
-        key: told(value) if isinstance(value, dict) else value
+        key: reproducible(value) if isinstance(value, dict) else value
         for key, value in event.items()
         if key != "time" and not key.startswith(TIMINGS)
     }
@@ -67,7 +67,7 @@ def told(event):
 
 def left(folder):
     """All that a run left behind: events without their times, pictures' bytes."""
-    lines = [told(event) for event in events(folder / "run") if event["event"] not in ("start", "end")]
+    lines = [reproducible(event) for event in events(folder / "run") if event["event"] not in ("start", "end")]
     shown = {path.name: path.read_bytes() for path in (folder / "run" / "samples").iterdir()}
     return sorted(lines, key=lambda e: (e["images"], e["event"], e.get("name", ""))), shown
 

@@ -18,7 +18,7 @@ from lit_diffusion.training.callback import Callback
 from lit_diffusion.training.stopwatch import PARTS
 
 
-def told(folder, callbacks, images=96, spoilt=(), **keys):
+def trained(folder, callbacks, images=96, spoilt=(), **keys):
     """The train events of a run, and the finite losses and norms of its steps."""
     method = ncsn(**keys)
     loss, steps = method.loss, []
@@ -39,7 +39,7 @@ def told(folder, callbacks, images=96, spoilt=(), **keys):
 
 
 def test_an_event_is_the_average_since_the_one_before(tmp_path):
-    made, steps = told(tmp_path, [Telemetry(every_n_steps=2)], 192)
+    made, steps = trained(tmp_path, [Telemetry(every_n_steps=2)], 192)
     assert [(event["step"], event["images"]) for event in made] == [(2, 64), (4, 128), (6, 192)]
     for k, event in enumerate(made):
         mine = steps[2 * k : 2 * k + 2]
@@ -51,7 +51,7 @@ def test_an_event_is_the_average_since_the_one_before(tmp_path):
 
 
 def test_steps_that_were_not_finite_are_counted_and_not_averaged(tmp_path):
-    made, steps = told(tmp_path, [Telemetry(every_n_steps=2)], 192, spoilt=(1, 4))
+    made, steps = trained(tmp_path, [Telemetry(every_n_steps=2)], 192, spoilt=(1, 4))
     assert made[0]["loss"] == pytest.approx(steps[1][0])
     assert made[1]["loss"] == pytest.approx(steps[2][0])
     assert made[2]["loss"] == pytest.approx((steps[4][0] + steps[5][0]) / 2)
@@ -59,18 +59,18 @@ def test_steps_that_were_not_finite_are_counted_and_not_averaged(tmp_path):
 
 
 def test_an_event_of_skipped_steps_alone_says_nan(tmp_path):
-    made, _ = told(tmp_path, [Telemetry(every_n_steps=1)], 96, spoilt=(2,))
+    made, _ = trained(tmp_path, [Telemetry(every_n_steps=1)], 96, spoilt=(2,))
     assert [event["loss"] == "nan" for event in made] == [False, True, False]
 
 
 def test_the_cadence_by_images(tmp_path):
-    made, _ = told(tmp_path, [Telemetry(every_n_images=64, every_n_steps=None)], 160)
+    made, _ = trained(tmp_path, [Telemetry(every_n_images=64, every_n_steps=None)], 160)
     assert [event["images"] for event in made] == [64, 128]
     with pytest.raises(UserError, match="every_n_steps is 0"):
         Telemetry(every_n_steps=0)
 
 
-def test_the_loss_is_told_apart_by_time(tmp_path):
+def test_the_loss_is_recorded_by_time(tmp_path):
     method, seen = ncsn(), []
 
     class Note(Telemetry):
@@ -91,8 +91,8 @@ def test_the_loss_is_told_apart_by_time(tmp_path):
     assert event["loss"] == pytest.approx(float(loss.double().mean()), rel=1e-5)
 
 
-def test_the_rate_of_a_warm_up_is_told(tmp_path):
-    made, _ = told(tmp_path, [Telemetry(every_n_steps=1)], 96, warmup_steps=4)
+def test_the_rate_of_a_warm_up_is_recorded(tmp_path):
+    made, _ = trained(tmp_path, [Telemetry(every_n_steps=1)], 96, warmup_steps=4)
     assert [event["learning_rate"] for event in made] == pytest.approx([2.5e-3, 5e-3, 7.5e-3])
 
 

@@ -150,7 +150,7 @@ def test_each_class_in_turn_where_there_are_classes(tmp_path):
     assert np.array_equal(*pictures(run_dir).values(), grid(expected))
 
 
-def test_a_walk_that_diverges_costs_the_picture_and_not_the_run(tmp_path, capsys):
+def test_a_sampler_that_diverges_costs_the_picture_and_not_the_run(tmp_path, capsys):
     method = ncsn()
     generate = method.generate
 
@@ -169,8 +169,8 @@ def test_a_walk_that_diverges_costs_the_picture_and_not_the_run(tmp_path, capsys
 # ---- the film strip ----------------------------------------------------------------------------------------------
 
 
-def walk(levels, steps_per_level=2, columns=3):
-    """A film of a made-up walk: the state after step k of level i is i + k/10."""
+def film_of(levels, steps_per_level=2, columns=3):
+    """A film of a made-up trajectory: the state after step k of level i is i + k/10."""
     film = _Film(columns)
     total = levels * steps_per_level
     for step in range(total):
@@ -181,14 +181,14 @@ def walk(levels, steps_per_level=2, columns=3):
 
 
 def test_the_film_has_a_row_a_level_and_the_end():
-    rows, film = walk(levels=4)
+    rows, film = film_of(levels=4)
     assert rows == pytest.approx([0.1, 1.1, 2.1, 3.1, -1.0])  # the state at the end of each level
     assert all(len(row) == 3 for row in film.rows(torch.zeros(5, 1, 2, 2), lambda z: z))
 
 
 @pytest.mark.parametrize("levels", [1, FILM_ROWS - 1, FILM_ROWS, 100])
 def test_the_film_is_bounded(levels):
-    rows, _ = walk(levels)
+    rows, _ = film_of(levels)
     assert len(rows) == min(levels + 1, FILM_ROWS)
     assert rows[-1] == -1.0
     assert rows[0] == pytest.approx(0.1)  # the first and the last level are always there
@@ -198,7 +198,7 @@ def test_the_film_is_bounded(levels):
     assert levels == 1 or gaps.max() - gaps.min() < 1.01
 
 
-def test_the_film_shows_the_walk_of_the_grids_first_samples(tmp_path):
+def test_the_film_shows_the_trajectories_of_the_grids_first_samples(tmp_path):
     sampler = AnnealedLangevin(steps_per_level=2, eta=1e-3, denoise=True)
     method, run_dir = drawn(tmp_path, [Samples(count=4, film_columns=3)], sampler=sampler)
     frames = []

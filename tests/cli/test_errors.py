@@ -1,4 +1,4 @@
-"""Bad input gets one line that says what and how to mend it, exit code 2, and nothing already saved is lost."""
+"""Bad input gets one line that says what and how to fix it, exit code 2, and nothing already saved is lost."""
 
 from __future__ import annotations
 

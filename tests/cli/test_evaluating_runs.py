@@ -111,7 +111,7 @@ from lit_diffusion.samplers import AnnealedLangevin
 
 
 class Walk(AnnealedLangevin):
-    """Holds in the second batch of the second evaluation, where it is told to."""
+    """Hold in the second batch of the second evaluation, where the environment says so."""
 
     calls = 0
 

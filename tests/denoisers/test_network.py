@@ -202,28 +202,28 @@ def test_edm_and_unit_variance_give_the_network_unit_variance(process):
             assert torch.equal(denoiser.backbone.x, x_t), name
 
 
-def test_what_the_network_is_told_of_the_level():
-    def told(process, c_noise, t):
+def test_the_network_receives_c_noise():
+    def received(process, c_noise, t):
         denoiser = denoiser_for(torch.zeros(len(t), 2), process, "eps", c_noise=c_noise)
         denoiser(torch.zeros(len(t), 2), t)
         assert denoiser.backbone.c_noise.dtype == torch.float32
         return denoiser.backbone.c_noise.double()
 
     grid = PROCESSES["linear"].grid()
-    assert told(PROCESSES["linear"], "index", grid).tolist() == list(range(1000))
-    assert told(PROCESSES["VE10"], "index", PROCESSES["VE10"].grid()).tolist() == list(range(10))
+    assert received(PROCESSES["linear"], "index", grid).tolist() == list(range(1000))
+    assert received(PROCESSES["VE10"], "index", PROCESSES["VE10"].grid()).tolist() == list(range(10))
     t = torch.linspace(0.01, 1, 30).double()
     log_sigma = math.log(0.01) + t * math.log(5000)
-    torch.testing.assert_close(told(PROCESSES["VE"], "log_sigma", t), log_sigma, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(told(PROCESSES["VE"], "quarter_log_sigma", t), log_sigma / 4, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(received(PROCESSES["VE"], "log_sigma", t), log_sigma, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(received(PROCESSES["VE"], "quarter_log_sigma", t), log_sigma / 4, rtol=1e-6, atol=1e-6)
     halved = log_sigma - math.log(2.0)
-    torch.testing.assert_close(told(PROCESSES["VE"], "log_half_sigma", t), halved, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(received(PROCESSES["VE"], "log_half_sigma", t), halved, rtol=1e-6, atol=1e-6)
     # EDM's sigma is the ratio of noise to signal, whatever the scale.
     kept = torch.exp(-(0.1 * t + 19.9 * t**2 / 2))
     ratio = ((1 - kept) / kept).sqrt().log()
-    torch.testing.assert_close(told(PROCESSES["VP"], "quarter_log_sigma", t), ratio / 4, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(told(PROCESSES["VP"], "time", t), t, rtol=1e-6, atol=0)
-    torch.testing.assert_close(told(PROCESSES["VP"], "time_999", t), 999 * t, rtol=1e-6, atol=0)
+    torch.testing.assert_close(received(PROCESSES["VP"], "quarter_log_sigma", t), ratio / 4, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(received(PROCESSES["VP"], "time", t), t, rtol=1e-6, atol=0)
+    torch.testing.assert_close(received(PROCESSES["VP"], "time_999", t), 999 * t, rtol=1e-6, atol=0)
     assert set(C_NOISE) == {"index", "log_sigma", "log_half_sigma", "quarter_log_sigma", "time", "time_999"}
 
 

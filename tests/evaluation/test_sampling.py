@@ -80,7 +80,7 @@ def test_points(capsys):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_walk_that_diverges_is_one_line(method, value):
+def test_a_sampler_that_diverges_is_one_line(method, value):
     generate, calls = method.generate, []
 
     def second_diverges(indices, *rest):
@@ -98,7 +98,7 @@ def test_a_walk_that_diverges_is_one_line(method, value):
     assert "\n" not in str(caught.value)
 
 
-def test_what_becomes_of_the_padding_is_nobodys_business(method):
+def test_what_becomes_of_the_padding_does_not_matter(method):
     generate = method.generate
 
     def padding_diverges(indices, *rest):

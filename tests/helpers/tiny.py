@@ -116,7 +116,7 @@ WALKS: dict[str, Sampler] = {
 
 
 class Convolutions(Backbone):
-    """Two convolutions, told of the level by a scale of the features; it records what it is given."""
+    """Two convolutions, conditioned on c_noise by a scale of the features; it records its inputs."""
 
     def __init__(
         self,

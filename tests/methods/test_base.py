@@ -574,7 +574,7 @@ def labelled(count, num_classes, held_out=None):
         (12, 10, None, None),
     ],
 )
-def test_classes_that_the_backbone_cannot_be_told_are_refused_before_any_work(tmp_path, classes, data, held_out, said):
+def test_classes_that_the_backbone_does_not_have_are_refused_before_any_work(tmp_path, classes, data, held_out, said):
     method = ncsn(network={"num_classes": classes})
     module = DataModule(labelled(40, data), 32, held_out=held_out)
     if said is None:
@@ -601,7 +601,7 @@ def test_samples_have_classes_that_the_data_have():
         1,
         4,
     ]
-    method.data_spec = DataModule(labelled(40, None), 32).data_spec  # Never told a class, so none is known.
+    method.data_spec = DataModule(labelled(40, None), 32).data_spec  # Data without classes, so none is known.
     assert method.condition(torch.arange(5)) is None
     assert method.condition_by_counts(torch.arange(5), 0, None) is None
     with pytest.raises(UserError, match="not class-conditional"):

@@ -1,4 +1,4 @@
-"""DDPM is the paper's objective on the paper's chain, and DDIM is DDPM with another walk back."""
+"""DDPM is the paper's objective on the paper's chain, and DDIM is DDPM with another sampler."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("name", ["DDPM", "DDPM, learned", "NCSN"])
-def test_a_checkpoint_is_sampled_by_every_walk(checkpoints, name, walk):
+def test_a_checkpoint_is_sampled_by_every_sampler(checkpoints, name, walk):
     make, path = checkpoints[name]
     method = make(seed=5)
     method.load_state_dict(state(path)["state_dict"])
@@ -388,7 +388,7 @@ def test_held_out_images_teach_it_nothing(tmp_path):
 # ---- DDIM --------------------------------------------------------------------------------------------------------
 
 
-def test_ddim_is_ddpm_but_for_the_walk(tmp_path):
+def test_ddim_is_ddpm_but_for_the_sampler(tmp_path):
     assert isinstance(DDIM(Convolutions()).sampler, DDIMSampler)
     assert (DDIM(Convolutions()).sampler.steps, DDIM(Convolutions()).sampler.eta) == (50, 0.0)
     keys = {"loss": "hybrid", "variance": "learned"}

@@ -68,7 +68,7 @@ def test_the_papers_defaults():
     method.sampler.check(method.denoiser)
 
 
-def test_the_network_is_told_the_index_of_the_level():
+def test_the_network_receives_the_index_of_the_noise_level():
     method, told = NCSN(Convolutions(), num_levels=10), []
     method.denoiser.backbone.register_forward_hook(lambda module, args, out: told.append(args[1]))
     method.loss(Batch(torch.zeros(500, 1, 8, 8), torch.arange(500)), seed=0)

@@ -196,7 +196,7 @@ def test_samples_depend_on_seed_and_number_alone(trained, name):
 
 @pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_it_is_sampled_by_every_walk(trained, name, walk):
+def test_it_is_sampled_by_every_sampler(trained, name, walk):
     method, sampler = trained[name], WALKS[walk]
     if walk == "annealed_langevin":
         sampler = AnnealedLangevin(2, eta=1e-9, num_levels=3)

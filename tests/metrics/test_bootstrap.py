@@ -77,6 +77,6 @@ def test_the_seed_decides():
 @pytest.mark.parametrize("count", [1, 7, 500])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_of_none_or_all_has_the_exact_interval(share, count):
-    """Of no copies among seven samples nobody knows that there are none among a thousand."""
+    """No copies among seven samples do not mean that there are none among a thousand."""
     expected = binomtest(int(share * count), count).proportion_ci(0.95)
     assert unanimous_interval(share, count) == pytest.approx((expected.low, expected.high), rel=1e-9)

@@ -51,7 +51,7 @@ def test_no_point_is_its_own_neighbour_where_that_is_asked_for(block_mb):
     np.testing.assert_allclose(distances, sklearns(data, data, 2)[0][:, 1], rtol=1e-7)
 
 
-def test_near_copies_are_told_apart():
+def test_near_copies_are_distinguished():
     data = points(60, 1, 64)
     step = 1e-6 * points(60, 2, 64)  # About 1e-6 of a point's norm, where float32 sees 1e-3.
     queries = data + step

@@ -362,7 +362,7 @@ def test_what_it_remembers_is_in_the_state():
     assert not DiffusionObjective(4, "bound", "beta").state_dict()
 
 
-def test_it_is_told_the_losses_by_their_times():
+def test_it_receives_the_losses_by_their_times():
     """Every level finds its own, also where ``i / levels * levels`` falls a rounding short of i, as 1/49 does."""
     for count in (7, 49, 1000):
         objective = DiffusionObjective(count, "bound", "beta", "second_moment")
@@ -373,7 +373,7 @@ def test_it_is_told_the_losses_by_their_times():
     DiffusionObjective(7, "bound", "beta").time_law.learn(process.grid(), torch.zeros(count))  # which learns nothing
 
 
-def test_it_is_told_the_loss_of_the_level_without_its_weight():
+def test_it_receives_the_loss_of_the_timestep_without_its_weight():
     x0, _ = images(64)
     objective = DiffusionObjective(T, "simple", "beta", "second_moment")
     objective.time_law.update(levels_of(10 * T), wide(1.0, 3.0, 2.0, 0.5, 7.0).repeat(10))

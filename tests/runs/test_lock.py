@@ -1,4 +1,4 @@
-"""One writer a run: who is let in, who is told what, and what becomes of the dead."""
+"""One writer a run: who may write, what a refusal says, and the takeover of the dead."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ sys.stdin.readline()
 
 
 class Other:
-    """Another process, which takes a run's lock when it is told to."""
+    """Another process, which takes a run's lock on command."""
 
     def __init__(self, run_dir: Path) -> None:
         self.process = subprocess.Popen(
@@ -137,7 +137,7 @@ def elsewhere(**changes) -> Place:
 # ---- two processes -----------------------------------------------------------------------------------------------
 
 
-def test_a_second_fit_is_told_who_holds_the_run_and_a_killed_one_is_succeeded(tmp_path, monkeypatch, capsys):
+def test_a_second_fit_says_who_holds_the_run_and_a_killed_one_is_succeeded(tmp_path, monkeypatch, capsys):
     """The same command line twice, as a scheduler or a second terminal gives it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -190,7 +190,7 @@ def test_a_zombie_is_dead(lock, said):
     left_by(lock.run_dir, pid=child.pid, started=run_lock.started(child.pid))
     assert "is being written by" in refusal(RunLock(lock.run_dir, said.append).take)
     child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # Dead, and nobody has asked how it ended.
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # Dead, and not yet waited for.
     os.kill(child.pid, 0)  # There is still a process of this number.
     lock.take()
     assert "that process is gone" in said[0]
@@ -278,7 +278,7 @@ def test_elsewhere_a_number_says_nothing_and_a_silence_of_90_seconds_all(lock, s
     assert "no sign of life for 90 s" in said[1]
 
 
-def test_without_resume_auto_nobody_waits_and_the_line_says_what_would(lock, clock):
+def test_without_resume_auto_there_is_no_wait_and_the_line_says_what_would(lock, clock):
     holder = left_by(lock.run_dir, place=elsewhere(host="another"))
     line = refusal(lock.take)
     assert f"process {holder.pid} on another since {holder.since}" in line

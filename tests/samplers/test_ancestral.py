@@ -77,7 +77,7 @@ def test_a_step_is_algorithm_2_of_ho_et_al(i):
         torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_plan_walks_through_every_level_down_to_0():
+def test_the_plan_visits_every_timestep_down_to_0():
     moves = Ancestral().plan(Betas(linear_betas(50)))
     assert [(move.t, move.s) for move in moves] == [(i / 50, (i - 1) / 50) for i in range(50, 0, -1)]
     assert [move.t for move in Ancestral(5).plan(Betas(linear_betas(50)))] == [1.0, 0.8, 0.6, 0.4, 0.2]

@@ -198,7 +198,7 @@ def test_evaluations_and_steps_are_counted_exactly(name):
 
 
 @each_sampler
-def test_where_a_walk_starts(name):
+def test_where_a_sampler_starts(name):
     sampler = EVERY[name][0]
     for process in (GRID, VE(0.3, 7.0, num_timesteps=8)):
         first = sampler.start(process, noise_of(1000))
@@ -355,7 +355,7 @@ def test_a_state_in_float64_stays_so(name):
     torch.testing.assert_close(x.float(), sampler.sample(Observed(GRID), noise_of(3)).x, rtol=1e-3, atol=1e-3)
 
 
-# What no sampler walks on
+# Processes that no sampler takes
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if "langevin" not in name])

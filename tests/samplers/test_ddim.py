@@ -163,7 +163,7 @@ def test_the_way_back_ends_nearer_to_where_it_began_the_more_steps_there_are(pro
     assert errors[-1] < 0.1
 
 
-def test_a_clipped_walk_has_a_way_back_too():
+def test_a_clipped_trajectory_has_a_way_back_too():
     """It is the ODE of the clipped prediction, in both directions."""
     process, clip = VP(1.0, 6.0, t_min_sampling=1e-4), (-0.8, 0.8)
     x0 = MIXTURE.sample(noise_of(50, dtype=torch.float64).normal(), noise_of(50, 4).uniform(())).clamp(*clip)

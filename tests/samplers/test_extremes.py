@@ -162,7 +162,7 @@ def test_reverse_diffusion_is_bounded_where_the_variance_is_preserved():
 # Times below the first level
 
 
-def test_no_time_is_told_as_an_index_outside_of_the_levels():
+def test_no_time_is_given_as_an_index_outside_of_the_grid():
     process = Betas(linear_betas(10))
     coefficients = process.coefficients(torch.tensor([1e-6, 0.05, 0.1, 0.55, 1.0], dtype=torch.float64))
     assert C_NOISE["index"](process, coefficients).tolist() == pytest.approx([0.0, 0.0, 0.0, 4.5, 9.0])

@@ -150,7 +150,7 @@ def test_one_step_is_the_formula():
         torch.testing.assert_close(sampler.step(Run(denoiser, noise_of(10, seed=3)), x, move), expected)
 
 
-def test_langevin_follows_the_smallest_level_unless_told():
+def test_langevin_follows_the_smallest_noise_level_by_default():
     for process in (VE(0.1, 10.0, num_timesteps=5), VP()):
         assert {move.t for move in Langevin(steps=3).plan(process)} == {process.t_min}
     process = VE(0.1, 10.0)

@@ -66,7 +66,7 @@ def test_steps_follow_equation_13_of_song_et_al(t, s):
 
 
 @each_walker
-def test_the_plan_walks_through_every_level_and_ends_at_the_first(walker):
+def test_the_plan_visits_every_timestep_and_ends_at_the_first(walker):
     moves = walker().plan(Betas(linear_betas(50)))
     assert [(move.t, move.s) for move in moves] == [(i / 50, (i - 1) / 50) for i in range(50, 1, -1)]
     moves = walker(4).plan(VP(t_min_sampling=0.2))
@@ -144,7 +144,7 @@ def test_a_batch_is_solved_as_precisely_as_its_hardest_sample_asks_for(process):
     assert float((in_company - expected).norm()) < 2 * float((alone - expected).norm())
 
 
-def test_the_adaptive_solver_stops_where_it_is_told():
+def test_the_adaptive_solver_stops_at_t_end():
     process = PAPERS["VP"]
     assert largest_error(ProbabilityFlow(1e-7, 1e-7, t_end=0.3), process, end=0.3) < 1e-5
     x = process.prior_std * X
@@ -164,7 +164,7 @@ def test_one_move_of_the_adaptive_solver_is_the_whole_way():
 
 
 @pytest.mark.parametrize("process", [VE(0.01, 50.0), VP(), SubVP()], ids=["VE", "VP", "SubVP"])
-def test_the_solver_walks_both_ways(process):
+def test_the_solver_integrates_both_ways(process):
     """dx/dt = -x^2 has the solution 1 / (t + 1)."""
     there, back = (0.1, 0.35, 1.0), (1.0, 0.5, 0.1)
     for times in (there, back):

@@ -92,7 +92,7 @@ def test_a_sampler_without_memory_is_its_step():
     assert bool((made.farthest == 0.0).all())
 
 
-# What a denoiser is told
+# What a denoiser receives
 
 
 class Told(ExactDenoiser):
@@ -108,7 +108,7 @@ class Told(ExactDenoiser):
 
 
 @pytest.mark.parametrize("sampler", [Heun, lambda *keys: PredictorCorrector(ReverseDiffusion(*keys))])
-def test_the_denoiser_is_told_when_the_step_began(sampler):
+def test_the_denoiser_receives_the_time_at_which_the_step_began(sampler):
     denoiser = Told(VP(t_min_sampling=0.2))
     sampler(2, True, "data", "allow").sample(denoiser, noise_of(2))
     times, began = zip(*denoiser.asked, strict=True)

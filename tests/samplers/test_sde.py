@@ -179,7 +179,7 @@ def test_the_last_noise_is_taken_off_by_tweedies_formula(process, walker):
 
 
 @each_walker
-def test_the_plan_walks_through_every_level_and_ends_at_the_first(walker):
+def test_the_plan_visits_every_timestep_and_ends_at_the_first(walker):
     moves = walker().plan(Betas(linear_betas(50)))
     assert [(move.t, move.s) for move in moves] == [(i / 50, (i - 1) / 50) for i in range(50, 1, -1)]
     moves = walker(4).plan(VP(t_min_sampling=0.2))

@@ -141,7 +141,7 @@ def test_the_samples_to_predict_come_exactly_once(world_size):
         data = on(DataModule(ramp(3), 6, predict_samples=7), rank, world_size)
         batches = list(data.predict_dataloader())
         assert len(batches) == {1: 2, 2: 2, 3: 2}[world_size]
-        indices += [int(i) for batch in batches for i in batch if i < 7]  # Number 7 is nobody's.
+        indices += [int(i) for batch in batches for i in batch if i < 7]  # Number 7 pads.
     assert sorted(indices) == list(range(7))
 
 
@@ -202,7 +202,7 @@ def test_dequantised_values_fill_their_grey_level_and_are_keyed_by_the_image():
 
 @pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0)])
-def test_the_facts_say_where_the_grey_levels_lie(dequantize, value_range):
+def test_the_data_spec_says_where_the_grey_levels_lie(dequantize, value_range):
     data = digits_data(dequantize=dequantize, value_range=value_range)
     values = data.normalize(torch.arange(17, dtype=torch.uint8))
     lie = data.data_spec.grey_levels
@@ -331,7 +331,7 @@ def labelled(labels, num_classes=None, names=None) -> InMemory:
     return ramp(len(labels), labels=np.array(labels), num_classes=num_classes or max(labels) + 1, class_names=names)
 
 
-def test_the_facts_say_the_classes_names_and_how_often_each_is_in_training():
+def test_the_data_spec_says_the_classes_names_and_how_often_each_is_in_training():
     data = DataModule(labelled([2, 0, 2, 2, 0] * 4, 4, ["a", "b", "c", "d"]), 4, held_out_fraction=0.25)
     left = torch.tensor([data.source.label(int(i)) for i in data.train_indices])
     assert data.data_spec.class_names == ("a", "b", "c", "d")
@@ -367,7 +367,7 @@ def test_held_out_classes_without_names_keep_their_numbers():
     source = labelled([0, 1, 2, 0, 1, 2], names=["a", "b", "c"])
     assert held_out_labels(DataModule(source, 3, held_out=labelled([1, 0, 1]))) == [1, 0, 1]
     assert held_out_labels(DataModule(labelled([0, 1]), 2, held_out=labelled([1, 0], names=["x", "y"]))) == [1, 0]
-    assert held_out_labels(DataModule(ramp(4), 2, held_out=labelled([1, 0]))) == [-1, -1]  # Nobody looks at them.
+    assert held_out_labels(DataModule(ramp(4), 2, held_out=labelled([1, 0]))) == [-1, -1]  # They are ignored.
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_plain_trainer_and_a_loader_of_images_and_labels(tmp_path, capsys):
 
 
 def test_images_alone_uint8_and_two_workers_train_alike(tmp_path):
-    """Grey levels are brought to the range that the facts say."""
+    """Grey levels are mapped to the range of the data spec."""
     ends = []
     for given, keys in (
         (IMAGES, {}),
@@ -129,11 +129,11 @@ def test_other_batches_are_refused_in_a_line(given, classes, line):
     assert line in refusal(lambda: batch_of(given, FACTS, classes, check=True))
 
 
-def test_labels_are_left_aside_by_a_backbone_that_is_told_none():
+def test_labels_are_ignored_by_an_unconditional_backbone():
     assert batch_of([IMAGES, LABELS + 100], FACTS, None, check=True).cond is None
 
 
-def test_another_range_is_said_by_the_facts(tmp_path):
+def test_another_range_is_set_by_the_data_spec(tmp_path):
     method = ncsn()
     method.data_spec = DataSpec("mine", (1, 8, 8), 17, (-1.0, 1.0), None)
     plain(tmp_path, max_steps=1).fit(method, loader(2 * IMAGES - 1))

@@ -15,13 +15,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is told."""
+    """A clock that only the test moves."""
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
 
 
-def told(**seconds):
+def seconds_of(**seconds):
     return {**dict.fromkeys(PARTS, 0.0), **seconds}
 
 
@@ -35,8 +35,8 @@ def test_a_lap_is_what_passed_since_the_lap_before(clock):
     watch.lap("logging")
     clock.seconds += 0.25
     watch.lap("data")
-    assert watch.read() == told(data=1.25, logging=0.5)
-    assert watch.read() == told()
+    assert watch.read() == seconds_of(data=1.25, logging=0.5)
+    assert watch.read() == seconds_of()
 
 
 def test_what_is_excluded_is_no_part(clock):
@@ -44,7 +44,7 @@ def test_what_is_excluded_is_no_part(clock):
     clock.seconds += 10.0
     watch.exclude(8.0)
     watch.lap("logging")
-    assert watch.read() == told(logging=2.0)
+    assert watch.read() == seconds_of(logging=2.0)
 
 
 def test_a_block_is_a_part(clock):
@@ -54,7 +54,7 @@ def test_a_block_is_a_part(clock):
             clock.seconds += 2.0
     with watch.part("ema", CPU):
         clock.seconds += 1.0
-    assert watch.read() == told(optimizer=4.0, ema=1.0)
+    assert watch.read() == seconds_of(optimizer=4.0, ema=1.0)
 
 
 class Event:
@@ -87,13 +87,13 @@ def test_a_gpu_is_waited_for_when_the_figures_are_read_and_once(clock, monkeypat
         with watch.part("optimizer", torch.device("cuda", 0)):
             Event.now += 0.5
         assert Event.waited == 0
-    assert watch.read() == told(forward_backward=0.75, optimizer=1.5)
+    assert watch.read() == seconds_of(forward_backward=0.75, optimizer=1.5)
     assert Event.waited == 1
-    assert watch.read() == told()
+    assert watch.read() == seconds_of()
     assert Event.waited == 1
 
 
-def test_what_nobody_reads_does_not_pile_up(clock, monkeypatch):
+def test_times_that_are_never_read_do_not_pile_up(clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "waited", 0)
     watch = Stopwatch()
@@ -102,4 +102,4 @@ def test_what_nobody_reads_does_not_pile_up(clock, monkeypatch):
             Event.now += 0.25
         assert len(watch._events) < stopwatch.MOST_EVENTS
     assert Event.waited == 10
-    assert watch.read() == told(ema=2500.0)
+    assert watch.read() == seconds_of(ema=2500.0)

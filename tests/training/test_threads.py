@@ -23,7 +23,7 @@ from lit_diffusion.training import threads
 
 @pytest.fixture
 def eight(monkeypatch):
-    """A machine with eight cores, busy or not, on which nobody says a number; torch's own is put back."""
+    """A machine with eight cores, busy or not, without a number set; torch's own is put back."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(threads, "AT_START", 8)
     monkeypatch.setattr(threads, "cores", lambda: 8)
