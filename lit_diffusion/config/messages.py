@@ -7,6 +7,7 @@ import ast
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -304,20 +305,20 @@ def _is_public(child: type) -> bool:
     return f"{child.__module__}.".startswith(allowed) and not inspect.isabstract(child) and not hidden
 
 
-def _families() -> dict[str, type]:
-    """Base classes by the keys of ``fit`` that name a class."""
-    from lit_diffusion.backbones.base import Backbone
-    from lit_diffusion.data.source import Source
-    from lit_diffusion.methods.base import Method
-    from lit_diffusion.processes import Process
-    from lit_diffusion.samplers.base import Sampler
+_FAMILIES = {
+    "model": ("lit_diffusion.methods.base", "Method"),
+    "model.backbone": ("lit_diffusion.backbones.base", "Backbone"),
+    "model.process": ("lit_diffusion.processes.base", "Process"),
+    "model.sampler": ("lit_diffusion.samplers.base", "Sampler"),
+    "data.source": ("lit_diffusion.data.source", "Source"),
+}
+"""Module and name of the base class for each key of ``fit`` that names a class."""
 
+
+def _families() -> dict[str, type]:
+    """Base classes by their keys, those that are loaded, as all are where the keys of ``fit`` are parsed."""
     return {
-        "model": Method,
-        "model.backbone": Backbone,
-        "model.process": Process,
-        "model.sampler": Sampler,
-        "data.source": Source,
+        key: getattr(sys.modules[module], name) for key, (module, name) in _FAMILIES.items() if module in sys.modules
     }
 
 
