@@ -269,7 +269,7 @@ def refusal(make) -> str:
         (ramp(9), {"micro_batch_size": 0}, "micro_batch_size is 0"),
         (ramp(9), {"value_range": (1.0, 1.0)}, "value_range"),
         (ramp(9), {"held_out": ramp(9, size=3)}, "shape"),
-        (ramp(9, num_grey_levels=17), {"held_out": ramp(9)}, "256 grey levels, data.source 17"),
+        (ramp(9, levels=17), {"held_out": ramp(9)}, "256 grey levels, data.source 17"),
         (ramp(9), {"held_out_fraction": 1.0}, "held_out_fraction"),
         (ramp(2), {"held_out_fraction": 0.9}, "leaves nothing"),
         (InMemory(np.zeros((9, 2), np.float32), num_grey_levels=None), {"flip": True}, "flip"),
@@ -289,7 +289,7 @@ def test_data_that_were_normalised_already_are_refused_at_the_first_batch():
 
 
 def test_grey_levels_beyond_the_declared_ones_are_refused():
-    data = DataModule(ramp(30, num_grey_levels=17), 4)
+    data = DataModule(ramp(30, levels=17), 4)
     value = torch.full((4, 1, 2, 2), 29, dtype=torch.uint8)
     line = refusal(lambda: data.prepare(value, torch.zeros(4), torch.arange(4), True))
     assert "grey level 29" in line

@@ -115,7 +115,7 @@ def test_labels_of_every_batch_are_looked_at(tmp_path):
         (255 * IMAGES, None, "values from 0 to 255, not in [0, 1]"),
         (IMAGES * float("nan"), None, "values from nan to nan"),
         (IMAGES.long(), None, "torch.int64; give floats in [0, 1], or uint8 grey levels"),
-        ((16 * IMAGES).to(torch.uint8) + 1, None, "grey level 17, and method.data_spec says 17 levels"),
+        ((16 * IMAGES).to(torch.uint8) + 1, None, "grey level 17, and method.data_spec says 17 grey levels"),
         (IMAGES.expand(40, 3, 8, 8), None, "shape [40, 3, 8, 8]; the model takes [B, 1, 8, 8]"),
         ({"image": IMAGES, "label": LABELS}, None, "gives a dict with the keys image, label; give batches of images"),
         ([IMAGES, LABELS, LABELS], None, "gives a list; give batches of images, or of (images, labels)"),
