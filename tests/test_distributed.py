@@ -35,9 +35,9 @@ from helpers.tiny import (
     two_networks,
     weights,
 )
-from lit_diffusion.training.interrupts import Interrupted
 
 import lit_diffusion
+from lit_diffusion import interrupts
 from lit_diffusion.backbones import UNet
 from lit_diffusion.callbacks import EMA, Checkpoint, Evaluator, Likelihood, NoiseLevels, Samples, Telemetry
 from lit_diffusion.checkpoints import read_checkpoint
@@ -45,11 +45,11 @@ from lit_diffusion.data.in_memory import InMemory
 from lit_diffusion.errors import UserError
 from lit_diffusion.evaluation.measure import Evaluation
 from lit_diffusion.evaluation.sampling import DivergedError, Shard, generate_in_batches
+from lit_diffusion.interrupts import Interrupted
 from lit_diffusion.methods import NCSN
 from lit_diffusion.randomness import keyed_normal
 from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.samplers import AnnealedLangevin, ProbabilityFlow, Sampler
-from lit_diffusion.training import interrupts
 from lit_diffusion.training.datamodule import DataModule
 from lit_diffusion.training.sharding import full_tensor
 

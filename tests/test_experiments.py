@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_diffusion.cli import lightning_cli
 from lit_diffusion.cli.arguments import packaged_experiment
-from lit_diffusion.cli.lightning_cli import lightning_cli
 
 ROOT = Path(__file__).parent.parent / "experiments"
 SHIPPED = sorted(path for path in ROOT.rglob("*.yaml") if "fragments" not in path.parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.tiny import SEVERITIES, TINY
+from helpers.tiny import LEVELS, TINY
 
 from lit_diffusion.__main__ import dispatch
 from lit_diffusion.checks import installation
@@ -115,7 +115,7 @@ def test_what_is_found_by_itself_is_said(doctor):
 
 
 def test_a_run_that_would_be_continued_is_not_touched(workdir, doctor):
-    (workdir / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **SEVERITIES}))
+    (workdir / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **LEVELS}))
     dispatch(["fit", "--config", "tiny.yaml", "--run_dir", "run", "--samples.count", "0", "--eval.metrics", "[]"])
     metrics = workdir / "run" / "metrics.jsonl"
     with metrics.open("a") as file:

@@ -167,7 +167,7 @@ def test_what_an_end_cuts_to_the_range_was_astray_before(capsys):
 
 def test_the_strays_of_all_processes_are_added_up(monkeypatch):
     method, walk = amplifier(), DDIM(50, clip_x0=None)
-    monkeypatch.setattr(sampling, "shares_of_all", lambda mine: [mine, (False, False, Strays(2, 3, 1e9))])
+    monkeypatch.setattr(sampling, "all_gather_objects", lambda mine: [mine, (False, False, Strays(2, 3, 1e9))])
     batches = generate_in_batches(method, Shard.of(7, 2, 0, 2), 0, 2, walk, show_progress=False)
     strays = sum((batch.strays for batch in batches), Strays())
     assert (strays.of, strays.largest) == (4 + 2 * 3, 1e9)

@@ -30,7 +30,7 @@ def test_it_covers_the_truth_as_often_as_it_says():
     assert 0.85 < covered / 100 < 0.99
 
 
-@pytest.mark.parametrize("level", [0.5, 0.9])
+@pytest.mark.parametrize("confidence", [0.5, 0.9])
 def test_it_is_the_central_part_of_the_resamples(confidence):
     x = normal(50, 1)[:, 0]
     found = []
