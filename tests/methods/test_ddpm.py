@@ -72,7 +72,7 @@ def test_the_loss_is_the_papers():
     """Algorithm 1: ``|eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t - 1)|^2``, by the network itself."""
     torch.manual_seed(0)
     method = DDPM(MLP((3,), width=8, depth=1), num_timesteps=20).double()
-    method.data_spec = replace(centred().data_spec, num_timesteps=None, value_range=None)
+    method.data_spec = replace(centred().data_spec, num_grey_levels=None, value_range=None)
     x = torch.randn(64, 3, dtype=torch.float64)
     with torch.no_grad():
         loss = method.loss(Batch(x, torch.arange(64)), seed=4)
@@ -151,7 +151,7 @@ def test_labels_reach_the_network():
 def test_points_have_a_bound_too():
     torch.manual_seed(0)
     method = DDPM(MLP((2,), width=8, depth=1, out_channels=4), 8, loss="hybrid", variance="learned")
-    method.data_spec = replace(centred().data_spec, num_timesteps=None, value_range=None, shape=(2,))
+    method.data_spec = replace(centred().data_spec, num_grey_levels=None, value_range=None, shape=(2,))
     loss = method.loss(Batch(torch.randn(32, 2), torch.arange(32)), seed=0).per_sample
     assert bool(torch.isfinite(loss).all())
     assert bool(torch.isfinite(method.generate(torch.arange(3), 0).x).all())
