@@ -1,6 +1,7 @@
 """What every test shares: one thread, because small tensors on shared cores are slower with two; a cache of its own."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,22 +11,24 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
+TESTS = Path(__file__).parent
+
 LONGEST = (
     "test_interruptions.py",
-    "test_evaluating_runs.py",
+    "cli/test_evaluating_runs.py",
     "test_distributed.py",
-    "test_errors.py",
-    "test_likelihood_callback.py",
-    "test_fit.py",
-    "test_gallery.py",
-    "test_sde.py",
-    "test_sampler_base.py",
-    "test_evaluator.py",
-    "test_ddpm.py",
-    "test_sample.py",
-    "test_report.py",
-    "test_many_processes.py",
-    "test_against_torch_fidelity.py",
+    "cli/test_errors.py",
+    "callbacks/test_likelihood.py",
+    "cli/test_fit.py",
+    "cli/test_gallery.py",
+    "samplers/test_sde.py",
+    "samplers/test_base.py",
+    "callbacks/test_evaluator.py",
+    "methods/test_ddpm.py",
+    "cli/test_sample.py",
+    "cli/test_report.py",
+    "metrics/test_many_processes.py",
+    "metrics/test_against_torch_fidelity.py",
 )
 """Files that take longest: they come first, so that of two test processes neither waits for the other at the end."""
 
@@ -33,7 +36,7 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     """The longest files first, all else in its order."""
     rank = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    items.sort(key=lambda item: rank.get(item.path.relative_to(TESTS).as_posix(), len(rank)))
 
 
 @pytest.fixture

@@ -22,8 +22,6 @@ def test_plain_types_and_back():
     assert DataSpec.from_plain(data_spec.plain()) == data_spec
     named = DataSpec("x", (1, 8, 8), 17, (-1.0, 1.0), 2, class_names=("a", "b"), class_counts=(3, 0))
     assert DataSpec.from_plain(named.plain()) == named
-    older = {key: value for key, value in data_spec.plain().items() if key not in ("dequantized", "class_names")}
-    assert not DataSpec.from_plain(older).dequantized
 
 
 # ---- classes by name or number -----------------------------------------------------------------------------------

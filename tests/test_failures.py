@@ -301,7 +301,7 @@ def test_what_must_end_a_run_ends_it(tmp_path, monkeypatch):
             raise UserError("cannot write metrics.jsonl", ends_run=True)
         record(self, event, values)
 
-    monkeypatch.setattr(f"{PACKAGE}.run.RunLogger.record", no_pictures)
+    monkeypatch.setattr(f"{PACKAGE}.runs.logger.RunLogger.record", no_pictures)
     with pytest.raises(UserError, match=r"cannot write metrics\.jsonl"):
         trained(tmp_path / "b", [Samples(count=4), Checkpoint()])
     saved = read_checkpoint(tmp_path / "b" / "run" / "checkpoints" / "last.ckpt")

@@ -373,7 +373,7 @@ def test_the_decoder_of_points_is_their_density():
 
 def test_finer_grey_levels_approach_the_density():
     """``-log P(level)`` is ``-log p - log width`` a pixel."""
-    x0, eps = images(num_timesteps=4097)
+    x0, eps = images(levels=4097)
     width = 2 / 4096
     grey = GreyLevels(-1.0, 1.0, width)
     x0 = grey.centre(x0.clamp(-0.99, 0.99))
@@ -395,7 +395,7 @@ def test_images_have_their_pixels_summed():
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
             image = Prediction(
                 **{name: value.to(dtype) for name, value in views.items()},
-                level=flat.coefficients,
+                coefficients=flat.coefficients,
                 u=flat.u,
                 v=flat.v,
                 reverse_log_variance=InterpolatedVariance(flat.reverse_log_variance.share.view(shape).to(dtype)),

@@ -30,6 +30,9 @@ SPLIT_SEED = 0
 """Key of the split: the held-out images do not depend on a run's seed, so that runs can be compared on them."""
 
 
+BIN_MARGIN = 2.0**-15
+"""Uniform noise keeps this part of a grey level away from both ends of its bin: 255.99999 is 256 in float32."""
+
 PADDING_INDEX = -1
 """Index of a padding row, which gives all processes equally many batches and enters no average."""
 
@@ -440,7 +443,9 @@ class DataModule(pl.LightningDataModule):
         else:
             u: Tensor | float = 0.5
             if dequantize_index is not None:
-                u = keyed_uniform(self.seed, "dequantize", dequantize_index, tuple(value.shape[1:]))
+                u = keyed_uniform(self.seed, "dequantise", dequantize_index, tuple(value.shape[1:]))
+                # Rounded to float32, the ends of a bin may lie in the next one.
+                u = u.clamp(BIN_MARGIN, 1.0 - BIN_MARGIN)
             unit = (value.to(torch.float32) + u) / self.data_spec.num_grey_levels
         return low + (high - low) * unit
 

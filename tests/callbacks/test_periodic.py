@@ -136,7 +136,7 @@ def test_a_run_stopped_in_a_step_is_made_up_for(tmp_path, monkeypatch, unbroken,
 @pytest.mark.parametrize(("step", "end"), [(2, "max_images"), (STEPS, "max_images"), (STEPS, "max_steps")])
 def test_a_run_stopped_in_a_picture_is_made_up_for(tmp_path, monkeypatch, unbroken, step, end, capsys):
     last = stopped(tmp_path, monkeypatch, in_a_picture(step), end)
-    assert "stopped by SIGTERM while sampling: it is made when the run is continued" in capsys.readouterr().out
+    assert "stopped by SIGTERM while sampling; it is made when the run is continued" in capsys.readouterr().out
     assert torch.load(last, weights_only=True)["lit_diffusion"]["steps"] == step
     assert not any(e["step"] >= step for e in events(tmp_path / "run", "picture"))
     method = trained(tmp_path, continues=True, ckpt_path=last, **END[end])

@@ -71,7 +71,7 @@ def test_it_says_the_doctors_warnings_that_take_no_time(run, workdir, capsys):
     run("fit", "--config", "short.yaml", "--run_dir", "short")
     lines = capsys.readouterr().out.splitlines()
     made, _ = recipe.prepare(["--config", "short.yaml"])
-    warned = [str(found) for found in recipe.findings(made, recipe.SAID_BY_FIT) if found.level == "warning"]
+    warned = [str(found) for found in recipe.findings(made, recipe.SAID_BY_FIT) if found.severity == "warning"]
     assert [line for line in lines if line.startswith("warning")] == warned
     schedule, uncentred, chain, half_lives = warned
     assert schedule.startswith("warning  at t = 1 the data weigh alpha = 0.6")

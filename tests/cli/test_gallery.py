@@ -54,7 +54,8 @@ def write_run(folder, name, images, protocol=PROTOCOL):
         "protocol": protocol,
     }
     old = {**evaluation, "fd/digits-80": 99.0, "samples_file": "samples/gone.npz"}
-    events = [{"event": "start", "format_version": 1}, old, evaluation, {"event": "end"}]
+    began = {"event": "start", "format_version": 1, "images": 0, "time": 0.0}
+    events = [began, old, evaluation, {"event": "end", "images": 320, "time": 2.0}]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "eva')
     return directory
 
@@ -226,7 +227,9 @@ def test_what_cannot_be_is_refused_in_one_line(samples, arguments, said):
     (samples / "file").write_text("")
     np.savez(samples / "floats.npz", arr_0=dark().astype(np.float32))
     (samples / "untested").mkdir()
-    (samples / "untested" / "metrics.jsonl").write_text('{"event": "start"}\n')
+    (samples / "untested" / "metrics.jsonl").write_text(
+        '{"event": "start", "format_version": 1, "images": 0, "time": 0.0}\n'
+    )
     emptied = write_run(samples, "emptied", dark())
     shutil.rmtree(emptied / "samples")
     for name, text in (("torn", '{"values": '), ("foreign", "[1]")):

@@ -246,9 +246,9 @@ def test_a_predicted_image_is_kept_in_the_range_that_is_asked_for(sample):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sampler", "langvin"], "annealed_langevin, ddim"),
+        (["--sampler", "langvin"], "annealed_langevin, churned_heun, ddim"),
         (["--sampler.stepz", "3"], "stepz"),
-        (["--sampler", "predictor_corrector", "--sampler.predictor", "nothing"], "Ancestral, DDIM"),
+        (["--sampler", "predictor_corrector", "--sampler.predictor", "nothing"], "Ancestral, ChurnedHeun, DDIM"),
         (["--sampler", "predictor_corrector", "--sampler.predictor", "langevin"], "predictor"),
         (["--sampler", "ddim"], "visits 50 timesteps and the model has 3"),
         (["--sampler", "ancestral", "--sampler.variance", "learned"], "choose beta or beta_tilde"),

@@ -128,7 +128,7 @@ def test_c_skip_and_c_out_are_those_of_the_design(name, process):
 
 def test_what_says_nothing_where_alpha_is_0_is_refused():
     for name in ("eps", "score", "raw_score"):
-        with pytest.raises(UserError, match=f"parametrization '{name}' says nothing .* t_max below 1") as caught:
+        with pytest.raises(UserError, match=f"parametrization '{name}' does not determine .* t_max below 1") as caught:
             denoiser_for(torch.zeros(1), Flow(), name)
         assert "\n" not in str(caught.value)
         denoiser_for(torch.zeros(1), Flow(t_max=0.999), name)

@@ -130,7 +130,7 @@ def test_auto_values_come_from_the_training_data_and_are_said():
     assert all("\n" not in line for line in said)
     assert f"sigma_max {found['sigma_max']:g}" in said[0]
     assert "1761 training data, all pairs compared" in said[0]
-    assert f"num_levels {found['levels']}" in said[1]
+    assert f"num_levels {found['num_levels']}" in said[1]
     assert f"eta {found['eta']:g}" in said[2]
 
 

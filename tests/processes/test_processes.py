@@ -424,7 +424,7 @@ def test_level_index(process):
         (lambda: VE(1.0, 1.0), ["sigma_min 1", "sigma_max 1"]),
         (lambda: VE(1.0, 1.0, num_timesteps=10), ["sigma_min 1", "sigma_max 1"]),
         (lambda: VE(0.01, float("nan")), ["sigma_max nan"]),
-        (lambda: VE(0.1, 1.0, num_timesteps=1), ["one level", "sigma_min", "sigma_max"]),
+        (lambda: VE(0.1, 1.0, num_timesteps=1), ["one noise level", "sigma_min", "sigma_max"]),
         (lambda: VE(0.1, 1.0, num_timesteps=0), ["num_timesteps is 0"]),
         (lambda: VE(0.1, 1.0, t_min=0.0), ["t_min is 0"]),
         (lambda: VP(t_min=-0.1), ["t_min is -0.1"]),

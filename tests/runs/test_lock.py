@@ -536,7 +536,7 @@ def test_doctor_finds_a_writer_and_takes_nothing(tmp_path):
     assert [finding.severity for finding in run_directory(made)] == ["ok"]
     holder = of_another(tmp_path / LOCK)
     (finding,) = run_directory(made)
-    assert finding.level == "problem"
+    assert finding.severity == "problem"
     assert f"is being written by {holder}" in finding.what
     assert os.listdir(tmp_path) == [LOCK]
 

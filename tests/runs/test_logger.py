@@ -457,7 +457,7 @@ def test_pictures_are_bytes_or_refused(tmp_path):
 
 def documented_panels():
     """The table of docs/dashboard.md: section, keys as regular expressions with their choices apart, x axis."""
-    text = (Path(__file__).parent.parent / "docs" / "dashboard.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "dashboard.md").read_text()
     table = text.split("<!-- panels -->")[1].split("<!-- end -->")[0]
     rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in table.strip().splitlines()[2:]]
     for section, key, axis, *_ in ([cell.strip() for cell in row] for row in rows):

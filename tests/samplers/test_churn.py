@@ -148,7 +148,7 @@ def test_a_network_that_knows_its_levels_alone_is_refused():
     denoiser = ExactDenoiser(GAUSSIAN, VE(0.3, 3.0, num_timesteps=40))
     ChurnedHeun(8, large_steps="allow").check(denoiser)
     denoiser.on_grid_only = True
-    with pytest.raises(UserError, match="adding noise on the way asks the network at times between its 40 levels"):
+    with pytest.raises(UserError, match="adding noise on the way evaluates the network between its 40 timesteps"):
         ChurnedHeun(8, large_steps="allow").check(denoiser)
     ChurnedHeun(8, 0.0, large_steps="allow").check(denoiser)
 

@@ -108,7 +108,9 @@ def test_a_trained_network_is_sampled_so(tmp_path):
 
 def test_levels_that_the_network_does_not_know_are_refused():
     linear = ExactDenoiser(MIXTURE, Betas(linear_betas()))
-    with pytest.raises(UserError, match=r"noise level 0\.002 is outside this process, whose levels run from 0\.01"):
+    with pytest.raises(
+        UserError, match=r"noise level 0\.002 is outside this process, whose noise levels run from 0\.01"
+    ):
         OnProcess().check(linear)
     with pytest.raises(UserError, match=r"noise level 200 is outside"):
         OnProcess(process=PowerVE(0.02, 200.0)).check(linear)
