@@ -94,7 +94,7 @@ FAULTS = {
     "grid": ("callbacks.samples.image_grid", "samples", "samples", []),
     "film": ("callbacks.samples._Film.rows", "samples", "samples", []),
     "sampler": ("samplers.langevin.AnnealedLangevin.step", "samples", "samples", []),
-    "files": ("run.save_png", "samples", "samples", []),
+    "files": ("runs.logger.save_png", "samples", "samples", []),
     "loss": ("methods.base.Method.loss_given_t", "noise_levels", "noise_levels", []),
     "figure": ("callbacks.noise_levels.render", "noise_levels", "noise_levels", ["noise_levels"]),
     "count": ("callbacks.evaluator.Evaluator._choose_count", "evaluation", "evaluation", []),

@@ -717,7 +717,7 @@ def test_signals_to_one_process_stop_it_and_the_rest_is_made_when_it_continues(t
         with Process(arguments, tmp_path, place=place) as process:
             assert process.wait() == STOPPED, process.said()[-3000:]
             assert process.last_line().startswith(f"lit_diffusion: stopped by {said} after ")
-            assert f"stopped by {said} while sampling: it is made when the run is continued" in process.said()
+            assert f"stopped by {said} while sampling; it is made when the run is continued" in process.said()
             assert "Traceback" not in process.said()
         assert events(run_dir)[-1]["status"] == "interrupted"
     assert [event["step"] for event in events(run_dir, "end")] == [15, SHORT]

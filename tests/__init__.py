@@ -1,0 +1,1 @@
+"""The tests; a package, so that processes which they start find their functions by name, whatever else is installed."""
