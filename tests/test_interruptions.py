@@ -670,6 +670,7 @@ def straight_in_two(tmp_path_factory):
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_stop_of_either_of_two_processes_stops_both_and_loses_nothing(tmp_path, straight_in_two):
     run_dir = tmp_path / "run"
     arguments = command("ncsn", run_dir, SHORT)

@@ -187,8 +187,10 @@ class Denoiser(nn.Module, ABC):
     """Anything that predicts the clean datum from a noisy one, on a process. Samplers see only this."""
 
     process: Process
-    predicts: Literal["mean", "end_point"] = "mean"
-    """``mean``: posterior means, from which a score follows; ``end_point``: :class:`EndPoint`."""
+    predicts: Literal["mean", "velocity", "end_point"] = "mean"
+    """``mean``: posterior means given independent noise, from which a score follows; ``velocity``: posterior means
+    given noise that was coupled with the data, whose velocity transports one to the other, and whose score is not that
+    of the noised data; ``end_point``: :class:`EndPoint`."""
 
     has_energy: bool = False
     """True where predictions have an energy."""

@@ -61,6 +61,8 @@ class Method(TrainedModule):
     def __init__(self, denoiser: NetworkDenoiser, objective: Objective, sampler: Sampler, **training: Any) -> None:
         super().__init__(**training)
         objective.check(denoiser.process)
+        if objective.couples:
+            denoiser.predicts = "velocity"
         self.denoiser = denoiser
         self.objective = objective
         self.sampler = sampler

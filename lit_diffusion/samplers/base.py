@@ -172,8 +172,8 @@ class Sampler(ABC):
     adaptive: bool = False
     """True where the number of steps depends on the samples, so that it may differ between batches."""
 
-    takes_end_points: bool = False
-    """True where its steps ask a prediction for x0 alone, which is all that a model of end points says."""
+    takes: tuple[str, ...] = ("mean",)
+    """The kinds of predictions that its steps can be made with, see :attr:`Denoiser.predicts`."""
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse, before any work, a denoiser that does not fit this sampler.
@@ -182,15 +182,21 @@ class Sampler(ABC):
             UserError: with the reason.
         """
         plan = self.plan(denoiser.process)
-        self._require_means(denoiser)
+        self._require_prediction(denoiser)
         self.require_fit(denoiser, plan)
 
-    def _require_means(self, denoiser: Denoiser) -> None:
-        if denoiser.predicts == "end_point" and not self.takes_end_points:
+    def _require_prediction(self, denoiser: Denoiser) -> None:
+        if denoiser.predicts in self.takes:
+            return
+        if denoiser.predicts == "velocity":
             raise UserError(
-                f"{type(self).__name__} needs posterior means, and this model predicts end points: choose a sampler "
-                f"for those"
+                f"{type(self).__name__} needs the score of the noised data, which a model trained on noise coupled "
+                f"with the data does not have: choose heun, euler, ode, or ddim with eta 0"
             )
+        raise UserError(
+            f"{type(self).__name__} needs posterior means, and this model predicts end points: choose a sampler for "
+            f"those"
+        )
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:  # noqa: B027 (most fit any denoiser)
         """Refuse a denoiser that cannot make the planned moves.
@@ -248,7 +254,7 @@ class Sampler(ABC):
             UserError: where the denoiser does not fit the sampler.
         """
         plan = self.plan(denoiser.process)
-        self._require_means(denoiser)
+        self._require_prediction(denoiser)
         self.require_fit(denoiser, plan)
         run = Run(denoiser, noise, cond, plan, on_step)
         x = self.start(denoiser.process, noise) if start is None else start

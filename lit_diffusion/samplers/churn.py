@@ -74,6 +74,7 @@ class ChurnedHeun(Heun):
         if not 0.0 <= s_noise < math.inf:
             raise UserError(f"s_noise is {s_noise:g}; it must not be negative: 1, or a little more as in the paper")
         self.s_churn = s_churn
+        self.takes = ("mean", "velocity") if s_churn == 0.0 else ("mean",)
         self.s_tmin = s_tmin
         self.s_tmax = s_tmax
         self.s_noise = s_noise

@@ -51,6 +51,7 @@ class DDIM(EndsAtZero):
         if not 0.0 <= eta <= 1.0:
             raise UserError(f"DDIM's eta is {eta:g}; it lies between 0 (deterministic) and 1 (DDPM's posterior)")
         self.eta = eta
+        self.takes = ("mean", "velocity") if eta == 0.0 else ("mean",)
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """Step from ``x_t`` to ``x_s``."""

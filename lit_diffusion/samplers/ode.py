@@ -41,6 +41,8 @@ class FixedSteps(EndsAtTMin):
             falling times.
     """
 
+    takes: tuple[str, ...] = ("mean", "velocity")
+
     def __init__(
         self,
         steps: int | None = None,
@@ -303,6 +305,7 @@ class ProbabilityFlow(Sampler):
         UserError: for tolerances that are not positive, a t_end outside (0, 1), or an empty range.
     """
 
+    takes = ("mean", "velocity")
     adaptive = True
 
     def __init__(

@@ -39,6 +39,7 @@ class OnProcess(Sampler):
                 f"{self.process.num_timesteps} timesteps: set its num_timesteps null, or choose another"
             )
         self.adaptive = self.sampler.adaptive
+        self.takes = self.sampler.takes
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
         """Refuse a network that does not know the noise levels of the process, and what the sampler refuses."""

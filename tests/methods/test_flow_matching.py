@@ -21,7 +21,7 @@ from lit_diffusion.objectives import DenoisingScoreMatching, LogitNormal, Optima
 from lit_diffusion.objectives.coupling import nearest_assignment
 from lit_diffusion.processes import Flow
 from lit_diffusion.randomness import keyed_normal
-from lit_diffusion.samplers import Euler, Heun
+from lit_diffusion.samplers import DDIM, Ancestral, ChurnedHeun, Euler, EulerMaruyama, Heun, ProbabilityFlow
 from lit_diffusion.training.datamodule import Batch
 
 
@@ -321,3 +321,17 @@ def test_torchcfm_agrees():
     plan = torchcfm.OTPlanSampler("exact").get_map(eps, x0)
     ours = nearest_assignment(x0, eps)
     assert plan[ours, torch.arange(30)].tolist() == pytest.approx([1 / 30] * 30)
+
+
+@pytest.mark.parametrize("sampler", [Heun(5), Euler(5), DDIM(5), ProbabilityFlow(), ChurnedHeun(5, s_churn=0.0)])
+def test_a_model_of_coupled_noise_is_sampled_by_its_ode(sampler):
+    sampler.check(flow_matching(coupling="optimal_transport").denoiser)
+
+
+NOISY = [DDIM(5, eta=0.5), Ancestral(5), EulerMaruyama(5, large_steps="allow"), ChurnedHeun(5)]
+
+
+@pytest.mark.parametrize("sampler", NOISY)
+def test_a_model_of_coupled_noise_has_no_score_for_samplers_that_add_noise(sampler):
+    with pytest.raises(UserError, match=r"needs the score of the noised data.*choose heun, euler, ode, or ddim with"):
+        sampler.check(flow_matching(coupling="optimal_transport").denoiser)
