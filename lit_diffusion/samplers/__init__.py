@@ -4,6 +4,15 @@ from lit_diffusion.samplers.ancestral import Ancestral
 from lit_diffusion.samplers.base import Move, Predictor, Progress, Run, Sampler, Samples
 from lit_diffusion.samplers.churn import ChurnedHeun
 from lit_diffusion.samplers.ddim import DDIM
+from lit_diffusion.samplers.dpm_solver import (
+    DPMSolver1,
+    DPMSolver2,
+    DPMSolver3,
+    DPMSolverPP2M,
+    DPMSolverPP2S,
+    DPMSolverPP3M,
+    SDEDPMSolverPP2M,
+)
 from lit_diffusion.samplers.langevin import AnnealedLangevin, Langevin
 from lit_diffusion.samplers.ode import Euler, Heun, ProbabilityFlow
 from lit_diffusion.samplers.on_process import OnProcess
@@ -14,6 +23,13 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "annealed_langevin": AnnealedLangevin,
     "churned_heun": ChurnedHeun,
     "ddim": DDIM,
+    "dpm_solver_1": DPMSolver1,
+    "dpm_solver_2": DPMSolver2,
+    "dpm_solver_3": DPMSolver3,
+    "dpmpp_2m": DPMSolverPP2M,
+    "dpmpp_2s": DPMSolverPP2S,
+    "dpmpp_3m": DPMSolverPP3M,
+    "dpmpp_sde_2m": SDEDPMSolverPP2M,
     "euler": Euler,
     "euler_maruyama": EulerMaruyama,
     "heun": Heun,
@@ -31,6 +47,12 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "ChurnedHeun",
+    "DPMSolver1",
+    "DPMSolver2",
+    "DPMSolver3",
+    "DPMSolverPP2M",
+    "DPMSolverPP2S",
+    "DPMSolverPP3M",
     "Euler",
     "EulerMaruyama",
     "Heun",
@@ -43,6 +65,7 @@ __all__ = [
     "Progress",
     "ReverseDiffusion",
     "Run",
+    "SDEDPMSolverPP2M",
     "Sampler",
     "Samples",
 ]

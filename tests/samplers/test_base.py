@@ -23,6 +23,12 @@ from lit_diffusion.samplers import (
     Ancestral,
     AnnealedLangevin,
     ChurnedHeun,
+    DPMSolver1,
+    DPMSolver2,
+    DPMSolver3,
+    DPMSolverPP2M,
+    DPMSolverPP2S,
+    DPMSolverPP3M,
     Euler,
     EulerMaruyama,
     Heun,
@@ -30,6 +36,7 @@ from lit_diffusion.samplers import (
     PredictorCorrector,
     ProbabilityFlow,
     ReverseDiffusion,
+    SDEDPMSolverPP2M,
 )
 from lit_diffusion.samplers.base import EndsAtZero, describe, described
 from lit_diffusion.samplers.times import timesteps_to_t_min, timesteps_to_zero
@@ -48,6 +55,13 @@ EVERY = {
     "churned_heun, noisy": (ChurnedHeun(None, denoise=False, spacing="uniform", large_steps="allow"), 7, 14),
     "ddim": (DDIM(5), 5, 5),
     "ddim, noisy": (DDIM(None, eta=0.7), 8, 8),
+    "dpm_solver_1": (DPMSolver1(5, denoise=True), 5, 6),
+    "dpm_solver_2": (DPMSolver2(3, denoise=True), 3, 7),
+    "dpm_solver_3": (DPMSolver3(None, denoise=True), 7, 22),
+    "dpmpp_2m": (DPMSolverPP2M(5, denoise=True), 5, 6),
+    "dpmpp_2s": (DPMSolverPP2S(None, "uniform", True), 7, 15),
+    "dpmpp_3m": (DPMSolverPP3M(None, denoise=True), 7, 8),
+    "dpmpp_sde_2m": (SDEDPMSolverPP2M(6), 6, 7),
     "euler": (Euler(), 7, 7),
     "euler, denoised": (Euler(3, denoise=True, large_steps="allow"), 3, 4),
     "euler_maruyama": (EulerMaruyama(), 7, 8),
@@ -65,7 +79,8 @@ EVERY = {
     "ode, denoised": (ProbabilityFlow(denoise=True), None, None),
 }
 each_sampler = pytest.mark.parametrize("name", EVERY)
-WALKERS = [name for name in EVERY if not name.startswith(("ode", "churned_heun"))]
+BETWEEN_LEVELS = ("ode", "churned_heun", "dpm_solver_2", "dpm_solver_3", "dpmpp_2s")
+WALKERS = [name for name in EVERY if not name.startswith(BETWEEN_LEVELS)]
 
 
 def test_every_sampler_is_among_them():

@@ -19,6 +19,10 @@ from lit_diffusion.samplers import (
     DDIM,
     Ancestral,
     ChurnedHeun,
+    DPMSolver1,
+    DPMSolverPP2M,
+    DPMSolverPP2S,
+    DPMSolverPP3M,
     Euler,
     EulerMaruyama,
     Heun,
@@ -26,6 +30,7 @@ from lit_diffusion.samplers import (
     PredictorCorrector,
     ProbabilityFlow,
     ReverseDiffusion,
+    SDEDPMSolverPP2M,
 )
 
 PROCESSES = {
@@ -53,6 +58,11 @@ SAMPLERS = {
     **EXPLICIT,
     "ancestral": lambda steps: Ancestral(steps, clip_x0=(-1.0, 1.0)),
     "ddim": lambda steps: DDIM(steps, clip_x0=(-1.0, 1.0)),
+    "dpm_solver_1": lambda steps: DPMSolver1(steps, clip_x0=(-1.0, 1.0)),
+    "dpmpp_2m": lambda steps: DPMSolverPP2M(steps, clip_x0=(-1.0, 1.0)),
+    "dpmpp_2s": lambda steps: DPMSolverPP2S(steps, clip_x0=(-1.0, 1.0)),
+    "dpmpp_3m": lambda steps: DPMSolverPP3M(steps, clip_x0=(-1.0, 1.0)),
+    "dpmpp_sde_2m": lambda steps: SDEDPMSolverPP2M(steps, clip_x0=(-1.0, 1.0)),
     "predictor_corrector": lambda steps: PredictorCorrector(ReverseDiffusion(steps), snr=0.3),
 }
 

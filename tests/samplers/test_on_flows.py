@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.laws import GAUSSIAN, law_of, noise_of
+from helpers.solvers import law_of_run
 
 from lit_diffusion.denoisers.analytic import ExactDenoiser
 from lit_diffusion.errors import UserError
@@ -13,6 +14,12 @@ from lit_diffusion.samplers import (
     Ancestral,
     AnnealedLangevin,
     ChurnedHeun,
+    DPMSolver1,
+    DPMSolver2,
+    DPMSolver3,
+    DPMSolverPP2M,
+    DPMSolverPP2S,
+    DPMSolverPP3M,
     Euler,
     EulerMaruyama,
     Heun,
@@ -20,6 +27,7 @@ from lit_diffusion.samplers import (
     PredictorCorrector,
     ProbabilityFlow,
     ReverseDiffusion,
+    SDEDPMSolverPP2M,
 )
 from lit_diffusion.samplers.times import timesteps_to_t_min
 
@@ -29,6 +37,10 @@ LINEAR = {
     "churned_heun": (ChurnedHeun(60, 10.0, s_noise=1.0), 0.05),
     "ddim": (DDIM(100), 0.05),
     "ddim, log_snr": (DDIM(300, spacing="log_snr"), 0.05),
+    "dpm_solver_1": (DPMSolver1(300), 0.05),
+    "dpm_solver_2": (DPMSolver2(60), 0.02),
+    "dpm_solver_3": (DPMSolver3(20), 0.01),
+    "dpmpp_2s": (DPMSolverPP2S(60), 0.02),
     "euler": (Euler(100), 0.05),
     "heun": (Heun(30), 0.01),
     "heun, karras": (Heun(30, spacing="karras"), 0.02),
@@ -36,12 +48,17 @@ LINEAR = {
     "reverse_diffusion": (ReverseDiffusion(400, **KEYS), 0.15),
     "predictor_corrector": (PredictorCorrector(Ancestral(200, "beta_tilde"), snr=0.05), 0.15),
 }
+MULTISTEP = {
+    "dpmpp_2m": (DPMSolverPP2M(40), 0.03),
+    "dpmpp_3m": (DPMSolverPP3M(40), 0.02),
+    "dpmpp_sde_2m": (SDEDPMSolverPP2M(60), 0.05),
+}
 PROCESSES = {"to pure noise": Flow(1e-4, 1e-4), "not quite": Flow(1e-4, 1e-4, t_max=0.9)}
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
 
 def test_every_sampler_is_among_them():
-    of_theirs = {type(sampler) for sampler, _ in LINEAR.values()}
+    of_theirs = {type(sampler) for sampler, _ in (*LINEAR.values(), *MULTISTEP.values())}
     assert of_theirs | {ProbabilityFlow, Langevin, AnnealedLangevin} == set(SAMPLERS.values())
 
 
@@ -54,6 +71,16 @@ def test_the_law_of_gaussian_data_is_found_from_the_end_of_time(process, name):
         mean, covariance = x.mean(0), torch.cov(x.T)
     else:
         mean, covariance = law_of(sampler, process, GAUSSIAN.marginal(process, process.t_max))
+    goal = GAUSSIAN.marginal(process, sampler.plan(process)[-1].s)
+    assert float((mean - goal[0]).norm() / goal[0].norm()) < most
+    assert float((covariance - goal[1]).norm() / goal[1].norm()) < most
+
+
+@each_process
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_a_run_with_a_history_finds_the_law_of_gaussian_data(process, name):
+    sampler, most = MULTISTEP[name]
+    mean, covariance = law_of_run(sampler, process, GAUSSIAN.marginal(process, process.t_max))
     goal = GAUSSIAN.marginal(process, sampler.plan(process)[-1].s)
     assert float((mean - goal[0]).norm() / goal[0].norm()) < most
     assert float((covariance - goal[1]).norm() / goal[1].norm()) < most

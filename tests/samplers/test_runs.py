@@ -14,6 +14,12 @@ from lit_diffusion.samplers import (
     Ancestral,
     AnnealedLangevin,
     ChurnedHeun,
+    DPMSolver1,
+    DPMSolver2,
+    DPMSolver3,
+    DPMSolverPP2M,
+    DPMSolverPP2S,
+    DPMSolverPP3M,
     Euler,
     EulerMaruyama,
     Heun,
@@ -24,6 +30,7 @@ from lit_diffusion.samplers import (
     ReverseDiffusion,
     Run,
     Sampler,
+    SDEDPMSolverPP2M,
 )
 from lit_diffusion.samplers.base import EndsAtZero, at_time
 from lit_diffusion.samplers.sde import EndsAtTMin
@@ -144,6 +151,10 @@ STEPS = {
     "churned_heun": ChurnedHeun(None, spacing="uniform", large_steps="allow"),
     "ddim": DDIM(None),
     "ddim, noisy": DDIM(None, eta=0.6),
+    "dpm_solver_1": DPMSolver1(None),
+    "dpm_solver_2": DPMSolver2(None),
+    "dpm_solver_3": DPMSolver3(None),
+    "dpmpp_2s": DPMSolverPP2S(None),
     "euler": Euler(),
     "heun": Heun(),
     "euler_maruyama": EulerMaruyama(),
@@ -151,6 +162,8 @@ STEPS = {
     "corrected": PredictorCorrector(),
     "corrected, to zero": PredictorCorrector(Ancestral(), corrector_steps=2),
 }
+
+MULTISTEP = [DPMSolverPP2M(None), DPMSolverPP3M(None), SDEDPMSolverPP2M(None)]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +224,9 @@ class Constrained(Sampler):
         return self.sampler.finish(run, x)
 
 
-@pytest.mark.parametrize("inner", [*STEPS.values(), AdamsBashforth(denoise=False), AnnealedLangevin(2, eta=1e-6)])
+@pytest.mark.parametrize(
+    "inner", [*STEPS.values(), AdamsBashforth(denoise=False), *MULTISTEP, AnnealedLangevin(2, eta=1e-6)]
+)
 def test_any_sampler_of_fixed_steps_can_be_constrained(inner):
     process = VE(0.001, 3.0, num_timesteps=40)
     sampler = Constrained(inner, torch.tensor([True, False, False]), 0.7)
