@@ -109,6 +109,9 @@ def main() -> int:
     except UserError as error:
         sys.stderr.write(f"lit_diffusion: error: {as_one_line(error)}\n")
         return 2
+    except BrokenPipeError:  # Whoever reads the output, such as head, has enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For what Python flushes at its end.
+        return 0
     except PermissionError as error:  # For a path that may not even be looked at.
         sys.stderr.write(f"lit_diffusion: error: {error.filename}: {error.strerror}; give another place\n")
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -270,3 +271,15 @@ def test_classes_that_are_no_longer_those_of_the_training_are_refused(workdir):
     class_folders(workdir / "pets", ["bird"])
     line = refusal(["validate", "--ckpt_path", "run/checkpoints/last.ckpt"])
     assert "was trained on the classes cat, dog, and data.source has bird, cat, dog" in line
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    done = subprocess.run(
+        f'{sys.executable} -c \'import runpy, sys, time; time.sleep(0.3); sys.argv[1:] = ["--help"]; '
+        f'runpy.run_module("lit_diffusion", run_name="__main__")\' | true',
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
