@@ -38,7 +38,7 @@ class DPMSolver1(ExponentialIntegrator):
         UserError: for a spacing that does not match ``steps``, or an empty range.
     """
 
-    predicts = "noise"
+    integrand = "noise"
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """One step from t to s."""
@@ -105,7 +105,7 @@ class DPMSolver2(Singlestep):
             grid's timesteps alone.
     """
 
-    predicts = "noise"
+    integrand = "noise"
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """One step from t to s."""
@@ -139,7 +139,7 @@ class DPMSolver3(Singlestep):
             grid's timesteps alone.
     """
 
-    predicts = "noise"
+    integrand = "noise"
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """One step from t to s."""
@@ -259,7 +259,7 @@ class SDEDPMSolverPP2M(Multistep):
         x_s = \frac{\sigma_s}{\sigma_t} e^{-h} x_t + \alpha_s (1 - e^{-2h})\, D + \sigma_s \sqrt{1 - e^{-2h}}\; z,
         \qquad D = f_0 + \frac{h}{2 h_0} (f_0 - f_1)
 
-    (Lu et al. 2022, https://arxiv.org/abs/2211.01095, section 5), with ``f_0`` and ``f_1`` the data predicted at the
+    (Lu et al. 2022, https://arxiv.org/abs/2211.01095), with ``f_0`` and ``f_1`` the data predicted at the
     beginning of this step and of the one before, which was ``h_0`` long. Where D is exact this is the posterior
     ``q(x_s | x_t, x_0)``; the first step is ancestral sampling's with the variance ``beta_tilde``.
 

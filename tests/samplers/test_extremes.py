@@ -31,6 +31,7 @@ from lit_diffusion.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
     SDEDPMSolverPP2M,
+    UniPC,
 )
 
 PROCESSES = {
@@ -63,6 +64,7 @@ SAMPLERS = {
     "dpmpp_2s": lambda steps: DPMSolverPP2S(steps, clip_x0=(-1.0, 1.0)),
     "dpmpp_3m": lambda steps: DPMSolverPP3M(steps, clip_x0=(-1.0, 1.0)),
     "dpmpp_sde_2m": lambda steps: SDEDPMSolverPP2M(steps, clip_x0=(-1.0, 1.0)),
+    "unipc": lambda steps: UniPC(steps, clip_x0=(-1.0, 1.0)),
     "predictor_corrector": lambda steps: PredictorCorrector(ReverseDiffusion(steps), snr=0.3),
 }
 
