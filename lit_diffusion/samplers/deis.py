@@ -47,8 +47,8 @@ class DEIS(Multistep):
     Args:
         steps: number of steps of one evaluation each; null: every timestep of the model, or 1000 in continuous time.
         order: number of noises, from 1 (DDIM) to 4, the paper's tAB3.
-        spacing: spacing of the steps: ``log_snr``, equal steps in lambda, ``karras:RHO``, ``uniform`` in time,
-            ``quadratic``, the paper's, or a list of falling times, both ends included.
+        spacing: spacing of the steps: ``quadratic``, the paper's, ``uniform`` in time, or, on which polynomials in time
+            are extrapolated further, ``log_snr``, ``karras:RHO``, or a list of falling times, both ends included.
         denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
         clip_x0: range to which predicted clean data are clipped: ``data``, the data's own (points have none), or
             ``[low, high]``; null: no clipping. The noise is that of the clipped datum.
@@ -65,7 +65,7 @@ class DEIS(Multistep):
         self,
         steps: int | None = 20,
         order: int = 4,
-        spacing: Spacing = "log_snr",
+        spacing: Spacing = "quadratic",
         denoise: bool = False,
         clip_x0: ClipX0 = "data",
         lower_order_final: bool = True,

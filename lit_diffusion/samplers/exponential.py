@@ -31,9 +31,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_diffusion.denoisers import ClipX0, clipped, require_clip
+from lit_diffusion.denoisers import ClipX0, Denoiser, clipped, require_clip
+from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.samplers.base import Move, Predictor, Run, at_time, denoised
+from lit_diffusion.samplers.sde import LargeSteps
 from lit_diffusion.samplers.times import Spacing, require_spacing, timesteps_to_t_min
 
 Integrand = Literal["data", "noise"]
@@ -150,6 +152,12 @@ class Interval:
         return terms
 
 
+def longest_of(process: Process, times: Sequence[float]) -> float:
+    """The longest of the steps between falling times, in lambda; one out of pure noise has no length."""
+    lengths = (0.5 * process.log_snr(torch.tensor(times, dtype=torch.float64))).diff()
+    return float(torch.where(lengths.isinf(), 0.0, lengths).max())
+
+
 class ExponentialIntegrator(Predictor):
     r"""The base of exponential integrators: steps to the smallest time of sampling, each exact in the linear part.
 
@@ -165,10 +173,15 @@ class ExponentialIntegrator(Predictor):
         UserError: for a spacing that does not match ``steps``, or an empty range.
     """
 
+    takes: tuple[str, ...] = ("mean", "velocity")
     integrand: Integrand = "data"
     """The prediction that is integrated."""
 
-    takes: tuple[str, ...] = ("mean", "velocity")
+    longest: float = math.inf
+    """The longest step in lambda that is not refused."""
+
+    large_steps: LargeSteps = "refuse"
+    """Whether longer ones are, too."""
 
     def __init__(
         self,
@@ -187,6 +200,26 @@ class ExponentialIntegrator(Predictor):
     def plan(self, process: Process) -> list[Move]:
         """Moves from t_max to the smallest time of sampling."""
         return [Move(t, s) for t, s in pairwise(timesteps_to_t_min(process, self.steps, self.spacing))]
+
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
+        """Refuse steps longer than the longest, unless they are allowed; one out of pure noise is not measured."""
+        process, longest = denoiser.process, self.longest
+        h = longest_of(process, [float(plan[0].t), *(float(move.s) for move in plan)])
+        if self.large_steps == "allow" or h <= longest:
+            return
+        advice = "list times that lie closer,"
+        if isinstance(self.spacing, str):
+            most = 1000 if process.num_timesteps is None else process.num_timesteps - 1
+            enough = next((n for n in range(len(plan) + 1, most + 1) if self._longest_of(process, n) <= longest), None)
+            advice = "no number of steps would do:" if enough is None else f"set steps to {enough}, or"
+        raise UserError(
+            f"{type(self).__name__} of the noise in {len(plan)} step{'s' * (len(plan) > 1)} on this model: one is "
+            f"{h:.3g} long in log(alpha / sigma), and above {longest:g} the network's errors grow by its exponential; "
+            f"{advice} choose dpmpp_2m or unipc of the data, or allow such steps by large_steps: allow"
+        )
+
+    def _longest_of(self, process: Process, steps: int) -> float:
+        return longest_of(process, timesteps_to_t_min(process, steps, self.spacing))
 
     def interval(self, run: Run, x: Tensor, move: Move) -> Interval:
         """The step of a move."""

@@ -2,6 +2,7 @@ r"""UniPC, a multistep predictor of order p whose every step is corrected by the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -14,9 +15,13 @@ from lit_diffusion.errors import UserError, require_choice
 from lit_diffusion.processes import expand_like
 from lit_diffusion.samplers.base import Move, Run
 from lit_diffusion.samplers.exponential import Evaluation, Integrand, Interval, Multistep, Past, Term
+from lit_diffusion.samplers.sde import LargeSteps
 from lit_diffusion.samplers.times import Spacing
 
 Variant = Literal["bh1", "bh2"]
+
+LONGEST_OF_NOISE = 0.5
+"""The longest step of UniPC of the noise in lambda: from 0.7 on errors of a tenth end far from the data in 20 steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class UniPC(Multistep):
     paper's linear equations: the polynomial through the predictions is integrated exactly, whatever B is. With
     one difference alone, UniP-2 and UniC-1, a is 1/2 and B counts. The evaluation at the predicted ``x_s`` corrects the
     step that led there and predicts the next; the last step is not corrected, which would take one more.
+    Of the noise the corrector multiplies an error of the datum at a step's end by ``e^h - 1``, at every step.
 
     Args:
         steps: number of steps of one evaluation each; null: every timestep of the model, or 1000 in continuous time.
@@ -60,6 +66,7 @@ class UniPC(Multistep):
         clip_x0: range to which predicted clean data are clipped: ``data``, the data's own (points have none), or
             ``[low, high]``; null: no clipping. The noise is that of the clipped datum.
         lower_order_final: in fewer than 15 steps take the last one at order 1, the one before at most at order 2.
+        large_steps: ``refuse`` steps of the noise longer than 0.5 in lambda, or ``allow`` them.
 
     Raises:
         UserError: for an order that is not 1, 2 or 3, a name that is not one of these, a spacing that does not match
@@ -76,6 +83,7 @@ class UniPC(Multistep):
         denoise: bool = False,
         clip_x0: ClipX0 = "data",
         lower_order_final: bool = True,
+        large_steps: LargeSteps = "refuse",
     ) -> None:
         super().__init__(steps, spacing, denoise, clip_x0, lower_order_final)
         if order not in (1, 2, 3):
@@ -84,7 +92,10 @@ class UniPC(Multistep):
         require_choice("", "integrand", integrand, get_args(Integrand))
         self.order = order
         self.variant = variant
+        require_choice("", "large_steps", large_steps, get_args(LargeSteps))
         self.integrand = integrand
+        self.longest = LONGEST_OF_NOISE if integrand == "noise" else math.inf
+        self.large_steps = large_steps
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """Correct the step that led to x by the evaluation there, and predict the next."""

@@ -81,7 +81,7 @@ EVERY = {
     "reverse_diffusion": (ReverseDiffusion(), 7, 8),
     "reverse_diffusion, noisy": (ReverseDiffusion(2, denoise=False, large_steps="allow"), 2, 2),
     "unipc": (UniPC(6, denoise=True), 6, 7),
-    "unipc, noise": (UniPC(None, 2, "bh1", "noise", denoise=True), 7, 8),
+    "unipc, noise": (UniPC(None, 2, "bh1", "noise", denoise=True, large_steps="allow"), 7, 8),
     "ode": (ProbabilityFlow(), None, None),
     "ode, denoised": (ProbabilityFlow(denoise=True), None, None),
 }
