@@ -8,14 +8,17 @@ DPM-Solver++ (Lu et al. 2022, https://arxiv.org/abs/2211.01095).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from torch import Tensor
 
 from lit_diffusion.denoisers import ClipX0, Denoiser
+from lit_diffusion.errors import require_choice
 from lit_diffusion.processes import expand_like
 from lit_diffusion.samplers.base import Move, Run
 from lit_diffusion.samplers.exponential import Evaluation, ExponentialIntegrator, Interval, Multistep, Term
 from lit_diffusion.samplers.ode import refuse_grid_only
+from lit_diffusion.samplers.sde import LargeSteps
 from lit_diffusion.samplers.times import Spacing
 
 
@@ -38,7 +41,7 @@ class DPMSolver1(ExponentialIntegrator):
         UserError: for a spacing that does not match ``steps``, or an empty range.
     """
 
-    predicts = "noise"
+    integrand = "noise"
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """One step from t to s."""
@@ -71,8 +74,9 @@ class Singlestep(ExponentialIntegrator):
         super().__init__(steps, spacing, denoise, clip_x0)
 
     def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
-        """Refuse a network that is trained on its grid's timesteps alone."""
+        """Refuse a network that is trained on its grid's timesteps alone, and what the base refuses."""
         refuse_grid_only(denoiser, "a singlestep solver")
+        super().require_fit(denoiser, plan)
 
     def midpoint(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """The step of order 2 by the prediction in its middle, to which a step of order 1 leads."""
@@ -82,7 +86,43 @@ class Singlestep(ExponentialIntegrator):
         return at.reached(x, first, (at.phi(1), middle.value - first.value))
 
 
-class DPMSolver2(Singlestep):
+class SinglestepOfNoise(Singlestep):
+    r"""The base of singlestep solvers of the noise, with a bound on their steps.
+
+    An error of the datum predicted inside a step, at ``lambda_t + r h``, is one of ``e^(r h)`` times its size at the
+    step's end, and a clipped datum's no less. Steps longer than 4 in lambda, where samples begin to end far from the
+    data, are refused.
+
+    Args:
+        steps: number of steps; null: every timestep of the model, or 1000 in continuous time.
+        spacing: spacing of the steps: ``log_snr``, equal steps in lambda, ``karras:RHO``, ``uniform`` in time,
+            ``quadratic``, or a list of falling times, both ends included.
+        denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
+        clip_x0: range to which predicted clean data are clipped: ``data``, the data's own (points have none), or
+            ``[low, high]``; null: no clipping. The noise is that of the clipped datum.
+        large_steps: ``refuse`` such steps, or ``allow`` them.
+
+    Raises:
+        UserError: for a name that is not one of these, a spacing that does not match ``steps``, or an empty range.
+    """
+
+    integrand = "noise"
+    longest = 4.0
+
+    def __init__(
+        self,
+        steps: int | None = 10,
+        spacing: Spacing = "log_snr",
+        denoise: bool = False,
+        clip_x0: ClipX0 = "data",
+        large_steps: LargeSteps = "refuse",
+    ) -> None:
+        super().__init__(steps, spacing, denoise, clip_x0)
+        require_choice("", "large_steps", large_steps, get_args(LargeSteps))
+        self.large_steps = large_steps
+
+
+class DPMSolver2(SinglestepOfNoise):
     r"""DPM-Solver-2, order 2: the noise predicted in the middle of a step.
 
     .. math::
@@ -99,20 +139,19 @@ class DPMSolver2(Singlestep):
         denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
         clip_x0: range to which predicted clean data are clipped: ``data``, the data's own (points have none), or
             ``[low, high]``; null: no clipping. The noise is that of the clipped datum.
+        large_steps: ``refuse`` steps longer than 4 in lambda, where the network's errors grow, or ``allow`` them.
 
     Raises:
-        UserError: for a spacing that does not match ``steps``, an empty range, and a network that is trained on its
-            grid's timesteps alone.
+        UserError: for a name that is not one of these, a spacing that does not match ``steps``, an empty range, and a
+            network that is trained on its grid's timesteps alone.
     """
-
-    predicts = "noise"
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """One step from t to s."""
         return self.midpoint(run, x, move)
 
 
-class DPMSolver3(Singlestep):
+class DPMSolver3(SinglestepOfNoise):
     r"""DPM-Solver-3, order 3: the noise predicted at a third and at two thirds of a step.
 
     .. math::
@@ -133,13 +172,12 @@ class DPMSolver3(Singlestep):
         denoise: if true, end with the posterior mean at the smallest time, one more evaluation.
         clip_x0: range to which predicted clean data are clipped: ``data``, the data's own (points have none), or
             ``[low, high]``; null: no clipping. The noise is that of the clipped datum.
+        large_steps: ``refuse`` steps longer than 4 in lambda, where the network's errors grow, or ``allow`` them.
 
     Raises:
-        UserError: for a spacing that does not match ``steps``, an empty range, and a network that is trained on its
-            grid's timesteps alone.
+        UserError: for a name that is not one of these, a spacing that does not match ``steps``, an empty range, and a
+            network that is trained on its grid's timesteps alone.
     """
-
-    predicts = "noise"
 
     def step(self, run: Run, x: Tensor, move: Move) -> Tensor:
         """One step from t to s."""
@@ -259,7 +297,7 @@ class SDEDPMSolverPP2M(Multistep):
         x_s = \frac{\sigma_s}{\sigma_t} e^{-h} x_t + \alpha_s (1 - e^{-2h})\, D + \sigma_s \sqrt{1 - e^{-2h}}\; z,
         \qquad D = f_0 + \frac{h}{2 h_0} (f_0 - f_1)
 
-    (Lu et al. 2022, https://arxiv.org/abs/2211.01095, section 5), with ``f_0`` and ``f_1`` the data predicted at the
+    (Lu et al. 2022, https://arxiv.org/abs/2211.01095), with ``f_0`` and ``f_1`` the data predicted at the
     beginning of this step and of the one before, which was ``h_0`` long. Where D is exact this is the posterior
     ``q(x_s | x_t, x_0)``; the first step is ancestral sampling's with the variance ``beta_tilde``.
 

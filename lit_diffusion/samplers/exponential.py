@@ -6,7 +6,8 @@ In ``lambda = log(alpha / sigma)``, with ``h = lambda_s - lambda_t``, the soluti
     x_s &= \frac{\sigma_s}{\sigma_t} x_t + \alpha_s \int_0^h e^{-(h - \tau)} \hat x_0(\lambda_t + \tau)\, d\tau \\
     x_s &= \frac{\alpha_s}{\alpha_t} x_t - \sigma_s \int_0^h e^{h - \tau} \hat\epsilon(\lambda_t + \tau)\, d\tau
 
-(Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 8, data prediction; https://arxiv.org/abs/2206.00927, eq. 3.4,
+(Lu et al. 2022, https://arxiv.org/abs/2211.01095, proposition 4.1, data prediction;
+https://arxiv.org/abs/2206.00927, proposition 3.1,
 noise prediction.) With the prediction constant both are the same step of order 1, DDIM's,
 :meth:`~lit_diffusion.processes.Process.first_order_step`. With f either prediction, ``z = -h`` and ``c = alpha_s h``
 for the data, ``z = h`` and ``c = -sigma_s h`` for the noise, a solver adds to that step
@@ -30,12 +31,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_diffusion.denoisers import ClipX0, clipped, require_clip
+from lit_diffusion.denoisers import ClipX0, Denoiser, clipped, require_clip
+from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Process, expand_like
 from lit_diffusion.samplers.base import Move, Predictor, Run, at_time, denoised
+from lit_diffusion.samplers.sde import LargeSteps
 from lit_diffusion.samplers.times import Spacing, require_spacing, timesteps_to_t_min
 
-Predicted = Literal["data", "noise"]
+Integrand = Literal["data", "noise"]
 """Which view of a prediction a solver takes for a polynomial: x0 or eps."""
 
 Term = tuple[Tensor, Tensor]
@@ -64,11 +67,13 @@ class Evaluation:
     """One evaluation of the network, as a solver keeps it.
 
     Attributes:
-        log_ratio: ``lambda = log(alpha / sigma)`` of the rows, float64 ``[B]``.
+        t: its times, float64 ``[B]``.
+        log_ratio: ``lambda = log(alpha / sigma)`` there.
         x0: the predicted clean datum, clipped to the range, ``[B, ...]``.
         value: x0 itself, or the eps that belongs to it: ``[B, ...]``.
     """
 
+    t: Tensor
     log_ratio: Tensor
     x0: Tensor
     value: Tensor
@@ -82,13 +87,13 @@ class Interval:
         process: the process.
         t: start times, float64.
         s: end times, positive.
-        predicts: the prediction that is integrated.
+        integrand: the prediction that is integrated.
     """
 
     process: Process
     t: Tensor
     s: Tensor
-    predicts: Predicted
+    integrand: Integrand
 
     @property
     def start(self) -> Tensor:
@@ -102,13 +107,13 @@ class Interval:
 
     def phi(self, k: int) -> Tensor:
         """``phi_k(z)``: ``[B]``."""
-        return phi(k, -self.h if self.predicts == "data" else self.h)
+        return phi(k, -self.h if self.integrand == "data" else self.h)
 
     def part(self, share: float) -> Interval:
         """The first part of the step, a share of it in lambda; out of pure noise all of it."""
         between = self.process.t_at_log_snr(2.0 * (self.start + share * self.h))
         s = torch.where(self.h.isinf(), self.s, torch.minimum(torch.maximum(between, self.s), self.t))
-        return Interval(self.process, self.t, s, self.predicts)
+        return Interval(self.process, self.t, s, self.integrand)
 
     def reached(self, x: Tensor, first: Evaluation, *terms: Term) -> Tensor:
         """The state at s: the step of order 1 from x, and c times the sum of the terms.
@@ -119,7 +124,7 @@ class Interval:
             terms: weights of differences of predictions.
         """
         x_s = self.process.first_order_step(x, first.x0, self.t, self.s)
-        scale = self.h * (self.process.alpha(self.s) if self.predicts == "data" else -self.process.sigma(self.s))
+        scale = self.h * (self.process.alpha(self.s) if self.integrand == "data" else -self.process.sigma(self.s))
         for weight, difference in terms:
             x_s = x_s + expand_like(torch.where(self.h.isinf(), 0.0, scale * weight), x) * difference
         return x_s
@@ -147,6 +152,12 @@ class Interval:
         return terms
 
 
+def longest_of(process: Process, times: Sequence[float]) -> float:
+    """The longest of the steps between falling times, in lambda; one out of pure noise has no length."""
+    lengths = (0.5 * process.log_snr(torch.tensor(times, dtype=torch.float64))).diff()
+    return float(torch.where(lengths.isinf(), 0.0, lengths).max())
+
+
 class ExponentialIntegrator(Predictor):
     r"""The base of exponential integrators: steps to the smallest time of sampling, each exact in the linear part.
 
@@ -162,10 +173,15 @@ class ExponentialIntegrator(Predictor):
         UserError: for a spacing that does not match ``steps``, or an empty range.
     """
 
-    predicts: Predicted = "data"
+    takes: tuple[str, ...] = ("mean", "velocity")
+    integrand: Integrand = "data"
     """The prediction that is integrated."""
 
-    takes: tuple[str, ...] = ("mean", "velocity")
+    longest: float = math.inf
+    """The longest step in lambda that is not refused."""
+
+    large_steps: LargeSteps = "refuse"
+    """Whether longer ones are, too."""
 
     def __init__(
         self,
@@ -185,9 +201,29 @@ class ExponentialIntegrator(Predictor):
         """Moves from t_max to the smallest time of sampling."""
         return [Move(t, s) for t, s in pairwise(timesteps_to_t_min(process, self.steps, self.spacing))]
 
+    def require_fit(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
+        """Refuse steps longer than the longest, unless they are allowed; one out of pure noise is not measured."""
+        process, longest = denoiser.process, self.longest
+        h = longest_of(process, [float(plan[0].t), *(float(move.s) for move in plan)])
+        if self.large_steps == "allow" or h <= longest:
+            return
+        advice = "list times that lie closer,"
+        if isinstance(self.spacing, str):
+            most = 1000 if process.num_timesteps is None else process.num_timesteps - 1
+            enough = next((n for n in range(len(plan) + 1, most + 1) if self._longest_of(process, n) <= longest), None)
+            advice = "no number of steps would do:" if enough is None else f"set steps to {enough}, or"
+        raise UserError(
+            f"{type(self).__name__} of the noise in {len(plan)} step{'s' * (len(plan) > 1)} on this model: one is "
+            f"{h:.3g} long in log(alpha / sigma), and above {longest:g} the network's errors grow by its exponential; "
+            f"{advice} choose dpmpp_2m or unipc of the data, or allow such steps by large_steps: allow"
+        )
+
+    def _longest_of(self, process: Process, steps: int) -> float:
+        return longest_of(process, timesteps_to_t_min(process, steps, self.spacing))
+
     def interval(self, run: Run, x: Tensor, move: Move) -> Interval:
         """The step of a move."""
-        return Interval(run.process, at_time(x, move.t), at_time(x, move.s), self.predicts)
+        return Interval(run.process, at_time(x, move.t), at_time(x, move.s), self.integrand)
 
     def evaluate(self, run: Run, x: Tensor, t: Tensor) -> Evaluation:
         """Evaluate the denoiser at x ``[B, ...]`` and times ``[B]``."""
@@ -195,8 +231,8 @@ class ExponentialIntegrator(Predictor):
         x0, at = clipped(prediction.x0, self.clip_x0, run.denoiser), prediction.coefficients
         # The network's own eps to the last digit where nothing was clipped.
         cut = expand_like(at.alpha / at.sigma, x) * (prediction.x0 - x0)
-        value = x0 if self.predicts == "data" else prediction.eps + cut
-        return Evaluation(0.5 * run.process.log_snr(t), x0, value)
+        value = x0 if self.integrand == "data" else prediction.eps + cut
+        return Evaluation(t, 0.5 * run.process.log_snr(t), x0, value)
 
     def finish(self, run: Run, x: Tensor) -> Tensor:
         """The posterior mean with ``denoise``, else the state."""

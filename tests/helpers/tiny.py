@@ -26,6 +26,8 @@ from lit_diffusion.randomness import SampleNoise
 from lit_diffusion.runs.logger import RunLogger
 from lit_diffusion.samplers import (
     DDIM,
+    DEIS,
+    IPNDM,
     Ancestral,
     AnnealedLangevin,
     ChurnedHeun,
@@ -44,6 +46,7 @@ from lit_diffusion.samplers import (
     ReverseDiffusion,
     Sampler,
     SDEDPMSolverPP2M,
+    UniPC,
 )
 from lit_diffusion.training.datamodule import Batch, DataModule
 from lit_diffusion.training.module import TrainedModule
@@ -111,9 +114,10 @@ WALKS: dict[str, Sampler] = {
     "churned_heun": ChurnedHeun(steps=2, large_steps="allow"),
     "ddim": DDIM(steps=3),
     "ddim, noisy": DDIM(steps=3, eta=1.0),
+    "deis": DEIS(steps=2),
     "dpm_solver_1": DPMSolver1(steps=2),
-    "dpm_solver_2": DPMSolver2(steps=2),
-    "dpm_solver_3": DPMSolver3(steps=2),
+    "dpm_solver_2": DPMSolver2(steps=2, large_steps="allow"),
+    "dpm_solver_3": DPMSolver3(steps=2, large_steps="allow"),
     "dpmpp_2m": DPMSolverPP2M(steps=2),
     "dpmpp_2s": DPMSolverPP2S(steps=2),
     "dpmpp_3m": DPMSolverPP3M(steps=2),
@@ -122,6 +126,8 @@ WALKS: dict[str, Sampler] = {
     "heun": Heun(steps=2, large_steps="allow"),
     "euler_maruyama": EulerMaruyama(steps=2, large_steps="allow"),
     "reverse_diffusion": ReverseDiffusion(steps=2, large_steps="allow"),
+    "ipndm": IPNDM(steps=2),
+    "unipc": UniPC(steps=2),
     "predictor_corrector": PredictorCorrector(ReverseDiffusion(steps=2, large_steps="allow")),
     "ode": ProbabilityFlow(1e-2, 1e-2),
     "annealed_langevin": AnnealedLangevin(2, eta=1e-3, num_levels=3),

@@ -204,7 +204,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     assert same(weights(straight), weights(again))
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "ode", "ddim"])
+@pytest.mark.parametrize("name", ["euler", "heun", "ode", "ddim", "dpm_solver_1", "dpmpp_2m", "unipc", "deis", "ipndm"])
 def test_it_is_sampled_by_its_ode(name):
     method = flow_matching()
     method.data_spec = centred().data_spec

@@ -19,6 +19,8 @@ from lit_diffusion.images import to_uint8
 from lit_diffusion.processes import VE, VP, Betas, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
+    DEIS,
+    IPNDM,
     SAMPLERS,
     Ancestral,
     AnnealedLangevin,
@@ -37,6 +39,7 @@ from lit_diffusion.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
     SDEDPMSolverPP2M,
+    UniPC,
 )
 from lit_diffusion.samplers.base import EndsAtZero, describe, described
 from lit_diffusion.samplers.times import timesteps_to_t_min, timesteps_to_zero
@@ -55,6 +58,7 @@ EVERY = {
     "churned_heun, noisy": (ChurnedHeun(None, denoise=False, spacing="uniform", large_steps="allow"), 7, 14),
     "ddim": (DDIM(5), 5, 5),
     "ddim, noisy": (DDIM(None, eta=0.7), 8, 8),
+    "deis": (DEIS(None, denoise=True), 7, 8),
     "dpm_solver_1": (DPMSolver1(5, denoise=True), 5, 6),
     "dpm_solver_2": (DPMSolver2(3, denoise=True), 3, 7),
     "dpm_solver_3": (DPMSolver3(None, denoise=True), 7, 22),
@@ -68,6 +72,7 @@ EVERY = {
     "euler_maruyama, noisy": (EulerMaruyama(4, denoise=False, large_steps="allow"), 4, 4),
     "heun": (Heun(), 7, 14),
     "heun, denoised": (Heun(2, denoise=True, large_steps="allow"), 2, 5),
+    "ipndm": (IPNDM(6, denoise=True), 6, 7),
     "langevin": (Langevin(6, eta=1e-3), 6, 6),
     "langevin, metropolis": (Langevin(6, eta=1e-3, metropolis=True), 6, 12),
     "predictor_corrector": (PredictorCorrector(), 7, 15),
@@ -75,6 +80,8 @@ EVERY = {
     "predictor_corrector, heun": (PredictorCorrector(Heun(3, denoise=True, large_steps="allow")), 3, 10),
     "reverse_diffusion": (ReverseDiffusion(), 7, 8),
     "reverse_diffusion, noisy": (ReverseDiffusion(2, denoise=False, large_steps="allow"), 2, 2),
+    "unipc": (UniPC(6, denoise=True), 6, 7),
+    "unipc, noise": (UniPC(None, 2, "bh1", "noise", denoise=True, large_steps="allow"), 7, 8),
     "ode": (ProbabilityFlow(), None, None),
     "ode, denoised": (ProbabilityFlow(denoise=True), None, None),
 }

@@ -13,6 +13,8 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, Flow, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
+    DEIS,
+    IPNDM,
     Ancestral,
     DPMSolver1,
     DPMSolver2,
@@ -23,6 +25,7 @@ from lit_diffusion.samplers import (
     Move,
     Run,
     SDEDPMSolverPP2M,
+    UniPC,
 )
 from lit_diffusion.samplers.exponential import Evaluation, Interval, phi
 
@@ -49,18 +52,18 @@ def test_a_polynomial_is_integrated_exactly_through_any_points():
     def cubic(time):
         return 0.3 - 1.1 * time + 0.7 * time**2 + 0.2 * time**3
 
-    for predicts in ("data", "noise"):
-        at = Interval(process, wide(0.5), wide(0.3), predicts)
+    for integrand in ("data", "noise"):
+        at = Interval(process, wide(0.5), wide(0.3), integrand)
         start, h = float(at.start), float(at.h)
         nodes = [start, start + h, start - 0.4, start - 1.1]
-        points = [Evaluation(wide(node), wide(cubic(node))[None], wide(cubic(node))[None]) for node in nodes]
+        points = [Evaluation(at.t, wide(node), wide(cubic(node))[None], wide(cubic(node))[None]) for node in nodes]
         x = wide(0.8)[None]
-        if predicts == "noise":  # The datum that belongs to this noise.
+        if integrand == "noise":  # The datum that belongs to this noise.
             x0 = (x - process.sigma(at.t) * cubic(start)) / process.alpha(at.t)
-            points[0] = Evaluation(wide(start), x0, points[0].value)
+            points[0] = Evaluation(at.t, wide(start), x0, points[0].value)
         found = float(at.reached(x, points[0], *at.interpolated(points)))
         (alpha_t, alpha_s), (sigma_t, sigma_s) = process.alpha(wide(0.5, 0.3)), process.sigma(wide(0.5, 0.3))
-        if predicts == "data":
+        if integrand == "data":
             integral = quad(lambda u: math.exp(u - h) * cubic(start + u), 0, h, epsrel=1e-12)[0]  # noqa: B023
             expected = sigma_s / sigma_t * 0.8 + alpha_s * integral
         else:
@@ -237,11 +240,11 @@ def test_predicted_data_are_clipped_inside_of_the_steps(make):
     denoiser, clip, t = ExactDenoiser(MIXTURE, VE(0.3, 3.0)), (-0.1, 0.1), wide(0.7).expand(len(X))
     made = make(clip_x0=clip).evaluate(Run(denoiser, None), X, t)
     assert (float(made.x0.min()), float(made.x0.max())) == (-0.1, 0.1)
-    if make.predicts == "noise":
+    if make.integrand == "noise":
         torch.testing.assert_close(made.x0 + denoiser.process.sigma(t)[:, None] * made.value, X)
     free = make(clip_x0=None).evaluate(Run(denoiser, None), X, t)
     assert torch.equal(free.x0, denoiser(X, t).x0)
-    assert torch.equal(free.value, denoiser(X, t).eps if make.predicts == "noise" else free.x0)
+    assert torch.equal(free.value, denoiser(X, t).eps if make.integrand == "noise" else free.x0)
 
 
 def test_a_multistep_solver_keeps_nothing_between_two_calls():
@@ -251,6 +254,17 @@ def test_a_multistep_solver_keeps_nothing_between_two_calls():
         first = sampler.sample(denoiser, noise_of(4)).x
         assert vars(sampler) == vars(make(9))
         assert torch.equal(sampler.sample(denoiser, noise_of(4)).x, first)
+
+
+@pytest.mark.parametrize("make", [*ALL, UniPC, DEIS, IPNDM])
+def test_a_model_of_coupled_noise_is_sampled_by_its_ode_alone(make):
+    denoiser = ExactDenoiser(MIXTURE, Flow())
+    denoiser.predicts = "velocity"
+    if make is SDEDPMSolverPP2M:
+        with pytest.raises(UserError, match="SDEDPMSolverPP2M needs the score of the noised data"):
+            make().check(denoiser)
+    else:
+        make().check(denoiser)
 
 
 def test_what_cannot_be_is_refused_in_one_line():
@@ -322,7 +336,7 @@ class Halved3(DPMSolver3):
 def test_diffusers_agrees_on_singlestep_solvers(make, nodes, kind):
     """On the stages' own times; it takes those of the timesteps nearby."""
     scheduler = multistep("DPMSolverSinglestepScheduler", solver_order=len(nodes) + 1, algorithm_type=kind)
-    assert against(scheduler, make(6, clip_x0=None), 6, nodes) < 1e-4
+    assert against(scheduler, make(12, clip_x0=None), 12, nodes) < 1e-4
 
 
 class InterpolatedStart(DPMSolverPP3M):

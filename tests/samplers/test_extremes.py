@@ -17,9 +17,13 @@ from lit_diffusion.likelihood import flow_log_prob
 from lit_diffusion.processes import VE, VP, Betas, PowerVE, SubVP, cosine_betas, expand_like, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
+    DEIS,
+    IPNDM,
     Ancestral,
     ChurnedHeun,
     DPMSolver1,
+    DPMSolver2,
+    DPMSolver3,
     DPMSolverPP2M,
     DPMSolverPP2S,
     DPMSolverPP3M,
@@ -31,6 +35,7 @@ from lit_diffusion.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
     SDEDPMSolverPP2M,
+    UniPC,
 )
 
 PROCESSES = {
@@ -59,10 +64,16 @@ SAMPLERS = {
     "ancestral": lambda steps: Ancestral(steps, clip_x0=(-1.0, 1.0)),
     "ddim": lambda steps: DDIM(steps, clip_x0=(-1.0, 1.0)),
     "dpm_solver_1": lambda steps: DPMSolver1(steps, clip_x0=(-1.0, 1.0)),
+    "dpm_solver_2": lambda steps: DPMSolver2(steps, clip_x0=(-1.0, 1.0)),
+    "dpm_solver_3": lambda steps: DPMSolver3(steps, clip_x0=(-1.0, 1.0)),
+    "deis": lambda steps: DEIS(steps, clip_x0=(-1.0, 1.0)),
+    "ipndm": lambda steps: IPNDM(steps, clip_x0=(-1.0, 1.0)),
     "dpmpp_2m": lambda steps: DPMSolverPP2M(steps, clip_x0=(-1.0, 1.0)),
     "dpmpp_2s": lambda steps: DPMSolverPP2S(steps, clip_x0=(-1.0, 1.0)),
     "dpmpp_3m": lambda steps: DPMSolverPP3M(steps, clip_x0=(-1.0, 1.0)),
     "dpmpp_sde_2m": lambda steps: SDEDPMSolverPP2M(steps, clip_x0=(-1.0, 1.0)),
+    "unipc, noise": lambda steps: UniPC(steps, integrand="noise", clip_x0=(-1.0, 1.0)),
+    "unipc": lambda steps: UniPC(steps, clip_x0=(-1.0, 1.0)),
     "predictor_corrector": lambda steps: PredictorCorrector(ReverseDiffusion(steps), snr=0.3),
 }
 
@@ -95,10 +106,35 @@ def test_samples_stay_near_the_data_or_the_sampler_is_refused_before_any_work(pr
         except UserError:
             refused = True
         if refused:
-            assert name in EXPLICIT or name == "predictor_corrector"
+            assert name in EXPLICIT or name in ("predictor_corrector", "dpm_solver_2", "dpm_solver_3", "unipc, noise")
             assert denoiser.calls == 0
         else:
             assert float(sampler.sample(denoiser, noise_of(50, shape=(4,))).x.abs().max()) < 8.0
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "enough", "few"),
+    [
+        (DPMSolver2, "VP", 3, 1),
+        (DPMSolver3, "EDM", 3, 1),
+        (lambda steps, **keys: UniPC(steps, integrand="noise", **keys), "VE", 18, 4),
+    ],
+)
+def test_solvers_of_the_noise_say_how_many_steps_would_do(make, name, enough, few):
+    denoiser = Imperfect(GAUSSIAN, PROCESSES[name])
+    with pytest.raises(
+        UserError, match=rf"of the noise in {few} steps? on .*set steps to {enough}, or choose dpmpp_2m"
+    ) as got:
+        make(few).sample(denoiser, noise_of(2, shape=(4,)))
+    assert "\n" not in str(got.value)
+    assert denoiser.calls == 0
+    make(enough).check(denoiser)
+    with pytest.raises(UserError, match=r"large_steps: allow"):
+        make(enough - 1).check(denoiser)
+    far = make(few, clip_x0=(-1.0, 1.0), large_steps="allow").sample(denoiser, noise_of(50, shape=(4,)))
+    assert float(far.x.abs().max()) > 8.0
+    with pytest.raises(UserError, match="list times that lie closer"):
+        make(None, spacing=[1.0, 0.9, PROCESSES[name].t_min_sampling]).check(denoiser)
 
 
 @each_process

@@ -10,6 +10,8 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import Flow
 from lit_diffusion.samplers import (
     DDIM,
+    DEIS,
+    IPNDM,
     SAMPLERS,
     Ancestral,
     AnnealedLangevin,
@@ -28,6 +30,7 @@ from lit_diffusion.samplers import (
     ProbabilityFlow,
     ReverseDiffusion,
     SDEDPMSolverPP2M,
+    UniPC,
 )
 from lit_diffusion.samplers.times import timesteps_to_t_min
 
@@ -49,9 +52,12 @@ LINEAR = {
     "predictor_corrector": (PredictorCorrector(Ancestral(200, "beta_tilde"), snr=0.05), 0.15),
 }
 MULTISTEP = {
+    "deis": (DEIS(40, spacing="karras:7"), 0.02),
     "dpmpp_2m": (DPMSolverPP2M(40), 0.03),
     "dpmpp_3m": (DPMSolverPP3M(40), 0.02),
     "dpmpp_sde_2m": (SDEDPMSolverPP2M(60), 0.05),
+    "ipndm": (IPNDM(60), 0.03),
+    "unipc": (UniPC(40), 0.02),
 }
 PROCESSES = {"to pure noise": Flow(1e-4, 1e-4), "not quite": Flow(1e-4, 1e-4, t_max=0.9)}
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)

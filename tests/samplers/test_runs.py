@@ -11,6 +11,8 @@ from lit_diffusion.errors import UserError
 from lit_diffusion.processes import VE, VP, Betas, expand_like, linear_betas
 from lit_diffusion.samplers import (
     DDIM,
+    DEIS,
+    IPNDM,
     Ancestral,
     AnnealedLangevin,
     ChurnedHeun,
@@ -31,6 +33,7 @@ from lit_diffusion.samplers import (
     Run,
     Sampler,
     SDEDPMSolverPP2M,
+    UniPC,
 )
 from lit_diffusion.samplers.base import EndsAtZero, at_time
 from lit_diffusion.samplers.sde import EndsAtTMin
@@ -163,7 +166,7 @@ STEPS = {
     "corrected, to zero": PredictorCorrector(Ancestral(), corrector_steps=2),
 }
 
-MULTISTEP = [DPMSolverPP2M(None), DPMSolverPP3M(None), SDEDPMSolverPP2M(None)]
+MULTISTEP = [DPMSolverPP2M(None), DPMSolverPP3M(None), SDEDPMSolverPP2M(None), UniPC(None), DEIS(None), IPNDM(None)]
 
 
 @pytest.mark.parametrize(
