@@ -16,7 +16,7 @@ from lit_diffusion.denoisers import ClipX0, Denoiser
 from lit_diffusion.errors import require_choice
 from lit_diffusion.processes import expand_like
 from lit_diffusion.samplers.base import Move, Run
-from lit_diffusion.samplers.exponential import Evaluation, ExponentialIntegrator, Interval, Multistep, Term
+from lit_diffusion.samplers.exponential import Evaluation, ExponentialIntegrator, Interval, Multistep
 from lit_diffusion.samplers.ode import refuse_grid_only
 from lit_diffusion.samplers.sde import LargeSteps
 from lit_diffusion.samplers.times import Spacing
@@ -217,15 +217,6 @@ class DPMSolverPP2S(Singlestep):
         return self.midpoint(run, x, move)
 
 
-def half_slope(at: Interval, points: Sequence[Evaluation]) -> Term:
-    r"""The second-order term of DPM-Solver++(2M), ``phi_1(z) / (2 r) (f_0 - f_1)`` with ``r = h_0 / h``.
-
-    ``h_0`` is the length of the step before in lambda; ``phi_1 / 2`` and ``phi_2`` differ by the order of z.
-    """
-    now, before = points
-    return at.phi(1) * 0.5 * at.h / (now.log_ratio - before.log_ratio), now.value - before.value
-
-
 class DPMSolverPP2M(Multistep):
     r"""DPM-Solver++(2M), order 2 by one evaluation a step.
 
@@ -253,7 +244,10 @@ class DPMSolverPP2M(Multistep):
 
     def extrapolated(self, run: Run, x: Tensor, at: Interval, points: Sequence[Evaluation]) -> Tensor:
         """The step by one or two evaluations."""
-        return at.reached(x, points[0], *([half_slope(at, points)] if len(points) == 2 else []))
+        if len(points) == 1:
+            return at.reached(x, points[0])
+        weight, difference = at.half_slope(*points)
+        return at.reached(x, points[0], (at.phi(1) * weight, difference))
 
 
 class DPMSolverPP3M(DPMSolverPP2M):
@@ -332,7 +326,7 @@ class SDEDPMSolverPP2M(Multistep):
         """The draw by one or two evaluations."""
         posterior, D = run.process.transition(at.s, at.t), points[0].x0
         if len(points) == 2:
-            slope = 0.5 * at.h / (points[0].log_ratio - points[1].log_ratio)
-            D = D + expand_like(slope, x) * (points[0].x0 - points[1].x0)
+            weight, difference = at.half_slope(*points)
+            D = D + expand_like(weight, x) * difference
         mean = expand_like(posterior.xt_coefficient, x) * x + expand_like(posterior.x0_coefficient, x) * D
         return mean + expand_like(posterior.beta_tilde.sqrt(), x) * run.noise.normal()

@@ -129,6 +129,10 @@ class Interval:
             x_s = x_s + expand_like(torch.where(self.h.isinf(), 0.0, scale * weight), x) * difference
         return x_s
 
+    def half_slope(self, first: Evaluation, other: Evaluation) -> Term:
+        """Half of h times the slope of the line through two evaluations: weight ``h / (2 (lambda_0 - lambda_1))``."""
+        return 0.5 * self.h / (first.log_ratio - other.log_ratio), first.value - other.value
+
     def interpolated(self, points: Sequence[Evaluation]) -> list[Term]:
         r"""The terms of the polynomial through evaluations, the first of them that at t, integrated exactly.
 

@@ -130,6 +130,6 @@ class UniPC(Multistep):
     def _terms(self, at: Interval, points: Sequence[Evaluation]) -> list[Term]:
         if len(points) != 2:
             return at.interpolated(points)
-        first, other = points
+        weight, difference = at.half_slope(*points)
         B = at.phi(1) if self.variant == "bh2" else torch.ones_like(at.h)  # Over the h of c.
-        return [(0.5 * B * at.h / (other.log_ratio - first.log_ratio), other.value - first.value)]
+        return [(B * weight, difference)]
