@@ -10,6 +10,7 @@ In ``rho = sigma / alpha`` the probability-flow ODE is ``d(x / alpha) / d rho = 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -31,6 +32,13 @@ ADAMS_BASHFORTH = (
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
 """Weights of the latest slope and of those before it, by the order of the method."""
+
+
+@cache
+def quadrature() -> tuple[Tensor, Tensor]:
+    """Points in [0, 1] and weights of Gauss and Legendre's quadrature, float64 ``[NODES]``; computed once."""
+    roots, weights = np.polynomial.legendre.leggauss(NODES)
+    return torch.from_numpy(0.5 * (roots + 1.0)), torch.from_numpy(0.5 * weights)
 
 
 class DEIS(Multistep):
@@ -76,8 +84,7 @@ class DEIS(Multistep):
 
     def extrapolated(self, run: Run, x: Tensor, at: Interval, points: Sequence[Evaluation]) -> Tensor:
         """The step by one to four noises."""
-        roots, weights = np.polynomial.legendre.leggauss(NODES)
-        u, mass = (torch.from_numpy(each).to(at.t.device)[:, None] for each in (0.5 * (roots + 1.0), 0.5 * weights))
+        u, mass = (each.to(at.t.device)[:, None] for each in quadrature())
         # d rho = -e^{-lambda} d lambda, and alpha_s e^{-lambda} = sigma_s e^{(1 - u) h}; -sigma_s h is the frame's c.
         tau, mass = run.process.t_at_log_snr(2.0 * (at.start + u * at.h)), mass * torch.exp((1.0 - u) * at.h)
         terms = []
