@@ -181,12 +181,12 @@ class Sampler(ABC):
         Raises:
             UserError: with the reason.
         """
-        plan = self.plan(denoiser.process)
-        self._require_prediction(denoiser)
-        self.require_fit(denoiser, plan)
+        self._require(denoiser, self.plan(denoiser.process))
 
-    def _require_prediction(self, denoiser: Denoiser) -> None:
+    def _require(self, denoiser: Denoiser, plan: Sequence[Move]) -> None:
+        """Refuse a kind of prediction that the steps cannot be made with, and what :meth:`require_fit` refuses."""
         if denoiser.predicts in self.takes:
+            self.require_fit(denoiser, plan)
             return
         if denoiser.predicts == "velocity":
             raise UserError(
@@ -254,8 +254,7 @@ class Sampler(ABC):
             UserError: where the denoiser does not fit the sampler.
         """
         plan = self.plan(denoiser.process)
-        self._require_prediction(denoiser)
-        self.require_fit(denoiser, plan)
+        self._require(denoiser, plan)
         run = Run(denoiser, noise, cond, plan, on_step)
         x = self.start(denoiser.process, noise) if start is None else start
         self.begin(run)
