@@ -70,33 +70,6 @@ class Uniform(TimeLaw):
         return process.t_min + (process.t_max - process.t_min) * u.to(torch.float64), None
 
 
-class Importance(TimeLaw):
-    r"""The law under which the likelihood-weighted loss has the least variance, with its importance weight.
-
-    .. math::  p(t) \propto \frac{g^2}{\sigma^2} = -\frac{d \log SNR}{dt}
-
-    for every linear SDE: uniform in the log-SNR (Song et al. 2021, "Maximum likelihood training",
-    https://arxiv.org/abs/2101.09258, section 4.2). The expected loss is that of :class:`Uniform`.
-    """
-
-    def check(self, process: Process) -> None:
-        """Refuse a process with a single noise level or an infinite log-SNR, where no such law exists."""
-        if process.num_timesteps == 1:
-            raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
-        if not bool(torch.stack(_log_snr_ends(process, torch.device("cpu"))).isfinite().all()):
-            raise UserError(
-                f"time_law: importance is uniform in the log-SNR, which is infinite at the largest time of "
-                f"{type(process).__name__}: set its t_max below 1, or choose uniform or logit_normal"
-            )
-
-    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
-        """Times that are uniform in the log-SNR, and their density relative to the uniform law of t."""
-        start, end = _log_snr_ends(process, u.device)
-        t = process.t_at_log_snr(start + (end - start) * u.to(torch.float64)).clamp(process.t_min, process.t_max)
-        span = process.t_max - process.t_min
-        return t, span * (process.diffusion(t) / process.sigma(t)) ** 2 / (start - end)
-
-
 def _log_snr_ends(process: Process, device: torch.device) -> tuple[Tensor, Tensor]:
     ends = process.log_snr(torch.tensor([process.t_min, process.t_max], dtype=torch.float64, device=device))
     return ends[0], ends[1]
@@ -123,6 +96,33 @@ class LogUniform(TimeLaw):
         start, end = _log_snr_ends(process, u.device)
         t = process.t_at_log_snr(start + (end - start) * u.to(torch.float64))
         return t.clamp(process.t_min, process.t_max), None
+
+
+class Importance(LogUniform):
+    r"""The law under which the likelihood-weighted loss has the least variance, with its importance weight.
+
+    .. math::  p(t) \propto \frac{g^2}{\sigma^2} = -\frac{d \log SNR}{dt}
+
+    for every linear SDE: uniform in the log-SNR (Song et al. 2021, "Maximum likelihood training",
+    https://arxiv.org/abs/2101.09258, section 4.2). The expected loss is that of :class:`Uniform`.
+    """
+
+    def check(self, process: Process) -> None:
+        """Refuse a process with a single noise level or an infinite log-SNR, where no such law exists."""
+        if process.num_timesteps == 1:
+            raise UserError("time_law: importance has nothing to choose from, this process has one noise level")
+        if not bool(torch.stack(_log_snr_ends(process, torch.device("cpu"))).isfinite().all()):
+            raise UserError(
+                f"time_law: importance is uniform in the log-SNR, which is infinite at the largest time of "
+                f"{type(process).__name__}: set its t_max below 1, or choose uniform or logit_normal"
+            )
+
+    def draw(self, u: Tensor, process: Process) -> tuple[Tensor, Tensor | None]:
+        """Times that are uniform in the log-SNR, and their density relative to the uniform law of t."""
+        t, _ = super().draw(u, process)
+        start, end = _log_snr_ends(process, u.device)
+        span = process.t_max - process.t_min
+        return t, span * (process.diffusion(t) / process.sigma(t)) ** 2 / (start - end)
 
 
 class LogNormal(TimeLaw):
