@@ -117,8 +117,8 @@ class DataSpec:
             value_range=None if low_high is None else (low_high[0], low_high[1]),
             num_classes=values["num_classes"],
             dequantized=values["dequantized"],
-            class_names=None if values.get("class_names") is None else tuple(values["class_names"]),
-            class_counts=None if values.get("class_counts") is None else tuple(values["class_counts"]),
+            class_names=None if values["class_names"] is None else tuple(values["class_names"]),
+            class_counts=None if values["class_counts"] is None else tuple(values["class_counts"]),
         )
 
 

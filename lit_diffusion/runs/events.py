@@ -124,7 +124,7 @@ def number(value: object) -> float | None:
     return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else None
 
 
-def _failed_before(path: Path) -> list[str]:
+def failed_before(path: Path) -> list[str]:
     """Names of what failed, one for each time, from the events of a run that is continued."""
     if not path.exists():
         return []

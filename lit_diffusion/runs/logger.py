@@ -25,7 +25,7 @@ from lit_diffusion.images import save_png
 from lit_diffusion.runs.clock import Clock
 from lit_diffusion.runs.console import print_note
 from lit_diffusion.runs.dashboard import Dashboard
-from lit_diffusion.runs.events import _failed_before, require_known_events
+from lit_diffusion.runs.events import failed_before, require_known_events
 from lit_diffusion.runs.formats import FORMAT_VERSION
 from lit_diffusion.runs.lock import RunLock
 
@@ -257,7 +257,7 @@ class RunLogger(Logger):
         if not (directory / "config.yaml").exists():  # A kill at the beginning may have left it out.
             with atomic_write(directory / "config.yaml") as config_file:
                 config_file.write(self.config_text.encode())
-        return run_id, str(directory.resolve()), _failed_before(path) if self.continues else []
+        return run_id, str(directory.resolve()), failed_before(path) if self.continues else []
 
     def write_resolved(self, key: str, value: Any) -> None:
         """Write the value found for an ``auto`` of config.yaml, by its dotted key."""

@@ -82,9 +82,9 @@ class ChurnedHeun(Heun):
     def raised(self, process: Process, t: Tensor, steps: int) -> Tensor:
         """The times to which ``t`` ``[B]`` are raised before a step of so many: float64 ``[B]``."""
         log_snr = process.log_snr(t)
-        coefficients, gamma = torch.exp(-0.5 * log_snr), min(self.s_churn / (steps + 1), LARGEST_RISE)
+        ratio, gamma = torch.exp(-0.5 * log_snr), min(self.s_churn / (steps + 1), LARGEST_RISE)
         higher = process.t_at_log_snr(log_snr - 2.0 * math.log1p(gamma)).clamp(max=process.t_max)
-        churned = (coefficients >= self.s_tmin) & (coefficients <= self.s_tmax) & (higher > t)
+        churned = (ratio >= self.s_tmin) & (ratio <= self.s_tmax) & (higher > t)
         return torch.where(churned, higher, t)
 
     def sizes(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
