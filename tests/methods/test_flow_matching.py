@@ -20,7 +20,7 @@ from lit_diffusion.methods.base import Encoded
 from lit_diffusion.objectives import DenoisingScoreMatching, LogitNormal, OptimalTransport, Uniform
 from lit_diffusion.objectives.coupling import nearest_assignment
 from lit_diffusion.processes import Flow
-from lit_diffusion.randomness import keyed_normal
+from lit_diffusion.randomness import SampleNoise, keyed_normal
 from lit_diffusion.samplers import DDIM, Ancestral, ChurnedHeun, Euler, EulerMaruyama, Heun, ProbabilityFlow
 from lit_diffusion.training.datamodule import Batch
 
@@ -325,7 +325,11 @@ def test_torchcfm_agrees():
 
 @pytest.mark.parametrize("sampler", [Heun(5), Euler(5), DDIM(5), ProbabilityFlow(), ChurnedHeun(5, s_churn=0.0)])
 def test_a_model_of_coupled_noise_is_sampled_by_its_ode(sampler):
-    sampler.check(flow_matching(coupling="optimal_transport").denoiser)
+    denoiser = flow_matching(coupling="optimal_transport").denoiser
+    sampler.check(denoiser)
+    made = sampler.sample(denoiser, SampleNoise(0, torch.arange(2), (1, 8, 8)))
+    assert made.evaluations >= 5
+    assert bool(made.x.isfinite().all())
 
 
 NOISY = [DDIM(5, eta=0.5), Ancestral(5), EulerMaruyama(5, large_steps="allow"), ChurnedHeun(5)]
